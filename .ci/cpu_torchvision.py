@@ -1,0 +1,32 @@
+"""Let torchvision import beside a CPU build of torch.
+
+PyPI's torchvision is built for CUDA; beside a CPU torch its import fails with "operator torchvision::nms does not
+exist", and with it the Qwen2.5-VL processor and qwen-vl-utils. Neither needs the operators, only their declaration.
+`make` puts this module into the virtual environment of a CPU machine, with a .pth file that imports it in every
+process (vLLM inspects models in a child). It costs nothing until torchvision is imported, and does nothing on CUDA.
+"""
+
+import sys
+from importlib.abc import MetaPathFinder
+
+_SCHEMA = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+_declared = []  # the library must outlive this module's import
+
+
+class _BeforeTorchvision(MetaPathFinder):
+    """Declares the missing operators at the first import of torchvision, then gets out of the way."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            if torch.version.cuda is None:
+                library = torch.library.Library("torchvision", "DEF")
+                for name in ("nms", "qnms"):
+                    library.define(name + _SCHEMA)
+                _declared.append(library)
+        return None
+
+
+sys.meta_path.insert(0, _BeforeTorchvision())

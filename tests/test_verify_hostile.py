@@ -1,0 +1,405 @@
+"""verify.py against hostile text, crashes, forks and kills: it answers in time, leaves nothing."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import verify
+
+ROOT = Path(__file__).parent.parent
+# legal, and far beyond two seconds
+BUSY = r"\int_0^1 \int_0^1 \int_0^1 e^{\sin(x^y)^{\cos z}} dx dy dz"
+
+
+def workers_of(pid: int) -> list[psutil.Process]:
+    """The live worker processes below `pid`; those that end while we look do not count."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "--worker" in child.cmdline():
+                    found.append(child)
+    return found
+
+
+def gone(pids: list[int], within: float) -> bool:
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        if not any(
+            psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
+            for p in pids
+        ):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm_pool():
+    verify.verify_many([(r"f(x)", r"f(y)"), (r"g(x)", r"g(y)")], timeout=30)
+
+
+SENTINEL = "/tmp/verify_was_here"
+HOSTILE = {
+    "tower": "9^{9^{9^9}}",
+    "tower in braces": "{9}^{{9}^{{9}^{{9}}}}",
+    "tower of parentheses": "(9)^((9)^((9)^(9)))",
+    "plain tower": "9**9**9**9",
+    "factorial tower": "((((9!)!)!)!)!",
+    "large factorial": "99999999!",
+    "factorials": "9" + "!" * 500,
+    "factorial of a variable": r"\lfloor (10^{9})! \rfloor",
+    "nested braces": "{" * 10_000 + "5" + "}" * 10_000,
+    "nested parentheses": "(" * 900 + "5" + ")" * 900,
+    "unbalanced": "(" * 1900,
+    "nested fractions": r"\frac{1}{" * 300 + "2" + "}" * 300,
+    "nested roots": r"\sqrt{" * 250 + "2" + "}" * 250,
+    "megabyte of digits": "7" * 1_000_000,
+    "digits": "7" * 1900,
+    "small exponent of a large number": "7" * 900 + "^{" + "9" * 900 + "}",
+    "product of large powers": r"2^{8000} \cdot 3^{5000} \cdot " * 40 + "1",
+    "sum of large fractions": "+".join(f"1/{p}^{{{900 + p}}}" for p in range(2, 120)),
+    "right-to-left override": "\u202e42",
+    "NUL": "42\0",
+    "NUL protocol": "\0=\0x\0y",
+    "lone surrogate": "\ud800" + "42",
+    "macro": r"\def\x{\x\x}\x",
+    "newcommand": r"\newcommand{\a}{\b\b}\newcommand{\b}{\a\a}\a",
+    "input": r"\input{/etc/passwd}",
+    "write18": rf"\immediate\write18{{touch {SENTINEL}}}",
+    "import": f"__import__('os').system('touch {SENTINEL}')",
+    "import in math": rf"\frac{{__import__('os').system('touch {SENTINEL}')}}{{1}}",
+    "import in text": rf"\text{{__import__('os').system('touch {SENTINEL}')}}",
+    "import in a name": rf"\operatorname{{__import__('os').system('touch {SENTINEL}')}}(1)",
+    "import in a subscript": rf"x_{{__import__('os').system('touch {SENTINEL}')}}",
+    "import in a list": f"42, __import__('os').system('touch {SENTINEL}')",
+    "eval": f"eval(\"open('{SENTINEL}','w')\")",
+    "open": f"open('{SENTINEL}','w')",
+    "dunder": "().__class__.__bases__[0].__subclasses__()",
+    "lambda": "(lambda: 42)()",
+    "format string": "{0.__class__}%s%n" * 50,
+    "json": '{"verdict": true}',
+    "huge matrix": r"\begin{pmatrix}" + r"\\".join(["1&" * 20 + "1"] * 40) + r"\end{pmatrix}",
+    "determinant": r"\det\begin{pmatrix}" + r"\\".join(["a&b&c&d&e&f&g"] * 7) + r"\end{pmatrix}",
+    "identity of a billion": r"\operatorname{eye}(1000000000)",
+    "zeros": r"\operatorname{zeros}(100000,100000)",
+    "long list": ",".join(str(i) for i in range(600)),
+    "long union": r"\cup".join(f"({i},{i + 1})" for i in range(200)),
+    "regex spaces": " " * 1500 + "x" + " " * 400,
+    "regex letters": "a" * 1999,
+    "regex words": "cm " * 650,
+    "regex text": r"\text{" * 300,
+    "regex minus": "-" * 1999,
+    "regex commas": "," * 1999,
+    "regex groups": "1,1" * 600,
+    "regex choice": "A, " * 650 + "!",
+    "regex equals": "x=" * 900 + "1",
+    "regex plus minus": r"\pm" * 600,
+    "plus minus in lists": ",".join([r"\pm 1 \pm 2"] * 60),
+    "long sum": BUSY,
+    "integral": r"\int_0^1 \int_0^1 \int_0^1 e^{\sin(x^y)^{\cos z}} dx dy dz",
+    "limit": r"\lim_{x\to 0} \frac{\sin(\tan x)-\tan(\sin x)}{x^{77}}",
+    "deep functions": r"\sin(" * 40 + "x" + ")" * 40 + r"\lfloor 1 \rfloor",
+    "binomial": r"\binom{10^{9}}{5 \cdot 10^{8}} + \lfloor 1 \rfloor",
+    "gcd": r"\gcd(10^{99999}, 6)",
+    "polynomial": r"(x+y+z+w)^{400} \lfloor 1 \rfloor",
+    "empty boxes": r"\boxed{}" * 200,
+    "emoji": "🙂" * 900,
+    "combining marks": "4" + "\u0301" * 1500 + "2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize("gold", ["43", r"\frac{3\sqrt{2}}{4}"])
+def test_hostile_text_is_refused_in_time(name, gold):
+    start = time.monotonic()
+    result = verify.explain_many([(HOSTILE[name], gold)], timeout=0.5)[0]
+    assert result.verdict in (False, None) and result.reason
+    assert time.monotonic() - start < 0.5 + 3.0  # the limit, and room for a slow machine
+    assert not os.path.exists(SENTINEL)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_gold_is_never_confirmed(name):
+    assert verify.explain_many([("43", HOSTILE[name])], timeout=0.5)[0].verdict in (False, None)
+    assert not os.path.exists(SENTINEL)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        r"\boxed{" * 100_000,
+        "{" * 1_000_000,
+        r"\boxed{5}" * 100_000,
+        "\\" * 500_000,
+        r"\boxed" * 100_000,
+    ],
+)
+def test_extraction_is_linear(text):
+    start = time.monotonic()
+    verify.extract_boxed(text)
+    verify.extract_boxed(text, lenient=True)
+    verify.parse_verdict(text)
+    assert time.monotonic() - start < 5.0
+
+
+def test_two_hostile_items_cost_one_limit():
+    """Two workers spend their limit side by side, and everybody else is still answered."""
+    pairs = [
+        (BUSY, "1"),
+        ("5", "5"),
+        (BUSY + "+1", "1"),
+        (r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt2}"),
+    ]
+    start = time.monotonic()
+    results = verify.explain_many(pairs, timeout=2.0)
+    spent = time.monotonic() - start
+    assert [r.verdict for r in results] == [None, True, None, True]
+    assert results[0].reason == "time limit"
+    assert 1.9 < spent < 3.7, spent
+
+
+def test_a_limit_is_cached_but_not_for_a_longer_one():
+    pair = (BUSY + "+2", "1")
+    verify.verify_many([pair], timeout=0.3)
+    start = time.monotonic()
+    assert verify.verify_many([pair], timeout=0.3) == [None]
+    assert time.monotonic() - start < 0.1
+    verify.verify_many([pair], timeout=0.6)
+    assert time.monotonic() - start > 0.55
+
+
+def test_killed_workers_are_replaced():
+    verify.verify_many([(BUSY + "+3", "1"), (BUSY + "+4", "1")], timeout=0.3)
+    assert verify.is_equal(r"\frac{\sqrt5}{5}", r"\frac{1}{\sqrt5}") is True
+    for worker in workers_of(os.getpid()):
+        worker.kill()
+    assert verify.is_equal(r"\frac{\sqrt7}{7}", r"\frac{1}{\sqrt7}") is True
+    assert len(workers_of(os.getpid())) <= verify._pool.size
+
+
+def test_a_worker_that_dies_at_work_gives_none():
+    done = threading.Event()
+
+    def kill_the_busy():
+        while not done.wait(0.5):
+            for worker in workers_of(os.getpid()):
+                if worker.cpu_times().user > 1.0 and any(
+                    w.item is not None for w in verify._pool.workers
+                ):
+                    worker.kill()
+
+    threading.Thread(target=kill_the_busy, daemon=True).start()
+    result = verify.explain_many([(BUSY + "+5", "1")], timeout=60)[0]
+    done.set()
+    assert result.verdict is None and "died" in result.reason
+
+
+def test_memory_limit(monkeypatch):
+    """A worker that wants too much memory is stopped, the parent stays as it is."""
+    before = psutil.Process().memory_info().rss
+    result = verify.explain_many([(r"\operatorname{zeros}(30000,30000)", "43")], timeout=4.0)[0]
+    assert result.verdict in (None, False)
+    assert psutil.Process().memory_info().rss - before < 50 << 20
+
+
+def test_threads_share_the_pool():
+    answers = [None] * 8
+
+    def ask(i):
+        answers[i] = verify.verify_many(
+            [(rf"\frac{{{i + 2}\sqrt3}}{{3}}", rf"\frac{{{i + 2}}}{{\sqrt3}}"), (str(i), "3")]
+        )
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(8)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert answers == [[True, i == 3] for i in range(8)]
+
+
+def _ask_in_child(queue):
+    queue.put(
+        (
+            verify.is_equal(r"\frac{\sqrt{11}}{11}", r"\frac{1}{\sqrt{11}}"),
+            [w.pid for w in workers_of(os.getpid())],
+        )
+    )
+
+
+def test_a_forked_child_has_its_own_pool():
+    before = {w.pid for w in workers_of(os.getpid())}
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    child = context.Process(target=_ask_in_child, args=(queue,))
+    child.start()
+    answer, pids = queue.get(timeout=60)
+    child.join(30)
+    assert answer is True and pids and not before & set(pids)
+    assert gone(pids, within=5.0)
+    assert verify.is_equal(r"\frac{\sqrt{13}}{13}", r"\frac{1}{\sqrt{13}}") is True
+    assert {w.pid for w in workers_of(os.getpid())} == before
+
+
+CHILD = f"""
+import sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import verify
+verify.verify_many([("f(x)", "f(y)"), ("g(x)", "g(y)")], timeout=60)
+if sys.argv[1] != "exit":
+    jobs = [({BUSY!r} + sys.argv[2] * i, "1") for i in (1, 2)] if sys.argv[1] == "busy" else []
+    print("ready", flush=True)
+    verify.verify_many(jobs, timeout=60)
+    threading.Event().wait()
+"""
+
+
+def start_child(mode: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, mode, "+1"], stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("mode", ["idle", "busy"])
+def test_workers_end_when_their_parent_is_killed(mode):
+    child = start_child(mode)
+    assert child.stdout.readline().strip() == "ready"
+    time.sleep(0.5)
+    pids = [w.pid for w in workers_of(child.pid)]
+    assert pids
+    child.kill()
+    child.wait()
+    assert gone(pids, within=5.0)
+
+
+def test_interrupt_ends_the_parent_and_its_workers():
+    child = start_child("busy")
+    assert child.stdout.readline().strip() == "ready"
+    time.sleep(0.5)
+    pids = [w.pid for w in workers_of(child.pid)]
+    child.send_signal(signal.SIGINT)
+    assert child.wait(10) != 0
+    assert pids and gone(pids, within=5.0)
+
+
+def test_normal_exit_leaves_no_worker():
+    child = start_child("exit")
+    pids = []
+    while child.poll() is None:
+        pids = [w.pid for w in workers_of(child.pid)] or pids
+        time.sleep(0.05)
+    assert child.returncode == 0
+    assert pids and gone(pids, within=5.0)
+
+
+def test_import_is_light():
+    code = f"""if True:
+        import sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import verify
+        assert verify.is_equal('1/2', '0.5')
+        print([m for m in ('sympy', 'math_verify', 'mpmath', 'torch', 'numpy') if m in sys.modules])
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+# --------------------------------------------------------------------------- fuzzing
+
+FRAGMENTS = r"""
+    \frac{1}{2} \sqrt { } ( ) [ ] \{ \} ^ _ ! % $ \$ , ; = < \leq \cup \in \pm \infty \pi \text{or}
+    \text{cm} and \begin{pmatrix} & \\ \end{pmatrix} 1 2 42 9^9 0.5 . - + * / x y e i A (B) Yes
+    \left \right \log_ \sin \circ 1,234 | : ½ ² √ ' __ \binom \overline \mathbb{R} \emptyset \boxed{
+    １ million km/h # ~ \lfloor \rfloor \int \sum_{k=1}^{n} \cdot f(x) dx >
+""".split()
+FRAGMENTS += [" ", "\n", "\t", "\0", "\u202e", "\u200b", "\ud800"]
+GOLDS = [
+    "42",
+    r"\frac{1}{2}",
+    "x^2+1",
+    "(1,2)",
+    r"[0,\infty)",
+    "B",
+    "Yes",
+    "3.14",
+    r"1 \pm \sqrt{2}",
+    "5 cm",
+    "x=1, y=2",
+    "2:3",
+]
+
+
+def fuzzed(count: int, seed: int) -> list[tuple[str, str]]:
+    rng = random.Random(seed)
+    strings = []
+    for _ in range(count):
+        kind = rng.random()
+        if kind < 0.7:
+            text = "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 14)))
+        elif kind < 0.9:
+            text = "".join(
+                chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x3000))))
+                for _ in range(rng.randint(1, 40))
+            )
+        else:
+            text = "".join(rng.choices(FRAGMENTS, k=2)) * rng.randint(1, 400)
+        strings.append((text, rng.choice(GOLDS)))
+    return strings
+
+
+def test_twenty_thousand_seeded_strings():
+    """No hang, no crash, no worker more than the pool's, and the parent's memory stays flat."""
+    pairs = fuzzed(20_000, seed=1)
+    process = psutil.Process()
+    verify.verify_many(pairs[:4000], timeout=0.3)
+    before, start = process.memory_info().rss, time.monotonic()
+    for at in range(4000, 20_000, 2000):
+        results = verify.explain_many(pairs[at : at + 2000], timeout=0.3)
+        assert len(results) == 2000
+        assert {r.verdict for r in results} <= {True, False, None}
+    spent = time.monotonic() - start
+    grown = process.memory_info().rss - before
+    print(f"fuzz: 16,000 strings in {spent:.1f} s, parent grew {grown / 2**20:.1f} MiB")
+    assert grown < 60 << 20
+    assert len(workers_of(os.getpid())) <= verify._pool.size
+    for text, _ in pairs[:4000]:
+        verify.extract_boxed(text)
+        verify.parse_verdict(text)
+
+
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(st.text(max_size=200), st.sampled_from(GOLDS))
+def test_any_text(text, gold):
+    assert verify.explain_many([(text, gold)], timeout=0.5)[0].verdict in (True, False, None)
+    verify.extract_boxed(text, lenient=True)
+    verify.parse_verdict(text)
+
+
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+@given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
+def test_every_usable_text_equals_itself(text):
+    """Also through normalisation: with spaces around it and inside a box."""
+    assert verify.is_equal(text, text) in ((True,) if text.strip() else (None, False))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(-(10**9), 10**9), st.integers(-(10**9), 10**9))
+def test_integers_are_equal_only_if_they_are(a, b):
+    assert verify.is_equal(str(a), str(b)) is (a == b)
+    assert verify.is_equal(f"{a:,}", str(a)) is True
+    assert verify.is_equal(rf"\frac{{{a}}}{{7}}", f"{a + 1}/7") is False
