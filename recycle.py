@@ -44,8 +44,7 @@ TASKS: tuple[Task, ...] = (*JUDGE_TASKS, "reflection")
 
 # The released models were trained with this at the end of every question. It is an interface, not a style.
 PROMPT_SUFFIX = (
-    "\nPlease first conduct reasoning, and then answer the question. "
-    "Repeat the final answer using a '\\boxed{}'."
+    "\nPlease first conduct reasoning, and then answer the question. Repeat the final answer using a '\\boxed{}'."
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +426,9 @@ def recycle(
     still = [c for c in waiting if step - c.born <= config.recycle_max_age and c.group.key not in keys]
 
     # Fresh before waiting: a waiting item only fills a gap, so what is judged is on-policy wherever it can be.
-    chosen, surplus = _choose([*fresh, *still], int(config.recycle_ratio * len(groups) + 1e-9), multiple_of, config, rng)
+    chosen, surplus = _choose(
+        [*fresh, *still], int(config.recycle_ratio * len(groups) + 1e-9), multiple_of, config, rng
+    )
     surplus = [c for c in surplus if step + 1 - c.born <= config.recycle_max_age]
     lost = len(fresh) + len(still) - len(chosen) - len(surplus)
 
@@ -512,7 +513,9 @@ def _show(rollouts, forms, control_tokens, rng, taken=frozenset()) -> Shown | No
 
 def _drop_equal_pairs(candidates, equal, skipped) -> list[Candidate]:
     """A pair whose two answers are the same to the verifier has no correct side. One batched call for all pairs."""
-    both_boxed = [c.task == "pairwise" and c.right.answer is not None and c.wrong.answer is not None for c in candidates]
+    both_boxed = [
+        c.task == "pairwise" and c.right.answer is not None and c.wrong.answer is not None for c in candidates
+    ]
     pairs = [(c.wrong.answer, c.right.answer) for c, both in zip(candidates, both_boxed, strict=True) if both]
     verdicts = iter(equal(pairs) if pairs else [])
     kept = [c for c, both in zip(candidates, both_boxed, strict=True) if not both or next(verdicts) is False]

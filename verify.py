@@ -129,9 +129,7 @@ _VERDICT = re.compile(
     r"[(\[]?\s*(yes|no|a|b)\s*[)\]]?",
     re.IGNORECASE,
 )
-_TEXT = (
-    r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|md|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox)"
-)
+_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|sc|normal|md|up)?|mathrm|mathbf|mathit|mathsf|mathtt|mbox|hbox)"
 
 
 def parse_verdict(text: str) -> str | None:
@@ -173,9 +171,7 @@ _UNICODE_TABLE = str.maketrans(_UNICODE)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ", "0123456789+-()n")
 _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 
-_FUNCTIONS = (
-    "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|ln|lg|log|exp|sqrt|abs|gcd|lcm"
-)
+_FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|sec|csc|cot|ln|lg|log|exp|sqrt|abs|gcd|lcm"
 # One pass each, in this order. Spacing first: `\,` may be a thousands separator or nothing.
 _LATEX_REWRITES = [
     (re.compile(pattern), replacement)
@@ -250,9 +246,7 @@ def _clean(text: str) -> str:
     """One spelling for one thing: Unicode to LaTeX, synonyms to one command, decoration away."""
     text = text.translate(_ZERO_WIDTH)
     if not text.isascii():
-        text = re.sub(
-            r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text
-        )
+        text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
         text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
         text = re.sub(
             r"[¼-¾⅐-⅞]",
@@ -284,9 +278,7 @@ def _clean(text: str) -> str:
     for pattern, replacement in _PLAIN_REWRITES:
         text = pattern.sub(replacement, text)
     text = _strip_braces(text.strip())
-    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and _closing(text, box.end()) == len(
-        text
-    ) - 1:
+    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and _closing(text, box.end()) == len(text) - 1:
         text = text[box.end() + 1 : -1].strip()
     text = re.sub(
         r"^(?:the )?(?:final )?answer(?: is\b|\s*:)\s*:?\s*|^\\approx|^\\therefore",
@@ -556,9 +548,7 @@ class _Calculator:
             if "." not in token or not digits.isdigit():
                 raise _Unreadable("overline")
             shift = 10 ** len(token.partition(".")[2])
-            return Fraction(token.rstrip(".")) + Fraction(
-                int(digits), (10 ** len(digits) - 1) * shift
-            )
+            return Fraction(token.rstrip(".")) + Fraction(int(digits), (10 ** len(digits) - 1) * shift)
         return Fraction(token.rstrip("."))
 
     def primary(self):
@@ -572,9 +562,7 @@ class _Calculator:
         if token == "|":
             value = self.sum()
             self.take("|")
-            return (
-                abs(value) if isinstance(value, Fraction) else self.lift(Fraction(0)) + abs(value)
-            )
+            return abs(value) if isinstance(value, Fraction) else self.lift(Fraction(0)) + abs(value)
         if token == r"\frac":
             a, b = self.both(self.argument(), self.argument())
             return a / b
@@ -583,10 +571,7 @@ class _Calculator:
             return self.root(self.argument(), degree)
         if token in (r"\binom", r"\dbinom", r"\tbinom"):
             n, k = self.argument(), self.argument()
-            if (
-                not (isinstance(n, Fraction) and isinstance(k, Fraction))
-                or n.denominator * k.denominator != 1
-            ):
+            if not (isinstance(n, Fraction) and isinstance(k, Fraction)) or n.denominator * k.denominator != 1:
                 raise _Unreadable("binomial")
             if not 0 <= k <= n <= 1000:
                 raise _TooBig("binomial")
@@ -659,11 +644,7 @@ class _Calculator:
             while (
                 (token := self.peek())
                 and token not in _STOP
-                and not (
-                    token[0] == "\\"
-                    and token[1:2].isalpha()
-                    and re.fullmatch(_FUNCTIONS, token[1:])
-                )
+                and not (token[0] == "\\" and token[1:2].isalpha() and re.fullmatch(_FUNCTIONS, token[1:]))
             ):
                 a, b = self.both(x, self.power())
                 x = a * b
@@ -682,9 +663,7 @@ class _Calculator:
             else:
                 value = getattr(
                     m,
-                    _INVERSES.get(name.removeprefix("arc"), name)
-                    if name.startswith("arc")
-                    else name,
+                    _INVERSES.get(name.removeprefix("arc"), name) if name.startswith("arc") else name,
                 )(x)
         return value if power is None else self.raised(value, power)
 
@@ -775,9 +754,7 @@ def _all(verdicts) -> bool | None:
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
-_THOUSANDS = re.compile(
-    r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d ])"
-)
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])|(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d ])")
 
 
 def _compare_scalars(pred: str, gold: str, m=cmath) -> bool | None:
@@ -816,11 +793,7 @@ def _rounds_to(value, target: Fraction, decimals: str, gold: str, pred: str) -> 
             return False
         value = Fraction(value.real)
     half = Fraction(1, 2 * 10**places)
-    return (
-        target - half <= value < target + half
-        if target > 0
-        else target - half < value <= target + half
-    )
+    return target - half <= value < target + half if target > 0 else target - half < value <= target + half
 
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")
@@ -868,9 +841,7 @@ _NOT_UNITS = set(
     inverse below above negative
     """.split()
 )
-_UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys(
-    "cubic cu cu. cubed".split(), "3"
-)
+_UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys("cubic cu cu. cubed".split(), "3")
 _DIMENSIONS = {"old", "tall", "long", "wide", "high", "deep", "away", "apart", "total", "in total"}
 _UNIT_TAIL = re.compile(
     r"(?:\\text\{\s*(?P<text>[^{}]*)\}|(?:(?<=[\d\s}])|(?<=\\pi))(?P<bare>[A-Za-z][A-Za-z./ ]*))"
@@ -880,9 +851,7 @@ _UNIT_TAIL = re.compile(
 
 def _unit_name(text: str, power: str | None) -> str | None:
     """One canonical name for a unit ("square centimeters" -> cm^2); None if these are no units."""
-    words = [
-        w for w in text.replace("/", " / ").replace(" per ", " / ").split() if w not in _DIMENSIONS
-    ]
+    words = [w for w in text.replace("/", " / ").replace(" per ", " / ").split() if w not in _DIMENSIONS]
     names = []
     for word in words[:8]:
         if word.lower() in _UNIT_POWERS:
@@ -937,11 +906,7 @@ def _split_unit(text: str) -> tuple[str, str]:
         tail["text"] if tail["text"] is not None else tail["bare"],
     )
     name = name.strip()
-    if (
-        not body
-        or body[-1] in "+-*/^=(_"
-        or (re.search(r"\\[A-Za-z]+$", body) and not body.endswith(r"\pi"))
-    ):
+    if not body or body[-1] in "+-*/^=(_" or (re.search(r"\\[A-Za-z]+$", body) and not body.endswith(r"\pi")):
         return text, unit
     if tail["text"] is None:  # a bare word: only if it cannot be a product of variables
         spaced = text[tail.start() - 1] == " "
@@ -954,8 +919,7 @@ def _split_unit(text: str) -> tuple[str, str]:
             )
             alone = word == name or "/" in name
             if word != "/" and not (
-                (known and (spaced and alone if len(word) == 1 else True))
-                or (spaced and len(word) > 2)
+                (known and (spaced and alone if len(word) == 1 else True)) or (spaced and len(word) > 2)
             ):
                 return text, unit
     if (scale := name.split(" ")[0].lower()) in _SCALES and not tail["power"]:
@@ -973,18 +937,11 @@ def _same_quantity(pred: str, gold: str, scalar) -> bool | None:
     if pred_unit and gold_unit and pred_unit != gold_unit:
         return False
     pred_body, gold_body = (_plain_number(body) for body in (pred_body, gold_body))
-    based = [
-        re.fullmatch(r"\(?([0-9A-Fa-f]+)\)?_\{?(\d+)\}?", body) for body in (pred_body, gold_body)
-    ]
+    based = [re.fullmatch(r"\(?([0-9A-Fa-f]+)\)?_\{?(\d+)\}?", body) for body in (pred_body, gold_body)]
     if any(based):  # 1011_2: digits and base, the base may be left out
-        digits = [
-            b[1].upper() if b else body.upper()
-            for b, body in zip(based, (pred_body, gold_body), strict=True)
-        ]
+        digits = [b[1].upper() if b else body.upper() for b, body in zip(based, (pred_body, gold_body), strict=True)]
         bases = [b[2] if b else None for b in based]
-        return digits[0] == digits[1] and (
-            bases[0] == bases[1] or bases in ([None, bases[1]], ["10", None])
-        )
+        return digits[0] == digits[1] and (bases[0] == bases[1] or bases in ([None, bases[1]], ["10", None]))
     if _WORD.search(_unwrap_text(pred_body)) or _WORD.search(_unwrap_text(gold_body)):
         return _words(pred) == _words(gold)
     if pred_unit == "percent" or gold_unit == "percent":
@@ -1056,17 +1013,9 @@ def _structure(text: str) -> tuple[str, list]:
     if matrix and matrix[1] not in ("vmatrix", "Vmatrix") and r"\begin" not in matrix[2]:
         rows = [[c.strip() for c in row.split("&")] for row in matrix[2].split(_ROW) if row.strip()]
         return "matrix", rows
-    opening = (
-        text[:2] if text[:2] == r"\{" else r"\langle" if text.startswith(r"\langle") else text[:1]
-    )
+    opening = text[:2] if text[:2] == r"\{" else r"\langle" if text.startswith(r"\langle") else text[:1]
     if opening in _OPEN and _closing(text, 0) == len(text) - 1:
-        closing = (
-            text[-2:]
-            if text.endswith(r"\}")
-            else r"\rangle"
-            if text.endswith(r"\rangle")
-            else text[-1]
-        )
+        closing = text[-2:] if text.endswith(r"\}") else r"\rangle" if text.endswith(r"\rangle") else text[-1]
         inner = text[len(opening) : -len(closing)].strip()
         parts = [p for p in _split(inner, {",", ";"})[0] if p]
         if len(parts) > MAX_ITEMS:
@@ -1077,11 +1026,7 @@ def _structure(text: str) -> tuple[str, list]:
                 return _structure(builder[2])
             named = any(_structure(p)[0] == "relation" for p in parts)
             return "list" if named else "set", [q for p in parts for q in _plus_minus(p)]
-        if (
-            opening == closing == ""
-            or {opening, closing} <= {"(", ")", "[", "]"}
-            or opening == r"\langle"
-        ):
+        if opening == closing == "" or {opening, closing} <= {"(", ")", "[", "]"} or opening == r"\langle":
             if len(parts) == 1 and opening + closing in ("()", "[]"):
                 return _structure(inner)
             square = opening + closing == "[]" and len(parts) > 2  # no interval
@@ -1094,12 +1039,7 @@ def _structure(text: str) -> tuple[str, list]:
 def _intersection(first: str, second: str) -> tuple[str, list] | None:
     """The interval that `x > 2 and x < 5` leaves, as the relation 2 < x < 5."""
     bounds = [_pieces(*_structure(part)) for part in (first, second)]
-    if (
-        not all(bounds)
-        or bounds[0][0] is None
-        or bounds[0][0] != bounds[1][0]
-        or len(bounds[0][1] + bounds[1][1]) > 2
-    ):
+    if not all(bounds) or bounds[0][0] is None or bounds[0][0] != bounds[1][0] or len(bounds[0][1] + bounds[1][1]) > 2:
         return None
     low, high = sorted((b[1][0] for b in bounds), key=lambda piece: piece.startswith(r"(-\infty"))
     if not low.endswith(r",\infty)") or not high.startswith(r"(-\infty,"):
@@ -1119,8 +1059,7 @@ def _plus_minus(text: str) -> list[str]:
     if not _PLUS_MINUS.search(text):
         return [text]
     upper, lower = (
-        _PLUS_MINUS.sub(lambda m, s=s: s[m[0]], text)
-        for s in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
+        _PLUS_MINUS.sub(lambda m, s=s: s[m[0]], text) for s in ({r"\pm": "+", r"\mp": "-"}, {r"\pm": "-", r"\mp": "+"})
     )
     return [re.sub(r"(^|[=(,])\s*\+", r"\1", upper), lower]
 
@@ -1142,18 +1081,14 @@ def _same(pred: str, gold: str, scalar) -> bool | None:
     ):
         return _unordered(pieces[0][1], pieces[1][1], scalar)
     if "list" in kinds and (
-        assigned := [
-            _assignments(k, p) for k, p in ((pred_kind, pred_parts), (gold_kind, gold_parts))
-        ]
+        assigned := [_assignments(k, p) for k, p in ((pred_kind, pred_parts), (gold_kind, gold_parts))]
     ) != [None, None]:
         return _same_assignments(assigned, (pred_kind, pred_parts), (gold_kind, gold_parts), scalar)
     if "relation" in kinds:
         return _same_relations(pred_kind, pred_parts, gold_kind, gold_parts, pred, gold, scalar)
     if (kinds <= {"list", "set"} and "list" in kinds) or kinds == {"set"}:
         if kinds == {"set"}:
-            pred_parts, gold_parts = (
-                list(dict.fromkeys(map(_squeeze, p))) for p in (pred_parts, gold_parts)
-            )
+            pred_parts, gold_parts = (list(dict.fromkeys(map(_squeeze, p))) for p in (pred_parts, gold_parts))
         return _unordered(pred_parts, gold_parts, scalar)
     if kinds == {"union"}:
         return _unordered(pred_parts, gold_parts, scalar)
@@ -1170,18 +1105,13 @@ def _same(pred: str, gold: str, scalar) -> bool | None:
         if any(len(r) != 1 for r in rows):
             return False
         flat = [r[0] for r in rows]
-        return _ordered(
-            *((flat, gold_parts) if pred_kind == "matrix" else (pred_parts, flat)), scalar
-        )
+        return _ordered(*((flat, gold_parts) if pred_kind == "matrix" else (pred_parts, flat)), scalar)
     if (kinds <= {"()", "[]", "[)", "(]"} and len(kinds) == 1) or kinds == {"()", "list"}:
         return _ordered(pred_parts, gold_parts, scalar)
     if kinds == {"set", "scalar"}:
         single = pred_parts if pred_kind == "set" else gold_parts
         if not single:
-            return (
-                _words(pred if pred_kind == "scalar" else gold).replace(" ", "").strip("\\")
-                in _EMPTY
-            )
+            return _words(pred if pred_kind == "scalar" else gold).replace(" ", "").strip("\\") in _EMPTY
         return len(single) == 1 and _same(pred_parts[0], gold_parts[0], scalar)
     if kinds == {"scalar"}:
         return _same_text_or_quantity(pred_parts[0], gold_parts[0], scalar)
@@ -1309,9 +1239,7 @@ def _same_assignments(assigned, pred, gold, scalar) -> bool | None:
     return kind in ("()", "list") and _ordered(*both, scalar)
 
 
-def _same_relations(
-    pred_kind, pred_parts, gold_kind, gold_parts, pred, gold, scalar
-) -> bool | None:
+def _same_relations(pred_kind, pred_parts, gold_kind, gold_parts, pred, gold, scalar) -> bool | None:
     """Equations and inequalities; `x = 5` may answer for 5, `2x = 10` may not answer for 10."""
     if gold_kind == "relation" and pred_kind == "relation":
         (p, p_signs), (g, g_signs) = pred_parts, gold_parts
@@ -1325,18 +1253,10 @@ def _same_relations(
             verdict = _ordered(p, g, scalar)
             if verdict is True or len(g) > 2:
                 return verdict
-        if (
-            len(p) == 2
-            and [_FLIP.get(s) for s in p_signs] == g_signs
-            and _ordered(p[::-1], g, scalar)
-        ):
+        if len(p) == 2 and [_FLIP.get(s) for s in p_signs] == g_signs and _ordered(p[::-1], g, scalar):
             return True
         if len(p) != 2 or len(g) != 2:
-            if (
-                _SYMBOL.fullmatch(p[0])
-                and _SYMBOL.fullmatch(g[0])
-                and _squeeze(p[0]) != _squeeze(g[0])
-            ):
+            if _SYMBOL.fullmatch(p[0]) and _SYMBOL.fullmatch(g[0]) and _squeeze(p[0]) != _squeeze(g[0]):
                 return False
             p, g = _values_of(p, p_signs), _values_of(g, g_signs)
             return bool(p and g) and _all(_same(x, g[-1], scalar) for x in p)
@@ -1344,11 +1264,7 @@ def _same_relations(
             return False
         if any(_WORD.search(_unwrap_text(s)) for s in p + g):
             return _function_forms(p, g) and _same(p[1], g[1], scalar)
-        if (
-            p_signs == g_signs == ["="]
-            and _function_forms(p, g)
-            and (same := _same(p[1], g[1], scalar)) is not False
-        ):
+        if p_signs == g_signs == ["="] and _function_forms(p, g) and (same := _same(p[1], g[1], scalar)) is not False:
             return same
         return scalar(f"\0{p_signs[0]}\0{p[0]}\0{p[1]}", f"\0{g_signs[0]}\0{g[0]}\0{g[1]}")
     if gold_kind == "relation":
@@ -1382,9 +1298,7 @@ def _values_of(sides: list[str], signs: list[str]) -> list[str]:
         return sides[1:]
     if names[-1]:
         return sides[:-1]
-    return (
-        sides if all(not re.search(r"[A-Za-z]", _COMMAND_WORDS.sub("", s)) for s in sides) else []
-    )
+    return sides if all(not re.search(r"[A-Za-z]", _COMMAND_WORDS.sub("", s)) for s in sides) else []
 
 
 def _function_forms(p: list[str], g: list[str]) -> bool:
@@ -1422,9 +1336,7 @@ def _compare_leaves(pred: str, gold: str, m=cmath) -> bool | None:
     return _same_values(ratios, [ratios[0]] * len(ratios), m)
 
 
-_CHOICE_GOLD = re.compile(
-    r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|([A-Z])\s*[.:)]\s*(\S.*)", re.DOTALL
-)
+_CHOICE_GOLD = re.compile(r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|([A-Z])\s*[.:)]\s*(\S.*)", re.DOTALL)
 _CHOICE_PRED = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b)?\s*:?\s*)?"
     r"[(\[]?\s*([A-Z])\s*(?:[)\].:]+\s*(.*)|$)",
@@ -1437,15 +1349,10 @@ def _same_choice(pred: str, gold: str, scalar) -> bool | None:
     pred, gold = (" ".join(_unwrap_text(t).split()) for t in (pred, gold))
     found = _CHOICE_GOLD.fullmatch(gold)
     if not found:
-        if not all(
-            re.fullmatch(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*", t)
-            for t in (gold, pred)
-        ):
+        if not all(re.fullmatch(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*", t) for t in (gold, pred)):
             return None
         several = [re.findall("[A-H]", t) for t in (gold, pred)]  # ACD, or A, C and D
-        return several[0] == several[1] or (
-            pred != "".join(several[1]) and several[0] == sorted(several[1])
-        )
+        return several[0] == several[1] or (pred != "".join(several[1]) and several[0] == sorted(several[1]))
     letter, content = found[1] or found[2] or found[4], found[3] or found[5]
     chosen = _CHOICE_PRED.fullmatch(pred)
     if chosen and (chosen[1].isupper() or not chosen[2]):
@@ -1463,22 +1370,14 @@ _RATIO = re.compile(r"\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+")
 
 def _same_text_or_quantity(pred: str, gold: str, scalar) -> bool | None:
     """Two scalars: words, ratios and times, or numbers and expressions with units."""
-    plain_pred, plain_gold = (
-        re.sub(r"\s*\\text\{\s*to\s*\}\s*|(?<=\d) to (?=\d)", ":", t) for t in (pred, gold)
-    )
+    plain_pred, plain_gold = (re.sub(r"\s*\\text\{\s*to\s*\}\s*|(?<=\d) to (?=\d)", ":", t) for t in (pred, gold))
     ratios = [_RATIO.match(t) for t in (plain_pred, plain_gold)]
     if all(ratios) and (ratios[0].end(), ratios[1].end()) != (0, 0):
         p, g = ([Fraction(n) for n in r[0].split(":")] for r in ratios)
         p_unit, g_unit = (
-            _unit_name(_unwrap_text(t[r.end() :]), None)
-            for t, r in zip((plain_pred, plain_gold), ratios, strict=True)
+            _unit_name(_unwrap_text(t[r.end() :]), None) for t, r in zip((plain_pred, plain_gold), ratios, strict=True)
         )
-        if (
-            len(p) != len(g)
-            or p_unit is None
-            or g_unit is None
-            or (p_unit and g_unit and p_unit != g_unit)
-        ):
+        if len(p) != len(g) or p_unit is None or g_unit is None or (p_unit and g_unit and p_unit != g_unit):
             return False
         if p == g:
             return True
@@ -1505,11 +1404,7 @@ def _same_text_or_quantity(pred: str, gold: str, scalar) -> bool | None:
 
 def _symbols(text: str) -> str:
     """The characters that `_words` drops and that carry meaning in an expression."""
-    return (
-        re.sub(r"[\w\s.,;:!?'\"(){}\[\]$]|\\text", "", text)
-        if _WORD.search(_unwrap_text(text))
-        else text
-    )
+    return re.sub(r"[\w\s.,;:!?'\"(){}\[\]$]|\\text", "", text) if _WORD.search(_unwrap_text(text)) else text
 
 
 def _usable(gold) -> bool:
@@ -1532,12 +1427,9 @@ def _decide(pred: str | None, gold: str, scalar=_compare_leaves) -> Result:
     if _PLAIN_NUMBER.fullmatch(pred) and _PLAIN_NUMBER.fullmatch(gold):
         a, b = Fraction(pred), Fraction(gold)
         decimal = _DECIMAL.fullmatch(gold)
-        return Result(
-            a == b or bool(decimal and _rounds_to(a, b, decimal[1], gold, pred)), "numbers"
-        )
+        return Result(a == b or bool(decimal and _rounds_to(a, b, decimal[1], gold, pred)), "numbers")
     if any(
-        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in "\t\n\r"
-        for c in pred.translate(_ZERO_WIDTH)
+        unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in "\t\n\r" for c in pred.translate(_ZERO_WIDTH)
     ):
         return Result(False, "control characters")
     try:
@@ -1563,9 +1455,7 @@ def _decide(pred: str | None, gold: str, scalar=_compare_leaves) -> Result:
 
 # --------------------------------------------------------------------------- the worker
 
-_TOWERS = re.compile(
-    r"\^\s*[{(]*\s*\d+\s*[})]*\s*\^|\^\s*[{(]*\s*-?\d{4,}|\d{4,}\s*[})]*\s*!|!\s*[)}]*\s*!|\d{400}"
-)
+_TOWERS = re.compile(r"\^\s*[{(]*\s*\d+\s*[})]*\s*\^|\^\s*[{(]*\s*-?\d{4,}|\d{4,}\s*[})]*\s*!|!\s*[)}]*\s*!|\d{400}")
 _VETTED = re.compile(r"[\w\s+\-*/^=<>()\[\]{}|\\.,:;!&%'~]*", re.ASCII)
 
 
@@ -1584,9 +1474,7 @@ def _math_verify(pred: str, gold: str) -> bool:
     from math_verify import verify
     from sympy import Basic, MatrixBase
 
-    config = NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none"
-    )
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
     parsed = []
     for text in (gold, pred):
         if text.startswith("\0"):
@@ -1635,9 +1523,7 @@ def _worker_main() -> None:
     import mpmath  # noqa: F401
 
     logging.disable(logging.CRITICAL)
-    _math_verify(
-        r"\int_0^1 x^2 dx", r"\lfloor x \rfloor"
-    )  # sympy imports much of itself on first use
+    _math_verify(r"\int_0^1 x^2 dx", r"\lfloor x \rfloor")  # sympy imports much of itself on first use
     try:
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
     except (ValueError, OSError) as error:  # macOS has no such limit
@@ -1740,9 +1626,7 @@ class _Pool:
         self.workers: list[_Worker] = []
         self.lock = threading.Lock()
         self.failed_starts = 0
-        self.size = max(
-            2, min(4, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-        )
+        self.size = max(2, min(4, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
     def run(self, jobs: list[tuple[str, str]], limit: float) -> list[Result]:
         """Results of `jobs` in order; each is given `limit` seconds in its worker."""
@@ -1795,9 +1679,7 @@ class _Pool:
                 self._discard(worker)
                 self.failed_starts += 1
                 if self.failed_starts >= 3:
-                    raise RuntimeError(
-                        "verify: no worker starts (see stderr); is math-verify installed?"
-                    )
+                    raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
             elif message is None:
                 started = worker.deadline - GRACE - limit
                 if time.monotonic() - started < EARLY:
@@ -1811,9 +1693,7 @@ class _Pool:
                 results[worker.item] = Result(message["verdict"], message["reason"])
                 worker.item = None
         now = time.monotonic()
-        for worker in [
-            w for w in self.workers if now > w.deadline and (w.item is not None or not w.ready)
-        ]:
+        for worker in [w for w in self.workers if now > w.deadline and (w.item is not None or not w.ready)]:
             if worker.item is not None:
                 results[worker.item] = Result(None, "time limit")
             self._discard(worker)
@@ -2013,8 +1893,7 @@ def spark_reward(prompts, completions, task=None, solution=None, label=None, **c
             rewards[i] = value
     if unknown := set(task) - {"policy", "reflection", "pointwise", "pairwise"}:
         raise ValueError(
-            f"unknown task {sorted(map(str, unknown))}, "
-            "expected policy, reflection, pointwise or pairwise"
+            f"unknown task {sorted(map(str, unknown))}, expected policy, reflection, pointwise or pairwise"
         )
     return rewards
 

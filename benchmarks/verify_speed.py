@@ -113,11 +113,7 @@ def theirs(rows) -> tuple[list, float]:
     from math_verify import LatexExtractionConfig, StringExtractionConfig, parse
     from math_verify import verify as math_verify
 
-    latex = [
-        LatexExtractionConfig(
-            boxed_match_priority=0, normalization_config=NormalizationConfig(units=True)
-        )
-    ]
+    latex = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=NormalizationConfig(units=True))]
     letters = [StringExtractionConfig(strings=("A", "B", "C", "D", "E"))]
     completions = [rf"We compute. The answer is $\boxed{{{pred}}}$." for _, pred, _ in rows]
     parse("$1$"), math_verify(parse(r"$\sqrt{2}$"), parse("$x$"))  # its imports are not counted
@@ -131,13 +127,9 @@ def theirs(rows) -> tuple[list, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--output", default=str(ROOT / "benchmarks" / "results" / "verify_speed.json")
-    )
+    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "verify_speed.json"))
     args = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -176,9 +168,7 @@ def main() -> None:
             f"{len(differ)} verdicts differ, "
             f"two hostile items add {run['seconds_added_by_two_hostile_items']:.2f} s"
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     record = {
         "command": " ".join(["python", "benchmarks/verify_speed.py", *sys.argv[1:]]),
         "commit": commit.stdout.strip() or None,

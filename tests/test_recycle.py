@@ -38,7 +38,8 @@ def group(key, outcomes, seed=0, question=None):
     """A group of rollouts from (answer or None, correct) pairs; each shows its reasoning."""
     rng = random.Random(f"{key}/{seed}")
     rollouts = tuple(
-        Rollout(f"step {rng.randrange(10**6)}" + (f" \\boxed{{{a}}}" if a is not None else ""), a, c) for a, c in outcomes
+        Rollout(f"step {rng.randrange(10**6)}" + (f" \\boxed{{{a}}}" if a is not None else ""), a, c)
+        for a, c in outcomes
     )
     text = (question or f"Question {key}?") + PROMPT_SUFFIX
     return Group(str(key), [{"role": "user", "content": text}], rollouts, row={"solution": GOLD})
@@ -238,11 +239,13 @@ def test_a_rollout_cannot_leave_its_quote(attack, source):
             text = text_of(item)
             for token in (*CONTROL, "<image>", "<start_of_turn>", "[/INST]", "</s>"):
                 assert token not in text
-            opened = re.findall(r"<\s*(/?)\s*response(_[ab])?", text, re.IGNORECASE)
-            tags = re.findall(r"<(/?)response(_[ab])?>", text)
-            quotes = 2 if item.task == "pairwise" else 1
-            assert len(tags) == 2 * quotes
-            assert sorted(tags) == sorted(t for t in tags if t in opened)
+            tags = re.findall(r"<\s*/?\s*response\w*\s*>", text, re.IGNORECASE)
+            ours = {
+                True: ["<response_a>", "</response_a>", "<response_b>", "</response_b>"],
+                False: ["<response>", "</response>"],
+            }[item.task == "pairwise"]
+            # A broken-up mark ("< /response>") is text; whole ones are ours, each once.
+            assert [t for t in tags if re.fullmatch(r"</?response(_[ab])?>", t)] == ours
 
 
 @given(st.text(alphabet="<|>/imendsrp _ab", max_size=60))
@@ -287,9 +290,11 @@ def test_prompt_text_is_a_contract():
     assert by_task["pairwise"].prompt[0] == prompt[0]
     assert by_task["pairwise"].prompt[1]["content"][0] == {"type": "image"}
     pair = by_task["pairwise"].prompt[1]["content"][1]["text"]
-    a, b = (("2", "3") if by_task["pairwise"].label == "A" else ("3", "2"))
-    quotes = f"<response_a>\n1+1={a}. \\boxed{{{a}}}\n</response_a>\n<response_b>\n1+1={b}. \\boxed{{{b}}}\n</response_b>"
-    assert pair in {f"What is 1+1?\n\n{t.replace('{first}', quotes.split('</response_a>')[0] + '</response_a>').replace('{second}', '<response_b>' + quotes.split('<response_b>')[1])}" for t in PAIRWISE}  # noqa: E501
+    a, b = ("2", "3") if by_task["pairwise"].label == "A" else ("3", "2")
+    first = f"<response_a>\n1+1={a}. \\boxed{{{a}}}\n</response_a>"
+    second = f"<response_b>\n1+1={b}. \\boxed{{{b}}}\n</response_b>"
+    filled = {t.replace("{first}", first).replace("{second}", second) for t in PAIRWISE}
+    assert pair in {f"What is 1+1?\n\n{text}" for text in filled}
     again = by_task["reflection"].prompt[1]["content"][1]["text"]
     shown = "<response>\n1+1=3. \\boxed{3}\n</response>"
     assert again in {f"What is 1+1?\n\n{t.replace('{response}', shown)}" for t in REFLECT_ON_COT}

@@ -90,9 +90,7 @@ FORMS = [
 def test_decorated_verdicts(verdict, form):
     for word in (verdict, verdict.lower(), verdict.upper()):
         assert verify.parse_verdict(form.format(word)) == verdict
-        assert (
-            verify.parse_verdict(rf"I think so. Final: \boxed{{{form.format(word)}}} .") == verdict
-        )
+        assert verify.parse_verdict(rf"I think so. Final: \boxed{{{form.format(word)}}} .") == verdict
 
 
 @pytest.mark.parametrize(
@@ -137,15 +135,11 @@ def test_the_last_box_is_the_verdict():
 def test_labelled_pairs():
     """The rates of issue 3: false positives at most 0.5 %, false negatives at most 3 %."""
     results = verify.explain_many([(row["pred"], row["gold"]) for row in PAIRS], timeout=20)
-    wrong = [
-        (row, r) for row, r in zip(PAIRS, results, strict=True) if r.verdict is not row["equal"]
-    ]
+    wrong = [(row, r) for row, r in zip(PAIRS, results, strict=True) if r.verdict is not row["equal"]]
     positives = sum(row["equal"] for row in PAIRS)
     false_positives = sum(not row["equal"] for row, _ in wrong) / (len(PAIRS) - positives)
     false_negatives = sum(row["equal"] for row, _ in wrong) / positives
-    print(
-        f"{len(PAIRS)} pairs: {false_positives:.2%} false positives, {false_negatives:.2%} missed"
-    )
+    print(f"{len(PAIRS)} pairs: {false_positives:.2%} false positives, {false_negatives:.2%} missed")
     for row, result in wrong:
         print(row, result)
     assert len(PAIRS) >= 400 and min(positives, len(PAIRS) - positives) > 200
@@ -155,9 +149,7 @@ def test_labelled_pairs():
 
 
 def test_most_pairs_never_reach_a_worker():
-    results = [
-        verify._decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)
-    ]
+    results = [verify._decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)]
     assert sum(r.reason == "open" for r in results) < 0.15 * len(results)
 
 
@@ -203,9 +195,7 @@ def test_tolerance_is_the_golds_own(pred, gold, equal):
     assert verify.is_equal(pred, gold) is equal
 
 
-@pytest.mark.parametrize(
-    "gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"]
-)
+@pytest.mark.parametrize("gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"])
 def test_unusable_gold_is_none(gold):
     assert verify.is_equal("5", gold) is None
     assert verify.is_equal(None, gold) is None
@@ -228,9 +218,7 @@ def test_a_batch_keeps_its_order():
     random.Random(0).shuffle(rows)
     batch = [(row["pred"], row["gold"]) for row in rows[:300]]
     assert verify.verify_many(batch, timeout=20) == [verify.is_equal(*pair) for pair in batch]
-    assert (
-        verify.verify_many(batch + batch, timeout=20) == verify.verify_many(batch, timeout=20) * 2
-    )
+    assert verify.verify_many(batch + batch, timeout=20) == verify.verify_many(batch, timeout=20) * 2
     assert verify.verify_many([]) == []
 
 
@@ -257,9 +245,12 @@ def chat(text):
 @pytest.mark.parametrize("wrap", [str, chat])
 def test_answer_reward(wrap):
     completions = [wrap(r"so \boxed{42}"), wrap("so 42"), wrap(r"\boxed{41}"), wrap(r"\boxed{42}")]
-    assert verify.answer_reward(
-        ["q"] * 4, completions, solution=["42", "42", "42", None], extra=[1] * 4
-    ) == [1.0, 0.0, 0.0, None]
+    assert verify.answer_reward(["q"] * 4, completions, solution=["42", "42", "42", None], extra=[1] * 4) == [
+        1.0,
+        0.0,
+        0.0,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("wrap", [str, chat])
@@ -308,8 +299,6 @@ def test_unscorable_golds_are_logged_once_with_their_text(caplog):
     gold = r"\boxed{}"
     with caplog.at_level(logging.WARNING, logger="verify"):
         for _ in range(3):
-            assert verify.answer_reward(
-                ["q", "q"], [r"\boxed{7}", r"\boxed{7}"], solution=["7", gold]
-            ) == [1.0, None]
+            assert verify.answer_reward(["q", "q"], [r"\boxed{7}", r"\boxed{7}"], solution=["7", gold]) == [1.0, None]
     records = [r.getMessage() for r in caplog.records if repr(gold) in r.getMessage()]
     assert len(records) == 1 and "row 1" in records[0]

@@ -37,10 +37,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
 def gone(pids: list[int], within: float) -> bool:
     end = time.monotonic() + within
     while time.monotonic() < end:
-        if not any(
-            psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE
-            for p in pids
-        ):
+        if not any(psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE for p in pids):
             return True
         time.sleep(0.05)
     return False
@@ -196,9 +193,7 @@ def test_a_worker_that_dies_at_work_gives_none():
     def kill_the_busy():
         while not done.wait(0.5):
             for worker in workers_of(os.getpid()):
-                if worker.cpu_times().user > 1.0 and any(
-                    w.item is not None for w in verify._pool.workers
-                ):
+                if worker.cpu_times().user > 1.0 and any(w.item is not None for w in verify._pool.workers):
                     worker.kill()
 
     threading.Thread(target=kill_the_busy, daemon=True).start()
@@ -266,9 +261,7 @@ if sys.argv[1] != "exit":
 
 
 def start_child(mode: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, mode, "+1"], stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([sys.executable, "-c", CHILD, mode, "+1"], stdout=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("mode", ["idle", "busy"])
@@ -349,8 +342,7 @@ def fuzzed(count: int, seed: int) -> list[tuple[str, str]]:
             text = "".join(rng.choices(FRAGMENTS, k=rng.randint(1, 14)))
         elif kind < 0.9:
             text = "".join(
-                chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x3000))))
-                for _ in range(rng.randint(1, 40))
+                chr(rng.choice((rng.randrange(32, 127), rng.randrange(0x3000)))) for _ in range(rng.randint(1, 40))
             )
         else:
             text = "".join(rng.choices(FRAGMENTS, k=2)) * rng.randint(1, 400)
@@ -378,9 +370,7 @@ def test_twenty_thousand_seeded_strings():
         verify.parse_verdict(text)
 
 
-@settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=200), st.sampled_from(GOLDS))
 def test_any_text(text, gold):
     assert verify.explain_many([(text, gold)], timeout=0.5)[0].verdict in (True, False, None)
@@ -388,9 +378,7 @@ def test_any_text(text, gold):
     verify.parse_verdict(text)
 
 
-@settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
 def test_every_usable_text_equals_itself(text):
     """Also through normalisation: with spaces around it and inside a box."""

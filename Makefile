@@ -1,0 +1,64 @@
+# make demo    set-up, then SPARK on handwritten digits: measured, trained, measured again, report (no GPU)
+# make test    set-up, lint, the whole test suite
+# make lint    ruff: format and rules
+# make clean   remove runs and caches (not the virtual environment)
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-base.txt)
+TORCHVISION := torchvision==0.28.0
+
+.PHONY: demo test lint format clean setup
+.DELETE_ON_ERROR:
+
+demo: setup
+	$(BIN)/python demo.py
+
+test: $(STAMPS)/test lint
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMPS)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(STAMPS)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(STAMPS)/cpu
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Each stamp is written after its step has ended well: an interrupted set-up goes on with the step it was in.
+$(STAMPS)/venv:
+	@echo "set-up: virtual environment in $(VENV)"
+	$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/cpu: requirements-base.txt requirements-cpu.txt .ci/cpu_torchvision.py | $(STAMPS)/venv
+	@echo "set-up: torch, TRL, transformers (a few minutes the first time)"
+	$(BIN)/pip install -q --progress-bar on $(TORCH)
+	$(BIN)/pip install -q --progress-bar on -r requirements-cpu.txt
+	@# PyPI's torchvision is a CUDA build. Beside a CPU torch it imports with two declarations (.ci/cpu_torchvision.py).
+	@if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
+		echo "set-up: torchvision beside a CPU torch"; \
+		$(BIN)/pip install -q --no-deps $(TORCHVISION); \
+		site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+		cp .ci/cpu_torchvision.py $$site/ && echo "import cpu_torchvision" > $$site/cpu_torchvision.pth; \
+	else \
+		$(BIN)/pip install -q $(TORCHVISION); \
+	fi
+	@touch $@
+
+$(STAMPS)/test: requirements-test.txt $(STAMPS)/cpu
+	@echo "set-up: test tools"
+	$(BIN)/pip install -q --progress-bar on -r requirements-test.txt
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		echo "set-up: chromium, for the test of the report page" && \
+		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; } || \
+		echo "set-up: no chromium here; the test that opens the page in a browser will say that it is skipped"
+	@touch $@

@@ -1,0 +1,600 @@
+"""Results files of evaluate.py into accuracy tables: what was right, how surely, and what failed.
+
+    python calculate_acc.py --result_path results.json [more.json ...] [--format table|json|markdown]
+
+Answers are scored again with verify.py, and it is said where a file's own is_correct disagrees. A failed request is not
+an answer: it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An
+answer without a box is an answer, and wrong. Intervals are Wilson's at 95 %.
+
+With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
+file holds no problem), and every file is compared with the first: difference, its paired bootstrap interval (10,000
+resamples, seeded) and McNemar's exact test.
+
+Files are read as a stream (a JSON list, or JSON lines), and large ones are scored on all cores: a million rows take a
+minute or less. Memory stays bounded; with several files, 13 bytes a row are kept for the pairing. The seed's own files
+(dataset, ground_truth, extracted_answer) are read too.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from array import array
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from itertools import count, islice
+from typing import Any
+
+Row = dict[str, Any]
+KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
+KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct", "error", "prompt_tokens",
+        "completion_tokens", "round_num", "first_answer", "task", "label", "verdict", "verdict_swapped")  # fmt: skip
+EXAMPLES = 5  # of disagreement, kept of each file
+MAX_ROW = 64 << 20  # characters
+
+
+class BadInput(ValueError):
+    """Input that can't be used: one line that names file, row and field, and what is expected."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def read_rows(path: str, chunk: int = 1 << 20) -> Iterator[Row]:
+    """The rows of a JSON list or of JSON lines, one after the other, with little more than `chunk` in memory.
+
+    Raises BadInput for a file that is not there, or holds something else.
+    """
+    decode = json.JSONDecoder().raw_decode
+    text, at, index = "", 0, 0
+
+    def more() -> bool:
+        nonlocal text, at
+        new = file.read(max(chunk, len(text) - at))
+        text, at = text[at:] + new, 0
+        return bool(new)
+
+    def symbol() -> str:
+        """The next character that is no white space; "" at the end of the file."""
+        nonlocal at
+        while True:
+            at = _SPACE.match(text, at).end()
+            if at < len(text) or not more():
+                return text[at : at + 1]
+
+    def value() -> Row:
+        nonlocal at
+        while True:
+            try:
+                found, at = decode(text, at)
+                break
+            except json.JSONDecodeError as error:
+                # Cut off where this chunk ends, or broken? What is cut off goes wrong at the very end.
+                cut_off = error.pos > len(text) - 12 or error.msg.startswith("Unterminated")
+                if not cut_off or len(text) - at > MAX_ROW or not more():
+                    raise BadInput(f"{path}: row {index}: expected a JSON object: {error.msg}") from None
+            except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
+                raise BadInput(f"{path}: row {index}: expected a JSON object: {error}") from None
+        if not isinstance(found, dict):
+            raise BadInput(f"{path}: row {index}: expected a JSON object, got {str(found)[:40]!r}")
+        return found
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            start = symbol()
+            if start not in ("[", "{"):
+                raise BadInput(f"{path}: expected a JSON list of rows, or a row a line, got {text[at : at + 20]!r}")
+            at += start == "["
+            for index in count():
+                following = symbol()
+                if start == "{" and not following:
+                    return
+                if start == "[" and following == "]":
+                    at += 1
+                    if symbol():
+                        raise BadInput(f"{path}: expected nothing after the list, got {text[at : at + 20]!r}")
+                    return
+                if start == "[" and index:
+                    if following != ",":
+                        raise BadInput(f"{path}: row {index}: expected a comma and a row, or the end of the list")
+                    at += 1
+                    symbol()
+                yield value()
+    except UnicodeDecodeError:
+        raise BadInput(f"{path}: row {index}: expected text in UTF-8") from None
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
+def checked(row: Row, where: str) -> Row:
+    """The row, if it holds what can be counted. Raises BadInput."""
+
+    def expect(name: str, fits: bool, what: str) -> None:
+        if not fits:
+            got = repr(row[name])[:60] if name in row else "nothing"
+            raise BadInput(f"{where}: field {name}: expected {what}, got {got}")
+
+    expect("dataset", isinstance(row.get("dataset"), str), "the benchmark's name")
+    golds = (str, int, float, list, type(None))
+    expect("ground_truth", "ground_truth" in row and isinstance(row["ground_truth"], golds), "the gold answer")
+    texts = (str, int, float, type(None))
+    for name in ("extracted_answer", *(["first_answer"] if kind_of(row) == "tts" else [])):
+        expect(name, name in row and isinstance(row[name], texts), "the final answer as text, or null")
+    if kind_of(row) in ("pointwise", "pairwise"):
+        for name in ("verdict", "verdict_swapped"):
+            expect(name, name in row and isinstance(row[name], (str, type(None))), "a verdict, or null")
+    elif kind_of(row) == "best_of_n":
+        for name in ("verdict", "verdict_swapped"):
+            expect(name, isinstance(row.get(name), list) and bool(row[name]), "a list of verdicts")
+        expect("verdict_swapped", len(row["verdict_swapped"]) == len(row["verdict"]), "as many verdicts as in verdict")
+    return row
+
+
+def kind_of(row: Row) -> str:
+    """The kind of a row; a failed one holds too little to tell, and is "answer" at first."""
+    if row.get("error") is not None:
+        return "answer"
+    task = row.get("task")
+    return task if task in KINDS[2:] else "tts" if "first_answer" in row else "answer"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+@dataclass
+class Tally:
+    """What is counted of one file. `outcomes` are for the pairing: 1 right, 0 wrong, -1 left out."""
+
+    path: str
+    counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
+    failed: Counter = field(default_factory=Counter)  # by dataset
+    disagreements: int = 0
+    examples: list[Row] = field(default_factory=list)
+    datasets: dict[str, int] = field(default_factory=dict)
+    keys: array = field(default_factory=lambda: array("Q"))
+    outcomes: array = field(default_factory=lambda: array("b"))
+    dataset_ids: array = field(default_factory=lambda: array("I"))
+
+
+def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
+    """Count the rows of `path`, or `rows`; with `pair`, remember each row's outcome."""
+    found = Tally(path)
+    for batch, correct in scored(batches(path, read_rows(path) if rows is None else rows, pair)):
+        for index, row in batch:
+            dataset_id = found.datasets.setdefault(row["dataset"], len(found.datasets))
+            outcome = None
+            if row.get("error") is not None:
+                found.failed[row["dataset"]] += 1
+            else:
+                outcome = count_row(found.counts[row["dataset"], kind_of(row)], row, correct)
+                stored = row.get("is_correct")
+                if outcome is not None and stored is not None and bool(stored) != outcome:
+                    found.disagreements += 1
+                    if len(found.examples) < EXAMPLES:
+                        shown = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
+                        found.examples.append({"row": index, **shown, "stored": bool(stored), "rescored": outcome})
+            if pair:
+                found.keys.append(row["key"])
+                found.outcomes.append(-1 if outcome is None else outcome)
+                found.dataset_ids.append(dataset_id)
+    for dataset, failed in found.failed.items():  # beside the rows of its dataset that did not fail
+        kinds = [kind for name, kind in found.counts if name == dataset] or ["answer"]
+        found.counts[dataset, kinds[0]]["failed"] += failed
+    return found
+
+
+def batches(path: str, rows: Iterable[Row], pair: bool, size: int = 2048) -> Iterator[list[tuple[int, Row]]]:
+    """Rows in batches, without what is long and not counted."""
+    stream = enumerate(rows)
+    while batch := list(islice(stream, size)):
+        slim = []
+        for index, row in batch:
+            checked(row, f"{path}: row {index}")
+            kept = {name: row[name] for name in KEPT if name in row}
+            if pair:
+                kept["key"] = match_key(row)
+            slim.append((index, kept))
+        yield slim
+
+
+def scored(stream: Iterator[list[tuple[int, Row]]]) -> Iterator[tuple[list[tuple[int, Row]], dict[tuple, bool | None]]]:
+    """Batches with their answers' verdicts. From the second on, other processes score while this one reads."""
+    for batch in islice(stream, 1):
+        yield batch, score(pairs_of(batch))
+    workers = len(os.sched_getaffinity(0))
+    waiting: deque = deque()
+    with ProcessPoolExecutor(workers) as pool:  # starts processes when there is something to do
+        for batch in stream:
+            waiting.append((batch, pool.submit(score, pairs_of(batch))))
+            if len(waiting) > 2 * workers:
+                batch, verdicts = waiting.popleft()
+                yield batch, verdicts.result()
+        for batch, verdicts in waiting:
+            yield batch, verdicts.result()
+
+
+def score(pairs: list[tuple]) -> dict[tuple, bool | None]:
+    """The verdict of each (answer, gold)."""
+    from verify import verify_many
+
+    return dict(zip(pairs, verify_many(pairs), strict=True))
+
+
+def pairs_of(batch: list[tuple[int, Row]]) -> list[tuple]:
+    """The different (answer, gold) of a batch."""
+    pairs = {}
+    for _, row in batch:
+        kind = kind_of(row)
+        if kind in ("answer", "tts") and row.get("error") is None:
+            pairs[as_pair(row, "extracted_answer")] = None
+            if kind == "tts":
+                pairs[as_pair(row, "first_answer")] = None
+    return list(pairs)
+
+
+def as_pair(row: Row, name: str) -> tuple:
+    answer, gold = row[name], row["ground_truth"]
+    return None if answer in (None, "") else str(answer), tuple(gold) if isinstance(gold, list) else gold
+
+
+def match_key(row: Row) -> int:
+    """The same number for the same question in another file."""
+    question = row["problem"] if "problem" in row else ("gold", row["ground_truth"])
+    parts = repr((row["dataset"], question, row.get("image_path")))
+    return int.from_bytes(blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def count_row(n: Counter, row: Row, correct: dict[tuple, bool | None]) -> bool | None:
+    """Add one answered row to the counts of its benchmark. Returns whether it is right; None if that can't be said."""
+    kind = kind_of(row)
+    if "completion_tokens" in row:
+        n["tokens"] += row["completion_tokens"] or 0
+        n["prompt_tokens"] += row.get("prompt_tokens") or 0
+        n["with_tokens"] += 1
+    if kind in ("answer", "tts"):
+        outcome = correct[as_pair(row, "extracted_answer")]
+        n["unboxed"] += row["extracted_answer"] in (None, "")
+    else:
+        outcome = count_verdicts(n, kind, row)
+    if outcome is None:
+        n["unscorable"] += 1
+        return None
+    n["answered"] += 1
+    n["right"] += outcome
+    if kind == "tts":
+        first = bool(correct[as_pair(row, "first_answer")])
+        n["first_right"] += first
+        n["right_to_wrong"] += first and not outcome
+        n["wrong_to_right"] += outcome and not first
+        n["reflections"] += row.get("round_num") or 0
+    return outcome
+
+
+def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
+    """Add a judge's verdicts. A verdict that can't be read is wrong, and tells nothing about which side it leans to."""
+    if kind == "pointwise":
+        if row.get("label") not in ("Yes", "No"):
+            return None
+        verdict = row["verdict"]
+        right = verdict == row["label"]
+        n["verdicts"] += 1
+        n["parsed"] += verdict in ("Yes", "No")
+        n["says_yes"] += verdict == "Yes"
+        n[f"label_{row['label']}"] += 1
+        n[f"right_{row['label']}"] += right
+        return right
+    several = kind == "best_of_n"
+    orders = list(zip(*((row[k] if several else [row[k]]) for k in ("verdict", "verdict_swapped")), strict=True))
+    for first, swapped in orders:  # the chosen one is A in the first order, B in the swapped one
+        parsed = [v for v in (first, swapped) if v in ("A", "B")]
+        n["verdicts"] += 2
+        n["parsed"] += len(parsed)
+        n["picks_first"] += parsed.count("A")
+        n["both_parsed"] += len(parsed) == 2
+        n["consistent"] += len(parsed) == 2 and first != swapped
+    chosen_first, chosen_second = all(f == "A" for f, _ in orders), all(s == "B" for _, s in orders)
+    n["chosen_first_right"] += chosen_first
+    n["chosen_second_right"] += chosen_second
+    return chosen_first and chosen_second
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rates
+
+
+def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
+    """Wilson's score interval for a share."""
+    if n == 0:
+        return None
+    share, spread = right / n, z * z / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / n / 4)
+    return max(middle - half, 0.0), min(middle + half, 1.0)
+
+
+def rate(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def summary(dataset: str, kind: str, n: Counter) -> Row:
+    """One benchmark's counts as rates. A rate over nothing is None."""
+    total = n["answered"]
+    common = {
+        "dataset": dataset,
+        "kind": kind,
+        "rows": total + n["unscorable"] + n["failed"],
+        "answered": total,
+        "right": n["right"],
+        "accuracy": rate(n["right"], total),
+        "interval": wilson(n["right"], total),
+        "unscorable": n["unscorable"],
+        "failed": n["failed"],
+        "tokens": rate(n["tokens"], n["with_tokens"]),
+        "prompt_tokens": rate(n["prompt_tokens"], n["with_tokens"]),
+    }
+    if kind in ("answer", "tts"):
+        common["unboxed"] = n["unboxed"]
+    if kind == "tts":
+        return common | {
+            "first_accuracy": rate(n["first_right"], total),
+            "first_interval": wilson(n["first_right"], total),
+            "right_to_wrong": n["right_to_wrong"],
+            "wrong_to_right": n["wrong_to_right"],
+            "flip_p": mcnemar(n["wrong_to_right"], n["right_to_wrong"]),
+            "reflections": rate(n["reflections"], total),
+        }
+    if kind == "pointwise":
+        sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+        return common | {
+            "balanced_accuracy": None if None in sides else sum(sides) / 2,
+            "says_yes": rate(n["says_yes"], n["parsed"]),
+            "is_yes": rate(n["label_Yes"], total),
+            "verdict_rate": rate(n["parsed"], n["verdicts"]),
+        }
+    if kind in ("pairwise", "best_of_n"):
+        orders = [rate(n[f"chosen_{place}_right"], total) for place in ("first", "second")]
+        return common | {
+            "accuracy_chosen_first": orders[0],
+            "accuracy_chosen_second": orders[1],
+            "accuracy_both_orders_mean": None if None in orders else sum(orders) / 2,
+            "consistency": rate(n["consistent"], n["both_parsed"]),
+            "position_bias": None if not n["parsed"] else n["picks_first"] / n["parsed"] - 0.5,
+            "verdict_rate": rate(n["parsed"], n["verdicts"]),
+        }
+    return common
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two files on the same questions
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact test, two-sided: the chance that a fair coin splits the changed rows at least as unevenly."""
+    import numpy as np
+
+    n, k = gained + lost, min(gained, lost)
+    if 2 * k == n:
+        return 1.0
+    i = np.arange(1, k + 1)
+    logs = np.concatenate([[0.0], np.cumsum(np.log((n - i + 1) / i))]) - n * math.log(2)  # log C(n, i) / 2^n
+    return min(1.0, 2 * float(np.exp(logs).sum()))
+
+
+def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
+    """Differences of a paired bootstrap. Drawing rows again is drawing how many gained, lost and stayed."""
+    draws = rng.multinomial(n, [gained / n, lost / n, max(n - gained - lost, 0) / n], resamples)
+    return (draws[:, 0] - draws[:, 1]) / n
+
+
+def occurrence_keys(found: Tally):
+    """Each row's key, told apart from earlier rows with the same one."""
+    import numpy as np
+
+    keys = np.frombuffer(found.keys, dtype=np.uint64)
+    order = np.argsort(keys, kind="stable")
+    new = np.r_[True, keys[order][1:] != keys[order][:-1]][: len(keys)]
+    position = np.arange(len(keys))
+    occurrence = np.empty(len(keys), dtype=np.uint64)
+    occurrence[order] = position - np.maximum.accumulate(np.where(new, position, 0))
+    return keys + occurrence * np.uint64(0x9E3779B97F4A7C15)  # wraps around
+
+
+def compare(base: Tally, other: Tally) -> list[Row]:
+    """Differences on the rows that both files answered: of each benchmark, of their mean, and of all rows."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    _, i, j = np.intersect1d(occurrence_keys(base), occurrence_keys(other), assume_unique=True, return_indices=True)
+    before, after = (np.frombuffer(t.outcomes, np.int8)[k] for t, k in ((base, i), (other, j)))
+    dataset_ids = np.frombuffer(base.dataset_ids, np.uint32)[i]
+    both = (before >= 0) & (after >= 0)
+
+    def difference(name: str, chosen) -> tuple[Row, Any]:
+        n = int(chosen.sum())
+        gained, lost = (int((chosen & (before == k) & (after == 1 - k)).sum()) for k in (0, 1))
+        draws = resampled(gained, lost, n, rng)
+        row = {"dataset": name, "rows": n, "base_accuracy": float(before[chosen].mean()),
+               "accuracy": float(after[chosen].mean()), "difference": (gained - lost) / n,
+               "interval": np.quantile(draws, (0.025, 0.975)).tolist(), "gained": gained, "lost": lost,
+               "p": mcnemar(gained, lost)}  # fmt: skip
+        return row, draws
+
+    masks = {name: both & (dataset_ids == k) for name, k in base.datasets.items()}
+    found = [difference(name, mask) for name, mask in masks.items() if mask.any()]
+    rows = [row for row, _ in found]
+    if len(rows) > 1:
+        draws = np.mean([draws for _, draws in found], axis=0)
+        means = {k: sum(r[k] for r in rows) / len(rows) for k in ("base_accuracy", "accuracy", "difference")}
+        total = {"rows": int(both.sum()), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
+        rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
+        rows.append(difference("all rows", both)[0])
+    return [{"base": base.path, "path": other.path, **row} for row in rows]
+
+
+def report(tallies: list[Tally]) -> Row:
+    """Everything as one JSON-able record: `files`, and `paired` differences from the first of them."""
+    files = []
+    for found in tallies:
+        ordered = sorted(found.counts, key=lambda key: (KINDS.index(key[1]), found.datasets[key[0]]))
+        benchmarks = [summary(*key, found.counts[key]) for key in ordered]
+        scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
+        files.append({
+            "path": found.path,
+            "rows": sum(b["rows"] for b in benchmarks),
+            "failed": sum(b["failed"] for b in benchmarks),
+            "unscorable": sum(b["unscorable"] for b in benchmarks),
+            "benchmarks": benchmarks,
+            "means": {kind: sum(values) / len(values) for kind, values in scored.items() if values},
+            "disagreements": {"rows": found.disagreements, "examples": found.examples},
+        })  # fmt: skip
+    return {"files": files, "paired": [row for other in tallies[1:] for row in compare(tallies[0], other)]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Showing
+
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+
+COLUMNS = {  # head -> field, for each kind
+    "answer": {"accuracy": "accuracy", "95 %": "interval", "unboxed": "unboxed", "tokens": "tokens"},
+    "tts": {
+        "first": "first_accuracy", "final": "accuracy", "95 %": "interval", "right>wrong": "right_to_wrong",
+        "wrong>right": "wrong_to_right", "p": "flip_p", "reflections": "reflections", "unboxed": "unboxed",
+        "tokens": "tokens",
+    },
+    "pointwise": {
+        "accuracy": "accuracy", "95 %": "interval", "balanced": "balanced_accuracy", "says Yes": "says_yes",
+        "is Yes": "is_yes", "verdicts": "verdict_rate", "tokens": "tokens",
+    },
+    "pairwise": {
+        "both orders": "accuracy", "95 %": "interval", "chosen 1st": "accuracy_chosen_first",
+        "chosen 2nd": "accuracy_chosen_second", "mean": "accuracy_both_orders_mean", "consistent": "consistency",
+        "1st place bias": "position_bias", "verdicts": "verdict_rate", "tokens": "tokens",
+    },
+}  # fmt: skip
+COLUMNS["best_of_n"] = COLUMNS["pairwise"]
+TITLES = {
+    "answer": "Answers",
+    "tts": "Test-time scaling: first answer, and final one after judging and reflecting",
+    "pointwise": "Judging one response",
+    "pairwise": "Judging pairs, in both orders",
+    "best_of_n": "Judging the best of n: the chosen one against each other, in both orders",
+}
+COUNTS = {"unboxed", "right_to_wrong", "wrong_to_right", "rows", "answered", "unscorable", "failed", "gained", "lost"}
+
+
+def shown(name: str, value) -> str:
+    if value is None:
+        return "-"
+    if name in COUNTS:
+        return f"{value:,}"
+    if "interval" in name:
+        return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
+    if name in ("tokens", "reflections"):
+        return f"{value:,.1f}" if name == "tokens" else f"{value:.2f}"
+    if name in ("p", "flip_p"):
+        return f"{value:.2g}" if value else "<1e-300"
+    return f"{100 * value:+.1f}" if name in ("difference", "position_bias") else f"{100 * value:.1f}"
+
+
+def tables(found: Row) -> list[Table]:
+    """What a reader should see, in that order. Rates are in percent."""
+    files, result = found["files"], []
+    several = len(files) > 1
+    for kind in KINDS:
+        rows = []
+        for file in files:
+            for b in (b for b in file["benchmarks"] if b["kind"] == kind):
+                middle = [shown(name, b[name]) for name in COLUMNS[kind].values()]
+                ends = [shown(name, b[name]) for name in ("unscorable", "failed")]
+                rows.append([b["dataset"], file["path"], shown("answered", b["answered"]), *middle, *ends])
+        order = list(dict.fromkeys(row[0] for row in rows))
+        rows.sort(key=lambda row: order.index(row[0]))  # stable: the files of a benchmark stand together
+        for file in files if len(order) > 1 else []:
+            if kind in file["means"]:
+                cells = [shown(f, file["means"][kind]) if f == "accuracy" else "" for f in COLUMNS[kind].values()]
+                rows.append(["mean of benchmarks", file["path"], "", *cells, "", ""])
+        if rows:
+            head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
+            keep = [i for i in range(len(head)) if several or i != 1]
+            result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+    for file in files[1:]:
+        fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
+        rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
+        head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
+        result.append((f"{file['path']} against {files[0]['path']}, on the rows both answered", head, rows))
+    return result
+
+
+def notices(found: Row) -> list[str]:
+    """What must not be overlooked."""
+    lines = []
+    for file in found["files"]:
+        if file["failed"]:
+            share = f"{file['failed']:,} of {file['rows']:,} rows"
+            lines.append(f"FAILED: {share} of {file['path']} are no answers and left out; run evaluate.py again")
+        if file["unscorable"]:
+            lines.append(f"unscorable: {file['unscorable']:,} rows of {file['path']} have no usable gold; left out")
+        wrong = file["disagreements"]
+        if wrong["rows"]:
+            lines.append(
+                f"is_correct in {file['path']} disagrees with verify.py on {wrong['rows']:,} rows, among them:"
+            )
+        for e in wrong["examples"]:
+            texts = (f"{name} {str(e[name])[:60]!r}" for name in ("extracted_answer", "ground_truth"))
+            lines.append(f"  row {e['row']}: {', '.join(texts)}, stored {e['stored']}, rescored {e['rescored']}")
+    return lines
+
+
+def render(found: Row, form: str) -> str:
+    """`found` as `table`, `markdown` or `json`. Text from a file can't move the cursor or break a cell."""
+    if form == "json":
+        return json.dumps(found, indent=1)
+    markdown = form == "markdown"
+    lines = [printable(line) + ("\n" if markdown else "") for line in notices(found)]
+    for title, head, rows in tables(found):
+        cells = [[printable(c) for c in row] for row in [head, *rows]]
+        if markdown:
+            cells = [[c.replace("|", "\\|") for c in row] for row in cells]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        padded = [
+            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
+        ]
+        if markdown:
+            ruled = [padded[0], ["---", *["---:"] * (len(head) - 1)], *padded[1:]]
+            lines += ["", f"**{printable(title)}**", "", *(f"| {' | '.join(row)} |" for row in ruled)]
+        else:
+            rule = "-" * (sum(widths) + 2 * len(widths) - 2)
+            lines += ["", printable(title), rule, *("  ".join(row).rstrip() for row in padded)]
+    return "\n".join(lines).strip("\n")
+
+
+def printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
+    parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    args = parser.parse_args()
+    try:
+        tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]
+    except BadInput as error:
+        print(f"calculate_acc.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2
+    print(render(report(tallies), args.format))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""The embedded task: questions about real handwritten digits, and some arithmetic without an image.
+
+Images are two or three digits side by side, from scikit-learn's copy of the UCI optical digits (1,797 real images of
+8 x 8, CC BY 4.0). The images of the train and test splits come from disjoint digits. Several kinds of question go with
+the same kind of image, so the question must be read; every gold is exact.
+
+    kind        image   question                                     why it is here
+    sum         2       What is the sum of these digits?             reading and arithmetic
+    difference  2       How far apart are these digits?              order must not matter
+    largest     2 or 3  Which of these digits is the largest?        no arithmetic
+    smallest    2 or 3  Which of these digits is the smallest?       one word apart from the last
+    plus        none    What is 7+5?                                 no image
+    factor      none    Which number times 7 gives 35?               checking (7*5) is easier than solving (35/7)
+
+    >>> rows = digit_rows("train", 4, seed=0)
+    >>> rows[0]["prompt"], rows[0]["images"], rows[0]["solution"], rows[0]["dataset"]
+"""
+
+import random
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from recycle import PROMPT_SUFFIX
+
+Split = Literal["train", "test"]
+
+TILE = 28  # pixels per digit: one merged visual token of Qwen2.5-VL (patch 14, merged 2 x 2)
+IMAGE_KINDS = ("sum", "difference", "largest", "smallest")
+TEXT_KINDS = ("plus", "factor")
+TEXT_SHARE = 0.25
+_TEST_SHARE = 0.3
+
+QUESTIONS = {
+    "sum": ("What is the sum of these digits?", "Add up these digits. What is the total?"),
+    "difference": ("What is the difference of these digits?", "How far apart are these digits?"),
+    "largest": ("Which of these digits is the largest?", "What is the greatest of these digits?"),
+    "smallest": ("Which of these digits is the smallest?", "What is the least of these digits?"),
+    "plus": ("What is {a}+{b}?", "Add {a} and {b}. What is the total?"),
+    "factor": ("Which number times {a} is {b}?", "What must {a} be multiplied by to get {b}?"),
+}
+
+
+@cache
+def _digits(split: Split) -> dict[int, np.ndarray]:
+    """value -> images (N, 8, 8) of that value, grey from 0 to 255. The two splits share no image."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    order = np.random.default_rng(0).permutation(len(bunch.target))
+    n_test = int(len(order) * _TEST_SHARE)
+    chosen = order[:n_test] if split == "test" else order[n_test:]
+    images = (bunch.images[chosen] * (255 / 16)).astype(np.uint8)
+    return {value: images[bunch.target[chosen] == value] for value in range(10)}
+
+
+def draw(values: tuple[int, ...], split: Split, rng: random.Random) -> Image.Image:
+    """The digits side by side, each a random real one of its value, as an RGB image of 28 x 28 a digit."""
+    pool = _digits(split)
+    tiles = [Image.fromarray(rng.choice(pool[v])).resize((TILE, TILE), Image.Resampling.BICUBIC) for v in values]
+    return Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles], axis=1)).convert("RGB")
+
+
+def solve(kind: str, values: tuple[int, ...]) -> int:
+    """The exact answer. For the text kinds `values` are the two numbers of the question."""
+    match kind:
+        case "sum" | "plus":
+            return sum(values)
+        case "difference":
+            return abs(values[0] - values[1])
+        case "largest":
+            return max(values)
+        case "smallest":
+            return min(values)
+        case "factor":
+            return values[1] // values[0]
+    raise ValueError(f"kind: expected one of {', '.join(QUESTIONS)}, got {kind!r}")
+
+
+def question(rng: random.Random) -> tuple[str, tuple[int, ...], str]:
+    """A random (kind, values, text)."""
+    if rng.random() < TEXT_SHARE:
+        kind = rng.choice(TEXT_KINDS)
+        values = (rng.randrange(1, 10), rng.randrange(1, 10))
+        if kind == "factor":
+            values = (values[0], values[0] * values[1])
+    else:
+        kind = rng.choice(IMAGE_KINDS)
+        length = rng.choice((2, 3)) if kind in ("largest", "smallest") else 2
+        values = tuple(rng.randrange(10) for _ in range(length))
+    text = rng.choice(QUESTIONS[kind])
+    if kind in TEXT_KINDS:
+        text = text.format(a=values[0], b=values[1])
+    return kind, values, text
+
+
+def digit_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+    """`n` questions, the same for the same seed: prompt (messages), images (PIL, maybe none), solution, dataset."""
+    rng = random.Random(f"digits/{split}/{seed}")
+    rows = []
+    for _ in range(n):
+        kind, values, text = question(rng)
+        images = [] if kind in TEXT_KINDS else [draw(values, split, rng)]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": text + PROMPT_SUFFIX}],  # images go before it
+                "images": images,
+                "solution": str(solve(kind, values)),
+                "dataset": f"digits-{kind}",
+            }
+        )
+    return rows

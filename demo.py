@@ -1,0 +1,263 @@
+"""The demo: SPARK on real handwritten digits, measured before and after on held-out ones. No GPU, about 10 minutes.
+
+    make demo                      set-up, then this file
+    python demo.py [--output runs/demo] [--steps 100] [--questions 300]
+
+1. a held-out benchmark (digits that neither the warm start nor the training saw), in evaluate.py's formats
+2. the shipped checkpoint, measured
+3. train_spark.py with recipes/demo.yaml
+4. the trained model, measured on the same questions
+5. a table, metrics.json and report.html
+
+Each stage writes its result and is skipped when that is there: interrupted, run it again and it goes on.
+"""
+
+import argparse
+import json
+import math
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from evaluate import Request, Settings, TransformersEngine, ask, evaluate, reflection_instruction
+from recycle import PROMPT_SUFFIX, neutralise
+
+START = Path("data/tiny_qwen2_5_vl")
+SAMPLES = 4  # at temperature 1
+
+Row = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The held-out benchmark
+
+
+def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]:
+    """`n` questions with one right and one wrong answer each that no model wrote, as answer, pair and point rows.
+
+    Half of the answers are shown with their reasoning. Images are PIL images, the rest is evaluate.py's format.
+    """
+    from data.digits import draw, question, solve
+    from data.tiny_model import IMAGE_KINDS, attempt, shown
+
+    rng = random.Random(f"held-out/{split}/{seed}")
+    answers, pairs, points = [], [], []
+    for _ in range(n):
+        kind, values, text = question(rng)
+        image = draw(values, split, rng) if kind in IMAGE_KINDS else None
+        gold = solve(kind, values)
+        wrong = attempt(kind, values, True, rng)
+        form = rng.choice(("answer", "cot"))
+        right_text, wrong_text = shown(*attempt(kind, values, False, rng), form), shown(*wrong, form)
+        row = {"dataset": f"digits-{kind}", "problem": text, "image_path": image}
+        answers.append({**row, "answer": str(gold)})
+        pairs.append({**row, "chosen": right_text, "rejected": wrong_text})
+        points += [{**row, "response": right_text, "label": "Yes"}, {**row, "response": wrong_text, "label": "No"}]
+    return {"answers": answers, "pairs": pairs, "points": points}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.0, samples: int = SAMPLES) -> Row:
+    """All measures of the demo's table at one temperature: name -> {mean, n, interval}, and the raw rows.
+
+    Intervals are 95 %, over questions: the samples of one question are one observation.
+    """
+    from transformers import set_seed
+
+    set_seed(0)
+    engine = TransformersEngine(model, batch_size=256)
+    settings = Settings(model, "answer", (), max_tokens=64, temperature=temperature)
+    samples = samples if temperature > 0 else 1
+    n = len(benchmark["answers"])
+
+    def several(rows: list[Row], mode: str) -> list[list[Row]]:  # (rows, samples)
+        found = evaluate(rows * samples, engine, replace(settings, mode=mode))
+        return [found[i :: len(rows)] for i in range(len(rows))]
+
+    tts = several(benchmark["answers"], "tts")
+    pairs = several(benchmark["pairs"], "judge")
+    points = several(benchmark["points"], "judge")
+    reflected = _reflect(benchmark["answers"], tts, engine, settings)
+
+    first = [[s["first_is_correct"] for s in row] for row in tts]
+    final = [[s["is_correct"] for s in row] for row in tts]
+    gain = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, final, strict=True)]
+    own = [[(s["rounds"][0]["verdict"], s["first_is_correct"]) for s in row] for row in tts]
+    own_sides = [[[v == ("Yes" if c else "No") for v, c in row if c is side] for row in own] for side in (True, False)]
+    point_hits = [[s["is_correct"] for s in row] for row in points]
+    fixed = [[new for old, new in row if not old] for row in reflected]
+    harmed = [[not new for old, new in row if old] for row in reflected]
+    order = [[(s["verdict"] == "A") / 2 + (s["verdict_swapped"] == "B") / 2 for s in row] for row in pairs]
+    return {
+        "temperature": temperature,
+        "questions": n,
+        "samples": samples,
+        "measures": {
+            "policy accuracy": _mean(first),
+            "pointwise balanced accuracy": _balanced(point_hits[::2], point_hits[1::2]),
+            "pointwise, own answers": _balanced(*own_sides),
+            "pairwise accuracy, both orders": _mean(order),
+            "reflection fixes a wrong answer": _mean(fixed),
+            "reflection harms a right answer": _mean(harmed),
+            "test-time scaling, final answer": _mean(final),
+            "test-time scaling minus first": _mean(gain),
+        },
+        "rows": {
+            "first": first,
+            "final": final,
+            "own_verdicts": [[v for v, _ in row] for row in own],
+            "points": [[s["verdict"] for s in row] for row in points],
+            "pairs": [[(s["verdict"], s["verdict_swapped"]) for s in row] for row in pairs],
+            "reflected": reflected,
+        },
+    }
+
+
+def _reflect(answers, tts, engine, settings) -> list[list[tuple[bool, bool]]]:
+    """Every first answer, right or wrong, reflected on once: (was right, is right) of each question and sample."""
+    import verify
+
+    asked, where = [], []
+    for i, (row, samples) in enumerate(zip(answers, tts, strict=True)):
+        images = (row["image_path"],) if row["image_path"] is not None else ()
+        for sample in samples:
+            instruction = reflection_instruction(neutralise(sample["rounds"][0]["output"]), "cot", template=1)
+            messages = ask([{"role": "user", "content": row["problem"] + PROMPT_SUFFIX}], instruction)
+            asked.append(Request(messages, images))
+            where.append((i, bool(sample["first_is_correct"])))
+    outputs = engine.generate(asked, settings)
+    reflected: list[list[tuple[bool, bool]]] = [[] for _ in answers]
+    for (i, before), output in zip(where, outputs, strict=True):
+        after = verify.is_equal(verify.extract_boxed(output.text), answers[i]["answer"])
+        reflected[i].append((before, bool(after)))
+    return reflected
+
+
+def _mean(groups: list[list[float]]) -> Row:
+    """Mean over all samples of all questions that have any, with an interval over questions (a ratio estimator)."""
+    groups = [g for g in groups if g]
+    total = sum(len(g) for g in groups)
+    if not total:
+        return {"mean": None, "n": 0, "interval": None}
+    mean = sum(sum(g) for g in groups) / total
+    squares = sum((sum(g) - mean * len(g)) ** 2 for g in groups)
+    half = 1.96 * math.sqrt(squares * len(groups) / max(len(groups) - 1, 1)) / total
+    return {"mean": mean, "n": len(groups), "interval": [mean - half, mean + half]}
+
+
+def _balanced(right: list[list[bool]], wrong: list[list[bool]]) -> Row:
+    """Mean of the accuracies on right and on wrong candidates."""
+    sides = [_mean(right), _mean(wrong)]
+    if any(side["mean"] is None for side in sides):
+        return {"mean": None, "n": 0, "interval": None}
+    mean = sum(side["mean"] for side in sides) / 2
+    half = math.hypot(*(side["interval"][1] - side["mean"] for side in sides)) / 2
+    return {"mean": mean, "n": sum(side["n"] for side in sides), "interval": [mean - half, mean + half]}
+
+
+def random_judge(measured: Row) -> dict[str, float]:
+    """What the same answers would give with a coin for a judge (two rounds of reflection on a coin's No)."""
+    m = {name: value["mean"] for name, value in measured["measures"].items()}
+    p = first = m["policy accuracy"]
+    fix, harm = m["reflection fixes a wrong answer"] or 0.0, m["reflection harms a right answer"] or 0.0
+    share = 1.0
+    for _ in range(2):
+        share /= 2  # the coin must have said No each time so far
+        p += share * ((1 - p) * fix - p * harm)
+    return {
+        "pointwise balanced accuracy": 0.5,
+        "pointwise, own answers": 0.5,
+        "pairwise accuracy, both orders": 0.5,
+        "test-time scaling, final answer": p,
+        "test-time scaling minus first": p - first,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages
+
+
+def staged(path: Path, settings: Row, make) -> Row:
+    """The JSON of a finished stage, or `make()`'s result written there. Made with other settings, it is made again."""
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] == settings:
+            print(f"{path}: done before", flush=True)
+            return found
+    result = {"settings": settings, **make()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result), encoding="utf-8")
+    temporary.replace(path)
+    return result
+
+
+def train(recipe: str, output: Path, **overrides: Any) -> None:
+    """train_spark.py in a process of its own, resumed from its last checkpoint; nothing to do if it has finished."""
+    if (output / "model.safetensors").exists():
+        print(f"{output}: trained before", flush=True)
+        return
+    flags = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
+    command = [sys.executable, "train_spark.py", "--config", recipe, "--output_dir", str(output)]
+    subprocess.run([*command, "--resume_from_checkpoint", "latest", *flags], check=True)
+
+
+def table(columns: dict[str, Row], chance: dict[str, float]) -> list[Row]:
+    """One row a measure: its value in each column, and a random judge's."""
+    names = next(iter(columns.values()))["measures"]
+    return [
+        {"measure": name, **{c: m["measures"][name] for c, m in columns.items()}, "random": chance.get(name)}
+        for name in names
+    ]
+
+
+def print_table(rows: list[Row], columns: list[str]) -> None:
+    print(f"\n{'held-out digits, temperature 1':34}" + "".join(f"{c:>20}" for c in columns) + f"{'random judge':>14}")
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row[column]
+            half = (value["interval"][1] - value["mean"]) if value["interval"] else 0
+            cells.append("-" if value["mean"] is None else f"{value['mean']:.3f} ± {half:.3f}")
+        chance = "" if row["random"] is None else f"{row['random']:.3f}"
+        print(f"{row['measure']:34}" + "".join(f"{cell:>20}" for cell in cells) + f"{chance:>14}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--questions", type=int, default=300)
+    args = parser.parse_args()
+
+    from report import write_report
+
+    benchmark = held_out(args.questions)
+    settings = {"questions": args.questions, "samples": SAMPLES}
+    print("1/3  measuring the starting model", flush=True)
+    start = staged(args.output / "start.json", settings, lambda: measure(str(START), benchmark))
+    print("2/3  training: answer, judge and reflect, from verifiable rewards alone", flush=True)
+    trained = args.output / "spark"
+    train(args.recipe, trained, max_steps=args.steps)
+    print("3/3  measuring the trained model", flush=True)
+    settings = {**settings, "steps": args.steps}
+    after = staged(args.output / "after.json", settings, lambda: measure(str(trained), benchmark))
+
+    rows = table({"start": start, "after": after}, random_judge(after))
+    metrics = {"table": rows, "settings": settings}
+    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    report = args.output / "report.html"
+    write_report([trained], report, metrics=metrics)
+    print_table(rows, ["start", "after"])
+    print(f"\n{args.output / 'metrics.json'}\n{report}")
+
+
+if __name__ == "__main__":
+    main()

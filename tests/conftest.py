@@ -1,0 +1,55 @@
+"""Small models for the tests: the real classes, a few thousand parameters, random weights."""
+
+import copy
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from data.tiny_model import OUTPUT
+
+
+@pytest.fixture(scope="session")
+def processor():
+    """The shipped processor, as the trainer loads it."""
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(OUTPUT, padding_side="left")
+
+
+@pytest.fixture
+def vision_model():
+    """A copy of the shipped Qwen2.5-VL, in float32."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def _text_model(processor):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(processor.tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=True,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@pytest.fixture
+def text_model(_text_model):
+    """A Qwen2 of random weights; its rollouts are noise, so the verdict on them is given by the test."""
+    return copy.deepcopy(_text_model)

@@ -1,0 +1,352 @@
+"""calculate_acc.py against cases worked out by hand, and against files that are broken."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+import calculate_acc as acc
+from calculate_acc import BadInput, mcnemar, read_rows, render, report, tally, wilson
+
+
+def row(answer, gold="4", dataset="m", problem="2+2?", **more):
+    counts = {"error": None, "prompt_tokens": 10, "completion_tokens": 20}
+    question = {"dataset": dataset, "problem": problem, "image_path": None, "ground_truth": gold}
+    return {**question, "extracted_answer": answer, **counts, **more}
+
+
+def one(rows):
+    """The only benchmark of these rows."""
+    (benchmark,) = report([tally("f", rows=rows)])["files"][0]["benchmarks"]
+    return benchmark
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, acc.__file__, *map(str, args)], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [(5, 10, 0.2366, 0.7634), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson_of_the_textbook(right, n, low, high):
+    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_of_nothing():
+    assert wilson(0, 0) is None
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(3, 3) == 1.0
+    assert mcnemar(5, 0) == pytest.approx(2 / 32)
+    assert mcnemar(1, 5) == pytest.approx(2 * (1 + 6) / 64)
+    assert mcnemar(8, 2) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    exact = 2 * sum(math.comb(3001, i) for i in range(1401)) / 2**3001
+    assert mcnemar(1601, 1400) == pytest.approx(exact, rel=1e-9)
+    assert 0 <= mcnemar(200_000, 150_000) < 1e-300
+
+
+def test_resampling_counts_is_resampling_rows():
+    import numpy as np
+
+    changes = np.repeat([1, -1, 0], [30, 10, 60])
+    rng = np.random.default_rng(1)
+    by_row = rng.choice(changes, (20_000, 100)).mean(axis=1)
+    by_count = acc.resampled(30, 10, 100, rng, 20_000)
+    assert by_count.mean() == pytest.approx(0.2, abs=0.002)
+    assert by_count.std() == pytest.approx(by_row.std(), rel=0.03)
+
+
+# ---- counting --------------------------------------------------------------------------------------------------------
+
+
+def test_failed_rows_are_no_answers_and_unscorable_ones_neither():
+    found = one(
+        [row("4"), row("5"), row(None), row(""), row(None, error="HTTP 500"), row("4", gold=""), row("4", gold=None)]
+    )
+    assert (found["rows"], found["answered"], found["right"], found["failed"]) == (7, 4, 1, 1)
+    assert (found["unscorable"], found["unboxed"], found["accuracy"]) == (2, 2, 0.25)
+    assert found["tokens"] == 20
+
+
+def test_rescored_and_disagreement_is_said():
+    rows = [
+        row(r"\frac{8}{2}", is_correct=False),
+        row("5", is_correct=False),
+        row("7", is_correct=True),
+        row("4", is_correct=None),
+    ]
+    found = report([tally("f.json", rows=rows)])
+    (benchmark,) = found["files"][0]["benchmarks"]
+    assert benchmark["right"] == 2
+    assert found["files"][0]["disagreements"]["rows"] == 2
+    assert [e["row"] for e in found["files"][0]["disagreements"]["examples"]] == [0, 2]
+    assert "f.json disagrees with verify.py on 2 rows" in render(found, "table")
+
+
+def test_gold_may_be_a_number_or_several():
+    assert one([row("4", gold=4), row(4, gold="4"), row("5", gold=["4", "5"]), row("6", gold=["4", "5"])])["right"] == 3
+
+
+def test_flips_of_test_time_scaling():
+    def tts(first, final, reflections):
+        return row(
+            final, first_answer=first, rounds=[], round_num=reflections, completion_tokens=100 * (1 + reflections)
+        )
+
+    rows = [tts("4", "4", 0), tts("5", "4", 1), tts("5", "4", 2), tts("4", "5", 1), tts("5", "5", 2), tts(None, "4", 1)]
+    found = one([*rows, row(None, error="time-out")])
+    assert found["kind"] == "tts"
+    assert (found["answered"], found["failed"]) == (6, 1)
+    assert (found["first_accuracy"], found["accuracy"]) == (2 / 6, 4 / 6)
+    assert (found["right_to_wrong"], found["wrong_to_right"]) == (1, 3)
+    assert found["flip_p"] == pytest.approx(2 * (1 + 4) / 16)
+    assert found["reflections"] == 7 / 6
+    assert found["tokens"] == pytest.approx(1300 / 6)
+
+
+def judged(task, label, verdict, swapped=None, **more):
+    return row(None, gold=None, task=task, label=label, verdict=verdict, verdict_swapped=swapped, **more)
+
+
+def test_pointwise_is_balanced_over_the_labels():
+    yes = [judged("pointwise", "Yes", v) for v in ("Yes", "Yes", "Yes", "Yes", "Yes", "No", "Yes", None)]
+    no = [judged("pointwise", "No", v) for v in ("No", "Yes")]
+    found = one([*yes, *no, judged("pointwise", None, "Yes")])
+    assert found["accuracy"] == 7 / 10
+    assert found["balanced_accuracy"] == pytest.approx((6 / 8 + 1 / 2) / 2)
+    assert found["verdict_rate"] == 9 / 10
+    assert (found["says_yes"], found["is_yes"]) == (7 / 9, 8 / 10)
+    assert found["unscorable"] == 1
+    assert one(yes)["balanced_accuracy"] is None
+
+
+def test_pairs_in_both_orders():
+    found = one([
+        judged("pairwise", "A", "A", "B", is_correct=True),  # right twice
+        judged("pairwise", "A", "A", "A"),  # always the first
+        judged("pairwise", "A", "A", "A"),
+        judged("pairwise", "A", "B", "A"),  # consistent, and wrong
+        judged("pairwise", "A", None, "B"),
+    ])  # fmt: skip
+    assert found["accuracy"] == 1 / 5
+    assert (found["accuracy_chosen_first"], found["accuracy_chosen_second"]) == (3 / 5, 2 / 5)
+    assert found["accuracy_both_orders_mean"] == 0.5
+    assert found["consistency"] == 2 / 4
+    assert found["position_bias"] == pytest.approx(6 / 9 - 0.5)
+    assert found["verdict_rate"] == 9 / 10
+
+
+def test_best_of_n_must_beat_every_other():
+    found = one([
+        judged("best_of_n", "A", ["A", "A"], ["B", "B"]),
+        judged("best_of_n", "A", ["A", "A"], ["B", "A"]),
+        judged("best_of_n", "A", ["A", "B"], ["B", "A"]),
+    ])  # fmt: skip
+    assert found["accuracy"] == 1 / 3
+    assert (found["accuracy_chosen_first"], found["accuracy_chosen_second"]) == (2 / 3, 1 / 3)
+    assert found["consistency"] == 5 / 6
+
+
+def test_evaluate_s_own_rows_are_understood():
+    """The rows are made by evaluate.py's solvers, so that the two can't drift apart."""
+    from evaluate import Output, Settings, evaluate
+
+    class Engine:
+        def generate(self, requests, settings):
+            texts = [str(r.messages) for r in requests]
+            said = ["A" if "response_b" in t else "No" if "response" in t else "4" for t in texts]
+            return [Output(f"\\boxed{{{text}}}", 3, 2) for text in said]
+
+    question = {"dataset": "m", "problem": "2+2?", "answer": "4", "image_path": None}
+    tts = evaluate([question], Engine(), Settings("x", "tts", ("f",), max_rounds=0))
+    assert one(json.loads(json.dumps(tts)))["first_accuracy"] == 1.0
+    judge = [{**question, "chosen": "4", "rejected": "5"}, {**question, "response": "5", "label": False},
+             {**question, "chosen": "4", "rejected": ["5", "6"]}]  # fmt: skip
+    rows = json.loads(json.dumps(evaluate(judge, Engine(), Settings("x", "judge", ("f",)))))
+    found = report([tally("f", rows=rows)])["files"][0]["benchmarks"]
+    assert {b["kind"]: b["accuracy"] for b in found} == {"pairwise": 0.0, "pointwise": 1.0, "best_of_n": 0.0}
+    assert found[1]["position_bias"] == 0.5
+
+
+# ---- several files ---------------------------------------------------------------------------------------------------
+
+
+def test_pairs_by_question_and_occurrence_not_by_order():
+    base = [
+        row("4", problem="p"),
+        row("5", problem="p"),
+        row("4", problem="q"),
+        row("4", dataset="n"),
+        row("4", problem="x"),
+    ]
+    other = [row("5", problem="q"), row("4", dataset="n"), row("4", problem="p"), row("4", problem="p"), 
+             row("4", problem="y"), row(None, problem="x", error="HTTP 500")]  # fmt: skip
+    found = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
+    by_name = {r["dataset"]: r for r in found["paired"]}
+    assert (by_name["m"]["rows"], by_name["m"]["gained"], by_name["m"]["lost"]) == (3, 1, 1)
+    assert (by_name["n"]["rows"], by_name["n"]["difference"]) == (1, 0.0)
+    assert by_name["all rows"]["rows"] == 4
+    assert by_name["mean of benchmarks"]["base_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+
+
+def test_interval_and_test_of_a_difference():
+    base = [row("4" if i < 50 else "5", problem=str(i)) for i in range(100)]
+    other = [row("4" if i < 45 or i >= 75 else "5", problem=str(i)) for i in range(100)]
+    (found,) = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])["paired"]
+    assert (found["gained"], found["lost"], found["difference"]) == (25, 5, 0.2)
+    assert found["p"] == pytest.approx(2 * sum(math.comb(30, i) for i in range(6)) / 2**30)
+    spread = 1.96 * math.sqrt((30 / 100 - 0.2**2) / 100)
+    assert found["interval"] == pytest.approx([0.2 - spread, 0.2 + spread], abs=0.015)
+
+
+def test_seed_files_pair_without_problems(tmp_path):
+    def seed(*answers):
+        return [{"dataset": "m", "ground_truth": str(i % 3), "extracted_answer": a} for i, a in enumerate(answers)]
+
+    first, second = (
+        write(tmp_path / "a.json", seed("0", "1", "9", "0")),
+        write(tmp_path / "b.json", seed("0", "1", "2", "9")),
+    )
+    found = json.loads(command("--result_path", first, second, "--format", "json").stdout)
+    assert [f["benchmarks"][0]["right"] for f in found["files"]] == [3, 3]
+    assert (found["paired"][0]["gained"], found["paired"][0]["lost"], found["paired"][0]["rows"]) == (1, 1, 4)
+
+
+def test_nothing_in_common_is_no_error():
+    tallies = [tally(name, pair=True, rows=[row("4", problem=name)]) for name in "ab"]
+    assert report(tallies)["paired"] == []
+    assert "against a" in render(report(tallies), "table")
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("form", ["list", "indented", "lines"])
+def test_streaming_gives_what_json_gives(tmp_path, chunk, form):
+    rows = [{"a": 'x"]},{[\\', "n": [1.5, -2e9, None, True, False]}, {"π\u2028😀": "\ud83d", "deep": {"b": {}}}, {}]
+    path = tmp_path / "f.json"
+    text = json.dumps(rows, indent=2 if form == "indented" else None)
+    path.write_text(
+        "\ufeff \n" + ("\n\n".join(map(json.dumps, rows)) + "\n" if form == "lines" else text), encoding="utf-8"
+    )
+    assert list(read_rows(str(path), chunk)) == rows
+
+
+def test_empty_list_and_larger_than_a_batch(tmp_path):
+    assert "files" in report([tally(write(tmp_path / "e.json", []))])
+    rows = [row(str(i % 5), problem=str(i)) for i in range(5000)]  # scored by other processes too
+    found = tally(write(tmp_path / "f.json", rows), pair=True)
+    assert (found.counts["m", "answer"]["right"], len(found.keys)) == (1000, 5000)
+    assert list(found.outcomes) == [int(i % 5 == 4) for i in range(5000)]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    import tracemalloc
+
+    path = tmp_path / "f.json"
+    with open(path, "w", encoding="utf-8") as file:
+        file.write("[" + ",".join(json.dumps({"x": "y" * 10_000}) for _ in range(1000)) + "]")  # 10 MB
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(str(path), chunk=1 << 18)) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected a JSON list"),
+        ("hello", "expected a JSON list"),
+        ("[1]", "row 0: expected a JSON object, got '1'"),
+        ('[{"a": 1}', "row 1: expected a comma"),
+        ('[{"a": 1},]', "row 1: expected a JSON object"),
+        ('[{"a": 1} {"a": 2}]', "row 1: expected a comma"),
+        ('[{"a": 1}] x', "expected nothing after the list"),
+        ('[{"a": "unterminated', "row 0: expected a JSON object: Unterminated"),
+        ('{"a": 1}\n{"a": ', "row 1: expected a JSON object"),
+        ('[{"a": ' + "9" * 5000 + "}]", "row 0: expected a JSON object"),
+        ('[{"a": ' + "[" * 100_000, "row 0: expected a JSON object"),
+    ],
+)
+def test_broken_json_names_the_row(tmp_path, text, said):
+    path = tmp_path / "f.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        list(read_rows(str(path)))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dataset": None}, "field dataset: expected the benchmark's name, got None"),
+        ({"ground_truth": {}}, "field ground_truth: expected the gold answer, got {}"),
+        ({"extracted_answer": ["4"]}, "field extracted_answer: expected the final answer as text, or null, got ['4']"),
+        ({"task": "pairwise", "verdict": 3}, "field verdict: expected a verdict, or null, got 3"),
+        ({"task": "best_of_n", "verdict": ["A"], "verdict_swapped": []}, "field verdict_swapped: expected a list"),
+        ({"first_answer": {}}, "field first_answer: expected the final answer as text, or null, got {}"),
+    ],
+)
+def test_bad_rows_name_file_row_and_field(change, said):
+    with pytest.raises(BadInput) as caught:
+        tally("f.json", rows=[row("4"), row("4") | change])
+    assert str(caught.value).startswith(f"f.json: row 1: {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_fields_and_missing_file(tmp_path):
+    for name in ("dataset", "ground_truth", "extracted_answer"):
+        broken = {k: v for k, v in row("4").items() if k != name}
+        with pytest.raises(BadInput, match=f"row 0: field {name}: expected .* got nothing"):
+            tally("f", rows=[broken])
+    done = command("--result_path", tmp_path / "none.json")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"calculate_acc.py: {tmp_path / 'none.json'}: No such file or directory\n",
+    )
+
+
+# ---- showing ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_shows_failures_and_exits_0(tmp_path):
+    path = write(tmp_path / "f.json", [row("4"), row("4", dataset="n"), row(None, error="HTTP 500")])
+    done = command("--result_path", path)
+    assert done.returncode == 0
+    assert done.stdout.startswith("FAILED: 1 of 3 rows")
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["m", "n", "mean"]
+
+
+def test_text_of_a_file_stays_in_its_cell():
+    hostile = "m|\x1b[2J\n| x |\u202e\ud800"
+    text = render(report([tally("f", rows=[row("4", dataset=hostile)])]), "markdown")
+    line = next(line for line in text.splitlines() if "x1b" in line)
+    assert line.startswith(r"| m\|\x1b[2J\n\| x \|\u202e\ud800 |")
+    assert "\x1b" not in text
+    text.encode("utf-8")
+
+
+def test_nothing_heavy_for_help():
+    code = "import sys, calculate_acc; print([m for m in ('torch', 'numpy', 'pandas', 'sympy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=acc.os.path.dirname(acc.__file__), timeout=60, check=True)  # fmt: skip
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,338 @@
+"""report.py on runs made for the purpose, among them rollouts that attack the page; looked at by a real browser."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+import report
+from recycle import pairwise_instruction, pointwise_instruction, reflection_instruction
+from report import BadInput, draw_rollouts, read_runs, smooth, write_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+HOSTILE = (
+    "<script>document.title='PWNED'</script></style></title></div><img src=x onerror=\"document.title='PWNED'\">"
+    "\" onmouseover='alert(1)' &lt;b&gt; \u202eevil\u202c \x00 \x1b[2J javascript:alert(1) \\boxed{Yes}"
+)
+
+
+def png(colour="red"):
+    with io.BytesIO() as file:
+        Image.new("RGB", (24, 12), colour).save(file, "PNG")
+        return file.getvalue()
+
+
+def rollouts(step, per_task=3, group=4, text=None, image=None):
+    """A step's table as train_spark.py writes it: images with the first rollout of an item only."""
+    rows = []
+    for task in ("pointwise", "pairwise", "reflection"):
+        for i in range(per_task):
+            made = {
+                "pointwise": lambda i: pointwise_instruction(f"shown {i}", i % 9),
+                "pairwise": lambda i: pairwise_instruction(f"one {i}", f"other {i}", i % 9),
+                "reflection": lambda i: reflection_instruction(f"wrong {i}", "cot", i % 9),
+            }[task](i)
+            for g in range(group):
+                rows.append({
+                    "step": step, "task": task, "prompt": f"What is\n\nquestion {i}?\n\n{made}",
+                    "completion": text or f"{task} {step} {i} so \\boxed{{Yes}}",
+                    "label": {"pointwise": "Yes", "pairwise": "A"}.get(task), "reward": float(g == 0), "advantage": 0.5,
+                    "shown_correct": {"pointwise": [True], "pairwise": [True, False]}.get(task, [False]),
+                    "images": [image or png()] if g == 0 else [],
+                })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def history(steps, spark=True):
+    log = []
+    for step in range(1, steps + 1):
+        entry = {
+            "step": step,
+            "policy/accuracy": 0.5 if step < 10 else 0.7,
+            "entropy": 1.0,
+            "step_time": 2.0,
+            "num_tokens": step * 10.0,
+        }
+        if spark:
+            entry |= {"judge/pointwise/balanced_accuracy": 0.6, "recycle/items": 8.0, "grad_norm": float("nan")}
+        log.append(entry)
+    return [*log, {"step": steps, "train_runtime": 90.0, "train_loss": 0.1}]
+
+
+def make_run(path, steps=20, spark=True, tables=(1, 20), **more):
+    (path / "completions").mkdir(parents=True)
+    state = {"global_step": steps, "max_steps": steps, "log_history": history(steps, spark)}
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    for step in tables:
+        if spark:
+            rollouts(step, **more).to_parquet(path / "completions" / f"recycled_{step:05d}.parquet")
+        policy = [{
+            "step": step, "prompt": [{"role": "user", "content": [{"type": "text", "text": f"Policy question {i}"}]}],
+            "completion": [{"role": "assistant", "content": f"\\boxed{{{i}}}"}], "answer_reward": 1.0, "advantage": 0.0,
+        } for i in range(6)]  # fmt: skip
+        pd.DataFrame(policy).to_parquet(path / "completions" / f"completions_{step:05d}.parquet")
+    return path
+
+
+METRICS = {
+    "table": [
+        {"measure": "policy accuracy", "start": {"mean": 0.5, "n": 300, "interval": [0.45, 0.55]}, "random": None,
+         "note": None,
+         "after": {"mean": 0.84, "n": 300, "interval": [0.8, 0.88]}, "grpo": {"mean": 0.8, "n": 300, "interval": None}},
+        {"measure": "minus <first>", "start": {"mean": -0.02, "n": 300, "interval": [-0.04, 0.0]}, "random": -0.1,
+         "after": None, "note": "a note"},
+        {"measure": "never measured", "start": {"mean": None, "n": 0, "interval": None}, "after": None, "random": 0.5},
+    ],
+    "settings": {"questions": 300},
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """The elements, attributes and text of a page."""
+
+    def __init__(self, path):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.words = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, *a) for a in attributes]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(autouse=True)
+def few_panels(monkeypatch):
+    """Drawing takes most of a page's time; all of it is drawn where `whole` is asked for."""
+    monkeypatch.setattr(report, "PANELS", report.PANELS[:1])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One run's page with every part it can have."""
+    folder = tmp_path_factory.mktemp("whole")
+    return write_report([make_run(folder / "mine", per_task=6)], folder / "out" / "report.html", metrics=METRICS)
+
+
+def cards(path):
+    return re.findall(r"<article class=card>.*?</article>", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_one_file_with_everything_in_it(whole):
+    page = Page(whole)
+    for words in ("mine", "20 steps", "12 policy rollouts", "144 recycled rollouts",
+                  "200 tokens", "1.5 minutes", "0.50 → 0.70", "questions 300"):  # fmt: skip
+        assert words in page.text
+    addresses = [(value[:11]) for _, name, value in page.attributes if name in ("src", "srcset", "href")]
+    assert set(addresses) == {"data:image/"}
+    assert {"script", "link", "iframe", "object"}.isdisjoint(page.tags)
+    policy = next(v for t, n, v in page.attributes if n == "content" and "default-src" in v)
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+    images = [a for a in page.attributes if a[:2] == ("img", "alt")]
+    assert len(images) == page.tags.count("img")
+    assert all(alt for _, _, alt in images)
+    with Image.open(whole.with_name("report_curves.png")) as curves:
+        assert curves.width > 1000
+
+
+def test_alt_text_says_where_a_curve_started_and_ended(whole):
+    page = Page(whole)
+    assert ("img", "alt", "Answering: mine accuracy from 0.50 to 0.70") in page.attributes
+    assert "Judging a pair" in page.text  # nothing logged of it: said, not left out
+    assert page.text.count("not logged") == 7
+
+
+def test_before_and_after_shows_every_column(whole):
+    page = Page(whole)
+    for words in (
+        "start",
+        "after",
+        "grpo",
+        "0.840 +0.340",
+        "0.800 to 0.880, n = 300",
+        "minus <first>",
+        "a note",
+        "-0.020",
+    ):
+        assert words in page.text
+    strips = re.findall(r"<div class=strip.*?</div>", whole.read_text(encoding="utf-8"))
+    assert len(strips) == 2  # a difference has no place between 0 and 1
+    assert "left:84.00%" in strips[0]
+
+
+def test_cards_are_spread_over_tasks_late_and_early(whole):
+    found = cards(whole)
+    assert len(found) == 3 * report.LATE + 3 * report.EARLY
+    late, early = found[: 3 * report.LATE], found[3 * report.LATE :]
+    assert all("step 20" in card for card in late)
+    assert all("step 1<" in card for card in early)
+    for task in ("Judge one answer", "Judge a pair", "Look again"):
+        assert sum(f"<b>{task}</b>" in card for card in late) == report.LATE
+
+
+def test_a_card_shows_what_the_model_saw(whole):
+    found = cards(whole)
+    pair = html.unescape(re.sub(r"<[^>]*>", " ", next(card for card in found if "Judge a pair" in card)))
+    words = " ".join(pair.split())
+    i = re.search(r"one (\d)", words)[1]
+    for part in (f"Question What is question {i}?", f"A: Shown ✓ is right one {i}", f"B: Shown ✗ is wrong other {i}",
+                 "answered Yes , should be A", "1 of 4 tries right ●○○○"):  # fmt: skip
+        assert part in words
+    assert "<response" not in words
+    assert re.search("✓ right|✗ wrong", words)
+
+
+def test_images_go_to_every_rollout_of_their_item_and_to_no_other(tmp_path):
+    table = rollouts(1, per_task=2, group=3)
+    colours = iter(["red", "green", "blue", "white", "black", "yellow"])
+    table["images"] = [[png(next(colours))] if images else [] for images in table["images"]]
+    table.loc[table.index[:6], "prompt"] = "the same words about two images"
+    text_only = table.iloc[:3].assign(prompt="no image", images=[[], [], []])
+    path = tmp_path / "t.parquet"
+    pd.concat([table, text_only]).to_parquet(path)
+    rows = report.read_table(path, None, [])
+    assert [row["images"] == [] for row in rows] == [False] * 18 + [True] * 3
+    for start in range(0, 18, 3):
+        assert len({row["images"][0] for row in rows[start : start + 3]}) == 1
+    assert len({row["images"][0] for row in rows[:18]}) == 6
+    assert rows[0]["group"] == [1.0, 0.0, 0.0]
+
+
+def test_rollouts_are_drawn_not_selected(tmp_path):
+    run = read_runs([make_run(tmp_path / "mine", per_task=30, group=2)])[0]
+    rewards = [row["reward"] for row in draw_rollouts(run, True, 30)]
+    assert 25 < sum(rewards) < 65  # half of the 90 were right
+    again = [[row["completion"] for row in draw_rollouts(run, True, 4)] for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_several_runs_and_a_run_without_recycling(tmp_path):
+    runs = [
+        make_run(tmp_path / "a" / "run"),
+        make_run(tmp_path / "b" / "run", spark=False),
+        make_run(tmp_path / "$x_$", 5, tables=()),
+    ]
+    page = Page(write_report(runs, tmp_path / "r.html"))
+    for words in ("a/run", "b/run", "$x_$", "no recycling: plain GRPO", "Policy question", "No rollouts were kept"):
+        assert words in page.text
+    alt = next(v for t, n, v in page.attributes if n == "alt" and v.startswith("Answering"))
+    assert "a/run accuracy" in alt
+    assert "b/run accuracy" in alt
+
+
+def test_interrupted_run_takes_its_newest_checkpoint(tmp_path):
+    run = make_run(tmp_path / "mine", tables=())
+    (run / "trainer_state.json").unlink()
+    for steps in (5, 9, 10):
+        (run / f"checkpoint-{steps}").mkdir()
+        state = {"global_step": steps, "max_steps": 40, "log_history": history(steps)[:-1]}
+        (run / f"checkpoint-{steps}" / "trainer_state.json").write_text(json.dumps(state))
+    page = Page(write_report([run], tmp_path / "r.html"))
+    assert "10 of 40 steps so far" in page.text
+
+
+def test_a_folder_of_runs_stands_for_them(tmp_path):
+    make_run(tmp_path / "demo" / "spark")
+    (tmp_path / "demo" / "metrics.json").write_text(json.dumps(METRICS))
+    (tmp_path / "demo" / "other").mkdir()
+    page = Page(write_report([tmp_path / "demo"], tmp_path / "r.html"))
+    assert "0.840 +0.340" in page.text
+    assert "72 recycled rollouts" in page.text
+
+
+def test_broken_tables_and_images_are_notes(tmp_path):
+    run = make_run(tmp_path / "mine", tables=(20,), image=b"\x89PNG\r\n\x1a\nno more")
+    (run / "completions" / "recycled_00021.parquet").write_bytes(b"PAR1 cut off")
+    page = Page(write_report([run], tmp_path / "r.html"))
+    assert "recycled_00021.parquet could not be read" in page.text
+    assert "image can't be shown" in page.text
+    assert "Judge a pair" in page.text
+
+
+def test_images_are_encoded_anew():
+    hidden = png() + b"<script>alert(1)</script>"
+    data = re.search(r"base64,([^\"]*)", report.image(hidden))[1]
+    assert b"script" not in base64.b64decode(data)
+    gif = io.BytesIO()
+    Image.new("RGB", (2, 2)).save(gif, "GIF")
+    assert "can't be shown" in report.image(gif.getvalue())
+    assert "can't be shown" in report.image(None)
+
+
+def test_smoothing_keeps_a_constant_and_the_ends():
+    assert smooth([0.3] * 50) == pytest.approx([0.3] * 50)
+    assert smooth([1.0]) == [1.0]
+    assert smooth([0.0, 1.0])[0] < 0.5 < smooth([0.0, 1.0])[1]
+    line = smooth(list(range(100)))
+    assert line[50] == pytest.approx(50)
+    assert len(line) == 100
+
+
+def test_not_a_run_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "trainer_state.json").write_text("{")
+    for name, said in (("empty", "not a run"), ("none", "no such folder"), ("bad", "expected JSON")):
+        with pytest.raises(BadInput, match=said):
+            write_report([tmp_path / name], tmp_path / "r.html")
+    done = subprocess.run([sys.executable, report.__file__, tmp_path / "empty", "--output", tmp_path / "r.html"],
+                          capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(f"report.py: {tmp_path / 'empty'}: not a run: expected trainer_state.json")
+    assert not (tmp_path / "r.html").exists()
+
+
+def hostile_run(tmp_path):
+    path = make_run(tmp_path / "x<img src=x onerror=alert(1)>", text=HOSTILE)
+    table = rollouts(30, text=HOSTILE)
+    table["task"] = table["task"].replace("reflection", HOSTILE)
+    table["prompt"] = [HOSTILE + f"{p}{i // 4}" for i, p in enumerate(table["prompt"])]
+    table["label"] = HOSTILE
+    table.to_parquet(path / "completions" / "recycled_00030.parquet")
+    measured = {"mean": 0.5, "n": HOSTILE, "interval": [0.4, 0.6]}
+    table = [{"measure": HOSTILE + "\ud800", "note": HOSTILE, HOSTILE: measured, "random": 0.5}]
+    metrics = {"table": table, "settings": {HOSTILE: HOSTILE}}
+    return write_report([path], tmp_path / "r.html", metrics=metrics)
+
+
+def test_hostile_text_stays_text(tmp_path):
+    path = hostile_run(tmp_path)
+    page = Page(path)
+    assert "script" not in page.tags
+    assert page.tags.count("style") == page.tags.count("title") == 1
+    assert not [a for a in page.attributes if a[1].startswith("on")]
+    assert page.text.count("<script>document.title='PWNED'</script></style>") > 10
+    assert "[U+202E]evil[U+202C] [U+0000]" in page.text
+    assert "[U+D800]" in page.text
+    assert not re.search(r"[\u202e\x00\x1b]", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on PATH (apt-get install chromium)")
+def test_a_browser_runs_nothing_and_shows_the_text(tmp_path):
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --dump-dom").split()  # fmt: skip
+    path = hostile_run(tmp_path)
+    done = subprocess.run([CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
+                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
+    (tmp_path / "dom.html").write_text(done.stdout, encoding="utf-8")
+    dom = Page(tmp_path / "dom.html")
+    assert "<title>PWNED" not in done.stdout
+    assert "script" not in dom.tags
+    assert not [a for a in dom.attributes if a[1].startswith("on")]
+    for words in ("Before and after", "Curves", "Rollouts", "Late in training",
+                  "<script>document.title='PWNED'</script>",
+                  "The model wrote", "Answering", "✗ wrong"):  # fmt: skip
+        assert words in dom.text
+    assert dom.text.endswith("tries right ●○○○")

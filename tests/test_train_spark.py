@@ -1,0 +1,438 @@
+"""SparkTrainer on TRL's real trainer and the real Qwen2.5-VL classes."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List, Value
+from trl import GRPOConfig, GRPOTrainer
+
+import train_spark
+import verify
+from data.digits import digit_rows
+from recycle import PROMPT_SUFFIX, RecycleConfig
+from train_spark import SparkConfig, SparkTrainer, join, judging
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+
+
+def digits(n, kinds=None, seed=0):
+    """Rows of the embedded task as the trainer gets them, with or without images."""
+    rows = [r for r in digit_rows("train", 8 * n, seed) if kinds is None or r["dataset"].split("-")[1] in kinds][:n]
+    features = Features({"prompt": MESSAGES, "images": List(Image()), "solution": Value("string")})
+    return Dataset.from_list([{k: r[k] for k in features} for r in rows], features=features)
+
+
+def sums(n):
+    """Text rows without an image column."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i}+1?" + PROMPT_SUFFIX}], "solution": str(i + 1)}
+        for i in range(n)
+    ]
+    return Dataset.from_list(rows, features=Features({"prompt": MESSAGES, "solution": Value("string")}))
+
+
+def config(cls, tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "beta": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return cls(**(settings | changes))
+
+
+def coin(prompts, completions, **columns):
+    """A verifier for a model whose rollouts are noise: right where the completion has an even length."""
+    return [float(len(c[0]["content"]) % 2 == 0) for c in completions]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "mixed"])
+def test_recycle_ratio_0_is_grpo_bit_for_bit(kind, tmp_path, processor, text_model, vision_model):
+    """Same losses and same weights after three steps."""
+    if kind == "text":
+        model, data, processing, reward = text_model, sums(12), processor.tokenizer, coin
+    else:
+        kinds = {"sum", "product"} if kind == "image" else None
+        model, data, processing, reward = vision_model, digits(12, kinds), processor, verify.answer_reward
+    runs = []
+    for trainer_class, config_class, extra in (
+        (GRPOTrainer, GRPOConfig, {}),
+        (SparkTrainer, SparkConfig, {"recycle_ratio": 0.0}),
+    ):
+        if kind == "mixed" and trainer_class is GRPOTrainer:
+            trainer_class = _MixedGRPOTrainer
+        trainer = trainer_class(
+            copy.deepcopy(model),
+            reward_funcs=reward,
+            args=config(config_class, tmp_path, **extra),
+            train_dataset=data,
+            processing_class=processing,
+        )
+        trainer.train()
+        runs.append(([h["loss"] for h in trainer.state.log_history if "loss" in h], weights(trainer)))
+    (grpo_losses, grpo_weights), (spark_losses, spark_weights) = runs
+    assert len(grpo_losses) == 3
+    assert any(loss != 0 for loss in grpo_losses)
+    assert grpo_losses == spark_losses
+    for name, weight in grpo_weights.items():
+        assert torch.equal(weight, spark_weights[name]), name
+    assert any(not torch.equal(w, dict(model.named_parameters())[n]) for n, w in grpo_weights.items())
+
+
+class _MixedGRPOTrainer(GRPOTrainer):
+    """TRL 1.16 itself refuses a batch with and without images; this is the least that lets it through."""
+
+    def _generate(self, prompts):
+        *generated, images, tool_images = super()._generate(prompts)
+        return *generated, images and [own or [] for own in images], tool_images
+
+
+@pytest.mark.parametrize("kind", ["text", "mixed"])
+def test_five_steps_train_every_task(kind, tmp_path, processor, text_model, vision_model):
+    if kind == "text":
+        model, data, processing, reward = text_model, sums(20), processor.tokenizer, coin
+    else:
+        model, data, processing, reward = vision_model, digits(20), processor, verify.answer_reward
+    before = copy.deepcopy(model.state_dict())
+    trainer = SparkTrainer(
+        model,
+        reward_funcs=reward,
+        args=config(SparkConfig, tmp_path, max_steps=5, log_completions=True, num_completions_to_print=0),
+        train_dataset=data,
+        processing_class=processing,
+    )
+    trainer.train()
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    assert len(history) == trainer.state.global_step == 5
+    assert all(math.isfinite(h["loss"]) and h["grad_norm"] > 0 for h in history)
+    assert sum(h["recycle/items"] for h in history) >= 15
+    for h in history:
+        assert h["recycle/rows"] == 4 * h["recycle/items"]
+        assert h["rewards/" + reward.__name__ + "/mean"] == pytest.approx(h["policy/accuracy"])  # TRL's names: policy
+    changed = [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])]
+    assert changed
+
+    import pandas as pd
+
+    tables = [pd.read_parquet(f) for f in sorted((tmp_path / "completions").glob("recycled_*.parquet"))]
+    assert len(tables) == 5
+    table = pd.concat(tables)
+    assert len(table) == sum(h["recycle/rows"] for h in history)
+    assert set(table["task"]) <= {"pointwise", "pairwise", "reflection"}
+    policy = pd.read_parquet(sorted((tmp_path / "completions").glob("completions_*.parquet"))[0])
+    assert len(policy) == 16
+    if kind == "mixed":
+        assert any(len(images) for images in table["images"])
+
+
+def capture_join(monkeypatch):
+    """Record the batches that are joined, and the union."""
+    seen = []
+
+    def recording(first, second, pad_token_id):
+        union = join(first, second, pad_token_id)
+        seen.append((first, second, union))
+        return union
+
+    monkeypatch.setattr(train_spark, "join", recording)
+    return seen
+
+
+@pytest.fixture
+def float64_throughout(monkeypatch):
+    """Norms, RoPE and TRL's fused head cast to float32 whatever the model's type; here that word means float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("kinds", [None, {"sum", "largest"}, {"plus", "factor"}])
+def test_union_has_the_loss_and_gradient_of_its_parts(
+    loss_type, kinds, tmp_path, processor, vision_model, monkeypatch, float64_throughout
+):
+    """The joined batch against the two passes computed apart, in float64: loss and gradient within 1e-9."""
+    seen = capture_join(monkeypatch)
+    trainer = SparkTrainer(
+        vision_model.double(),
+        args=config(SparkConfig, tmp_path, loss_type=loss_type, beta=0.01),
+        train_dataset=digits(4, kinds),
+        processing_class=processor,
+    )
+    trainer.ref_model.double()
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(4)])
+    ((policy, recycled, union),) = seen
+    n_policy, n_recycled = len(policy["prompt_ids"]), len(recycled["prompt_ids"])
+    assert len(union["prompt_ids"]) == n_policy + n_recycled
+    assert torch.equal(union["advantages"], torch.cat([policy["advantages"], recycled["advantages"]]))
+    assert policy["prompt_ids"].size(1) != recycled["prompt_ids"].size(1)  # the widths do differ, or this tests nothing
+    # Rewards of the shipped model can all be equal in a group; the loss must be a real one.
+    torch.manual_seed(0)
+    for batch, n in ((policy, n_policy), (recycled, n_recycled)):
+        batch["advantages"] = torch.randn(n, dtype=torch.float64)
+    union["advantages"] = torch.cat([policy["advantages"], recycled["advantages"]])
+
+    def loss_and_gradient(batch):
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, batch)
+        loss.backward()
+        gradient = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in trainer.model.parameters()]
+        return loss.item(), gradient
+
+    whole, whole_gradient = loss_and_gradient(union)
+    parts = []
+    for batch, n in ((policy, n_policy), (recycled, n_recycled)):
+        share = 1.0 if loss_type == "dapo" else n / (n_policy + n_recycled)  # means over rows weigh by rows
+        loss, gradient = loss_and_gradient({**batch, "num_items_in_batch": union["num_items_in_batch"]})
+        parts.append((share * loss, [share * g for g in gradient]))
+    assert union["num_items_in_batch"] == union["completion_mask"].sum()
+    assert abs(whole) > 1e-6
+    assert whole == pytest.approx(sum(loss for loss, _ in parts), abs=1e-9)
+    for got, a, b in zip(whole_gradient, parts[0][1], parts[1][1], strict=True):
+        assert torch.allclose(got, a + b, atol=1e-9, rtol=0)
+
+
+def test_join_pads_each_side_and_keeps_rows_apart():
+    def batch(p, t, n, with_images):
+        made = {
+            "prompt_ids": torch.full((n, p), 7),
+            "prompt_mask": torch.ones(n, p, dtype=torch.long),
+            "completion_ids": torch.full((n, t), 9),
+            "completion_mask": torch.ones(n, t, dtype=torch.long),
+            "advantages": torch.arange(float(n)),
+            "num_items_in_batch": torch.tensor(n * t),
+            "old_per_token_logps": torch.full((n, t), -1.0),
+        }
+        if with_images:
+            made |= {
+                "pixel_values": torch.ones(4 * n, 6),
+                "image_grid_thw": torch.tensor([[1, 2, 2]] * n),
+                "num_images": [1] * n,
+                "mm_token_type_ids": torch.cat([torch.ones(n, p), torch.zeros(n, t)], 1).long(),
+            }
+        return made
+
+    for images in ((True, False), (False, True), (True, True), (False, False)):
+        union = join(batch(3, 5, 2, images[0]), batch(6, 2, 4, images[1]), pad_token_id=0)
+        assert union["prompt_ids"].tolist()[0] == [0, 0, 0, 7, 7, 7]
+        assert union["prompt_mask"].tolist()[0] == [0, 0, 0, 1, 1, 1]
+        assert union["completion_ids"].tolist()[-1] == [9, 9, 0, 0, 0]
+        assert union["completion_mask"].sum() == union["num_items_in_batch"] == 2 * 5 + 4 * 2
+        assert union["old_per_token_logps"].shape == (6, 5)
+        if any(images):
+            assert union["num_images"] == [int(images[0])] * 2 + [int(images[1])] * 4
+            assert len(union["image_grid_thw"]) == sum(union["num_images"])
+            assert len(union["pixel_values"]) == 4 * sum(union["num_images"])
+            assert union["mm_token_type_ids"].shape == (6, 11)
+            assert union["mm_token_type_ids"][0].tolist() == [0, 0, 0] + [int(images[0])] * 3 + [0] * 5
+    with pytest.raises(KeyError, match="a_new_field"):
+        join({**batch(1, 1, 1, False), "a_new_field": torch.ones(1)}, batch(1, 1, 1, False), 0)
+
+
+@pytest.mark.parametrize("steps_per_generation", [1, 2, 4])
+def test_every_row_is_trained_exactly_once(steps_per_generation, tmp_path, processor, text_model, monkeypatch):
+    seen = capture_join(monkeypatch)
+    trained = []
+    compute = SparkTrainer._compute_loss
+
+    def recording(self, model, inputs):
+        trained.append([row[row != self._tokenizer.pad_token_id].tolist() for row in inputs["prompt_ids"]])
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(SparkTrainer, "_compute_loss", recording)
+    trainer = SparkTrainer(
+        text_model,
+        reward_funcs=coin,
+        args=config(
+            SparkConfig,
+            tmp_path,
+            per_device_train_batch_size=24 // steps_per_generation,
+            gradient_accumulation_steps=steps_per_generation,
+            max_steps=2,
+        ),
+        train_dataset=sums(12),
+        processing_class=processor.tokenizer,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert len(trained) == 2 * steps_per_generation
+    expected = [row[row != trainer._tokenizer.pad_token_id].tolist() for *_, u in seen for row in u["prompt_ids"]]
+    assert sorted(row for step in trained for row in step) == sorted(expected)
+    assert len(expected) > 2 * 24  # recycled rows are among them
+
+
+def test_evaluation_does_not_recycle(tmp_path, processor, text_model, monkeypatch):
+    seen = capture_join(monkeypatch)
+    trainer = SparkTrainer(
+        text_model,
+        reward_funcs=coin,
+        args=config(SparkConfig, tmp_path, per_device_eval_batch_size=8),
+        train_dataset=sums(4),
+        eval_dataset=sums(4),
+        processing_class=processor.tokenizer,
+    )
+    metrics = trainer.evaluate()
+    assert seen == []
+    assert 0 <= metrics["eval_policy/accuracy"] <= 1
+    assert not any("judge" in name or "recycle" in name for name in metrics)
+
+
+def test_reward_functions_meet_judge_rows():
+    def answers(prompts, completions, solution, **columns):
+        assert len(prompts) == len(completions) == len(solution)
+        return [float(c == s) for c, s in zip(completions, solution, strict=True)]
+
+    def length(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    rows = {
+        "prompts": ["p"] * 4,
+        "completions": ["\\boxed{Yes}", "7", "\\boxed{A}", "8"],
+        "solution": ["9", "7", "9", "7"],
+        "task": ["pointwise", "reflection", "pairwise", "reflection"],
+        "label": ["Yes", None, "B", None],
+    }
+    assert judging(answers, with_verdicts=True)(**rows) == [1.0, 1.0, 0.0, 0.0]
+    assert judging(length, with_verdicts=False)(**rows) == [None, 1.0, None, 1.0]
+    plain = {k: rows[k] for k in ("prompts", "completions", "solution")}
+    assert judging(answers, with_verdicts=True)(**plain) == [0.0, 1.0, 0.0, 0.0]
+    assert judging(answers, True).__name__ == "answers"  # TRL names its metrics after it
+    with pytest.raises(ValueError, match="reward models"):
+        judging("some/reward-model", True)
+
+
+def test_settings_are_checked_and_have_one_source(tmp_path):
+    with pytest.raises(ValueError, match="recycle_source"):
+        SparkConfig(str(tmp_path), recycle_source="everything", bf16=False)
+    defaults = SparkConfig(str(tmp_path), bf16=False)
+    for name in RecycleConfig.__dataclass_fields__:
+        assert getattr(defaults, name) == getattr(RecycleConfig(), name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dataset", "digits", "--no_such_flag", "1"], "no_such_flag"),
+        (["--dataset", "missing.json"], "missing.json: no such file"),
+        (["--dataset", "{file}", "--solution_column", "gold"], "no column 'gold'"),
+        (["--dataset", "{file}", "--max_prompt_length", "5"], "row 0: field prompt"),
+        (["--dataset", "{image}"], "row 1: field image"),
+        (["--dataset", "{gold}"], "row 0: field solution"),
+        (["--dataset", "digits", "--config", "missing.yaml"], "missing.yaml"),
+        (["--dataset", "digits", "--config", "{recipe}"], "recycle_ration"),
+        (["--dataset", "digits", "--recycle_tasks", "judging"], "recycle_tasks"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, monkeypatch, capsys):
+    files = {
+        "file": [{"prompt": "What is 1+1? " * 9, "solution": "2"}],
+        "image": [{"prompt": "a", "image": None, "solution": "2"}, {"prompt": "b", "image": "no.png", "solution": "2"}],
+        "gold": [{"prompt": "a", "solution": ""}],
+    }
+    paths = {"recipe": tmp_path / "bad.yaml"}
+    paths["recipe"].write_text("recycle_ration: 0.5\n")
+    for name, rows in files.items():
+        paths[name] = tmp_path / f"{name}.json"
+        paths[name].write_text(json.dumps(rows))
+    arguments = [a.format(**paths) for a in arguments]
+    common = ["--model_name_or_path", "data/tiny_qwen2_5_vl", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *common, "--bf16", "false", *arguments])
+    monkeypatch.setattr(train_spark, "SparkTrainer", None)  # a model must not be loaded
+    with pytest.raises(SystemExit) as exited:
+        train_spark.main()
+    assert exited.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert expected in message
+
+
+def test_resumed_is_uninterrupted(tmp_path, processor, vision_model):
+    """Stopped after two steps of four and resumed: the same metrics and bitwise the same weights, waiting items too."""
+
+    def trainer(folder, **changes):
+        return SparkTrainer(
+            copy.deepcopy(vision_model),
+            args=config(SparkConfig, folder, max_steps=4, save_strategy="steps", save_steps=2, **changes),
+            train_dataset=digits(16),
+            processing_class=processor,
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    state = json.loads((checkpoint / "recycle_state.json").read_text())
+    assert state["waiting"]  # or this would not test what waits
+    assert train_spark.last_checkpoint(str(tmp_path / "whole")) == str(tmp_path / "whole" / "checkpoint-4")
+
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    timed = ("seconds", "time", "runtime", "per_second")
+
+    def metrics(run, step):
+        (logged,) = (h for h in run.state.log_history if h["step"] == step and "loss" in h)
+        return {k: v for k, v in logged.items() if not any(t in k for t in timed)}
+
+    for step in (3, 4):
+        assert metrics(resumed, step) == metrics(whole, step)
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(resumed)[name]), name
+    assert [c.group.key for c in resumed._waiting] == [c.group.key for c in whole._waiting]
+
+    (tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").unlink()  # killed while saving
+    assert train_spark.last_checkpoint(str(tmp_path / "whole")) == str(checkpoint)
+    assert train_spark.last_checkpoint(str(tmp_path / "nothing")) is None
+
+
+def test_metrics_against_a_case_by_hand(tmp_path, processor, text_model):
+    """Two pointwise items (one right, one wrong candidate), one pair and one reflection, four rollouts each."""
+    from recycle import Group, Item, Shown
+    from train_spark import Scored
+
+    trainer = SparkTrainer(
+        text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(4), processing_class=processor.tokenizer
+    )
+    group = Group("q", [{"role": "user", "content": "1+1?"}], (), {})
+    right, wrong = Shown("2", "answer", "2", True), Shown("3", "answer", "3", False)
+    items = (
+        Item("pointwise", group.prompt, "Yes", group, 0, (right,)),
+        Item("pointwise", group.prompt, "B", group, 0, (wrong,)),
+        Item("pairwise", group.prompt, "A", group, 0, (right, wrong)),
+        Item("reflection", group.prompt, None, group, 0, (wrong,)),
+    )
+    texts = "Yes Yes No A B A A dunno A A B A 2 3 2 2".split()
+    rewards = torch.tensor([float(c) for c in "1100100011011011"])
+    completions = [[{"role": "assistant", "content": f"\\boxed{{{t}}}"}] for t in texts]
+    trainer._scored = Scored([{}] * 16, completions, rewards[:, None])
+    trainer._log_judging(items, torch.zeros(16))
+    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert logged == pytest.approx(
+        {
+            "judge/pointwise/accuracy": 3 / 8,
+            "judge/pointwise/balanced_accuracy": (2 / 4 + 1 / 4) / 2,
+            "judge/pointwise/label_rate": 1 / 2,
+            # parsed: Yes Yes No for the right one (a letter answers another question), B A A for the wrong one
+            "judge/pointwise/positive_rate": 4 / 6,
+            "judge/pairwise/accuracy": 3 / 4,
+            "judge/pairwise/first_rate": 3 / 4,
+            "judge/unparsed": 2 / 12,
+            "reflection/fix_rate": 3 / 4,
+        }
+    )
