@@ -18,7 +18,7 @@ PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlin
 
 
 @pytest.mark.parametrize(
-    "text, content",
+    ("text", "content"),
     [
         (r"so \boxed{42}.", "42"),
         (r"\boxed{1} and then \boxed{2}", "2"),
@@ -51,7 +51,7 @@ def test_extract_boxed(text, content):
 
 
 @pytest.mark.parametrize(
-    "text, content",
+    ("text", "content"),
     [
         (r"\boxed{5} the answer is 6", "5"),
         (r"so \boxed{5", "5"),
@@ -134,7 +134,7 @@ def test_the_last_box_is_the_verdict():
 
 def test_labelled_pairs():
     """The rates of issue 3: false positives at most 0.5 %, false negatives at most 3 %."""
-    results = verify.explain_many([(row["pred"], row["gold"]) for row in PAIRS], timeout=20)
+    results = verify.explain_many([(row["pred"], row["gold"]) for row in PAIRS], timeout=60)
     wrong = [(row, r) for row, r in zip(PAIRS, results, strict=True) if r.verdict is not row["equal"]]
     positives = sum(row["equal"] for row in PAIRS)
     false_positives = sum(not row["equal"] for row, _ in wrong) / (len(PAIRS) - positives)
@@ -142,7 +142,8 @@ def test_labelled_pairs():
     print(f"{len(PAIRS)} pairs: {false_positives:.2%} false positives, {false_negatives:.2%} missed")
     for row, result in wrong:
         print(row, result)
-    assert len(PAIRS) >= 400 and min(positives, len(PAIRS) - positives) > 200
+    assert len(PAIRS) >= 400
+    assert min(positives, len(PAIRS) - positives) > 200
     assert len({row["kind"] for row in PAIRS}) >= 30
     assert false_positives <= 0.005
     assert false_negatives <= 0.005  # stricter than for unseen pairs
@@ -154,7 +155,7 @@ def test_most_pairs_never_reach_a_worker():
 
 
 @pytest.mark.parametrize(
-    "pred, gold, equal",
+    ("pred", "gold", "equal"),
     [
         # What math-verify 0.9.0 gets wrong, or what its defaults are too generous for.
         ("10", "2x = 10", False),
@@ -178,7 +179,7 @@ def test_where_math_verify_is_guarded(pred, gold, equal):
 
 
 @pytest.mark.parametrize(
-    "pred, gold, equal",
+    ("pred", "gold", "equal"),
     [
         ("3.14159", "3.14", True),  # rounds to the gold at the gold's precision
         ("3.145", "3.14", False),  # half up
@@ -217,8 +218,8 @@ def test_a_batch_keeps_its_order():
     rows = [row for row in PAIRS if isinstance(row["gold"], str)]
     random.Random(0).shuffle(rows)
     batch = [(row["pred"], row["gold"]) for row in rows[:300]]
-    assert verify.verify_many(batch, timeout=20) == [verify.is_equal(*pair) for pair in batch]
-    assert verify.verify_many(batch + batch, timeout=20) == verify.verify_many(batch, timeout=20) * 2
+    assert verify.verify_many(batch, timeout=60) == [verify.is_equal(*pair) for pair in batch]
+    assert verify.verify_many(batch + batch, timeout=60) == verify.verify_many(batch, timeout=60) * 2
     assert verify.verify_many([]) == []
 
 
@@ -255,13 +256,7 @@ def test_answer_reward(wrap):
 
 @pytest.mark.parametrize("wrap", [str, chat])
 def test_verdict_reward(wrap):
-    completions = [
-        wrap(r"\boxed{Yes}"),
-        wrap(r"\boxed{yes}"),
-        wrap("Hm."),
-        wrap(r"\boxed{(B)}"),
-        wrap(r"\boxed{A}"),
-    ]
+    completions = [wrap(r"\boxed{Yes}"), wrap(r"\boxed{yes}"), wrap("Hm."), wrap(r"\boxed{(B)}"), wrap(r"\boxed{A}")]
     assert verify.verdict_reward(["q"] * 5, completions, label=["Yes", "No", "Yes", "B", None]) == [
         1.0,
         0.0,
@@ -273,15 +268,7 @@ def test_verdict_reward(wrap):
 
 def test_spark_reward_chooses_by_task():
     completions = [
-        chat(t)
-        for t in (
-            r"\boxed{7}",
-            r"\boxed{7}",
-            r"\boxed{Yes}",
-            r"\boxed{A}",
-            r"\boxed{No}",
-            "cut off",
-        )
+        chat(t) for t in (r"\boxed{7}", r"\boxed{7}", r"\boxed{Yes}", r"\boxed{A}", r"\boxed{No}", "cut off")
     ]
     tasks = ["policy", "reflection", "pointwise", "pairwise", "pointwise", "pairwise"]
     solution = ["7", "8", None, None, None, None]
@@ -301,4 +288,5 @@ def test_unscorable_golds_are_logged_once_with_their_text(caplog):
         for _ in range(3):
             assert verify.answer_reward(["q", "q"], [r"\boxed{7}", r"\boxed{7}"], solution=["7", gold]) == [1.0, None]
     records = [r.getMessage() for r in caplog.records if repr(gold) in r.getMessage()]
-    assert len(records) == 1 and "row 1" in records[0]
+    assert len(records) == 1
+    assert "row 1" in records[0]
