@@ -1,4 +1,4 @@
-"""The small model of the demo: real Qwen2.5-VL classes, 1.1 M parameters, made from scratch in minutes on two cores.
+"""The small model of the demo: real Qwen2.5-VL classes, 1.2 M parameters, made from scratch in minutes on two cores.
 
     python -m data.tiny_model [--output data/tiny_qwen2_5_vl] [--steps N] [--seed 0]
 
@@ -67,7 +67,7 @@ class Noise:
     """What the warm start gets wrong on purpose, as probabilities."""
 
     misread: float = 0.45  # a result is wrong, mostly by a misread digit
-    reflect: float = 0.80  # the same when reflecting: at the start, looking again does more harm than good
+    reflect: float = 0.60  # the same when reflecting: at the start, looking again does more harm than good
     flip: float = 0.20  # a verdict contradicts the comparison before it
 
 
@@ -118,7 +118,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     kind, values, text = question(rng)
     images = [draw(values, "train", rng)] if kind in IMAGE_KINDS else []
     gold = solve(kind, values)
-    task = rng.choices(("policy", "pointwise", "pairwise", "reflection"), (3, 4, 3, 3))[0]
+    task = rng.choices(("policy", "pointwise", "pairwise", "reflection"), (3, 4, 3, 2))[0]
     misread = noise.reflect if task == "reflection" else noise.misread
     own, result = attempt(kind, values, rng.random() < misread, rng)
     form = rng.choice(("answer", "cot"))
@@ -226,7 +226,7 @@ def make_processor(seed: int):
 
 
 def make_model(tokenizer, seed: int):
-    """A Qwen2.5-VL of about 1.1 M parameters: text 4 layers of 128, vision 2 layers of 64."""
+    """A Qwen2.5-VL of about 1.2 M parameters: text 4 layers of 128, vision 2 layers of 64."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
