@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluate import Request, Settings, TransformersEngine, ask, evaluate, reflection_instruction
+from evaluate import Request, Settings, TransformersEngine, ask, evaluate, reflection_instruction, write_atomically
 from recycle import PROMPT_SUFFIX, neutralise
 
 START = Path("data/tiny_qwen2_5_vl")
@@ -192,9 +192,7 @@ def staged(path: Path, settings: Row, make) -> Row:
             return found
     result = {"settings": settings, **make()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, json.dumps(result))
     return result
 
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import verify
+from data.read import BadInput
 from recycle import (
     PROMPT_SUFFIX,
     ask,
@@ -37,10 +38,6 @@ from recycle import (
 
 Row = dict[str, Any]
 MODES = ("answer", "tts", "judge")
-
-
-class BadInput(ValueError):
-    """Input that can't be used: one line that names file, row and field, and what is expected."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,13 @@ class TransformersEngine:
 
     def __init__(self, model, processor=None, batch_size: int = 128):
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            ProcessorMixin,
+        )
 
         self.batch_size = batch_size
         if isinstance(model, str):
@@ -240,7 +243,7 @@ class TransformersEngine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
             model = auto.from_pretrained(model, dtype="auto" if device == "cuda" else torch.float32).to(device)
         self.model, self.processor = model.eval(), processor
-        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
 
     def generate(self, requests: list[Request], settings: Settings) -> list[Output]:
         """The completions of `requests`, in their order. Batches hold requests of like length."""
@@ -394,10 +397,10 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
             if entry["result"]["error"] is None:
                 done[entry["index"]] = entry["result"]
         kept = [json.dumps(header)] + [json.dumps({"index": i, "result": r}) for i, r in done.items()]
-        _write_atomically(part, "\n".join(kept) + "\n")
+        write_atomically(part, "\n".join(kept) + "\n")
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(part, json.dumps(header) + "\n")
+        write_atomically(part, json.dumps(header) + "\n")
 
     todo = [i for i in range(len(rows)) if i not in done]
     with open(part, "a", encoding="utf-8") as log, tqdm(total=len(rows), initial=len(done), desc=settings.mode) as bar:
@@ -407,11 +410,12 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
             log.flush()
             bar.update()
     results = [done[i] for i in range(len(rows))]
-    _write_atomically(output, json.dumps(results, ensure_ascii=False, indent=1))
+    write_atomically(output, json.dumps(results, ensure_ascii=False, indent=1))
     return results
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` so that a reader finds the old file or the new one, also after a crash."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)

@@ -26,15 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import verify
+from data.read import BadInput
 
 Row = dict[str, Any]
 STATES = ("trainer_state.json", "checkpoint-*/trainer_state.json")
 LATE, EARLY = 4, 1  # cards of each task from the end of a run, and from its start
 MAX_CHARS = 1500  # of one text on a card
-
-
-class BadInput(ValueError):
-    """Input that can't be used, as one line."""
 
 
 @dataclass(frozen=True)
