@@ -1,7 +1,7 @@
 """The demo: SPARK on real handwritten digits, measured before and after on held-out ones. No GPU, about 10 minutes.
 
     make demo                      set-up, then this file
-    python demo.py [--output runs/demo] [--steps 36] [--questions 300]
+    python demo.py [--output runs/demo] [--steps 42] [--questions 300]
 
 1. a held-out benchmark (digits that neither the warm start nor the training saw), in evaluate.py's formats
 2. the shipped checkpoint, measured
@@ -232,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--recipe", default="recipes/demo.yaml")
-    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=42)
     parser.add_argument("--questions", type=int, default=300)
     args = parser.parse_args()
 

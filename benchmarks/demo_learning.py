@@ -1,9 +1,9 @@
 """Does SPARK learn to judge what plain GRPO does not? The demo's table over several seeds, raw rows kept.
 
-    python -m benchmarks.demo_learning [--seeds 0 1 2] [--steps 36] [--jobs 2]
+    python -m benchmarks.demo_learning [--seeds 0 1 2] [--steps 42] [--jobs 2]
 
 Every run starts from the shipped checkpoint and is measured on the same held-out digits: SPARK (16 prompts x 8 rollouts
-and at most twice as many recycled ones a step), and plain GRPO with that number of rollouts (48 prompts x 8) or of
+and at most 1.5 times as many recycled ones a step), and plain GRPO with that number of rollouts (40 prompts x 8) or of
 prompts (16 x 8). Temperature 1 (mean of 4 samples) and greedy. About 80 minutes on two cores; finished runs are kept.
 Writes benchmarks/results/demo_learning.json: the table, and of every run the outcome of each question and sample.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 RESULTS = Path("benchmarks/results/demo_learning.json")
 VARIANTS = {
     "spark": {},
-    "grpo_same_rollouts": {"recycle_ratio": 0, "per_device_train_batch_size": 384},
+    "grpo_same_rollouts": {"recycle_ratio": 0, "per_device_train_batch_size": 320},
     "grpo_same_prompts": {"recycle_ratio": 0},
 }
 
@@ -100,7 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=["spark", "grpo_same_rollouts"], choices=VARIANTS)
-    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--steps", type=int, default=42)
     parser.add_argument("--questions", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, each with its share of the cores")
     parser.add_argument("--output", type=Path, default=Path("runs/demo_learning"))
