@@ -370,6 +370,17 @@ def reflection_instruction(response: str, form: Form, template: int = 0) -> str:
     return fill(templates[template], response=quote(response))
 
 
+def instructions() -> list[str]:
+    """Every instruction there is, with nothing shown: what the wording of a prompt costs in tokens."""
+    return [
+        *(pointwise_instruction("", i) for i in range(len(POINTWISE_YES_NO))),
+        *(pointwise_instruction("", i, "A") for i in range(len(POINTWISE_A_B))),
+        *(pairwise_instruction("", "", i) for i in range(len(PAIRWISE))),
+        *(reflection_instruction("", "cot", i) for i in range(len(REFLECT_ON_COT))),
+        *(reflection_instruction("", "answer", i) for i in range(len(REFLECT_ON_ANSWER))),
+    ]
+
+
 def to_json(candidate: Candidate) -> dict[str, Any]:
     """A waiting candidate as plain data for a checkpoint, without its group's row (whose types are the dataset's)."""
     return asdict(replace(candidate, group=replace(candidate.group, row={})))
@@ -397,6 +408,7 @@ def recycle(
     control_tokens: Sequence[str] = (),
     multiple_of: int = 1,
     equal: Callable[[list[tuple[str, str]]], list[bool | None]] = verify_many,
+    fits: Callable[[list[tuple[Group, str]]], list[bool]] = lambda shown: [True] * len(shown),
 ) -> tuple[tuple[Item, ...], Counts]:
     """Rewrite one step's scored groups into judge and reflection prompts (paper, section 3.2).
 
@@ -408,6 +420,7 @@ def recycle(
         control_tokens: the tokenizer's special tokens, to be broken up where a rollout spells one.
         multiple_of: emit a multiple of this many items, so that their rollouts divide over processes and micro-steps.
         equal: tells which pairs of answers are the same to the verifier; None (unknown) counts as the same.
+        fits: tells of which groups a prompt that also shows this text is short enough for the model.
 
     Returns:
         At most `recycle_ratio * len(groups)` items, half judge and half reflection where both can fill their half,
@@ -418,7 +431,7 @@ def recycle(
     skipped: Counter[str] = Counter()
 
     fresh = _candidates(groups, step, config, control_tokens, rng, skipped)
-    fresh = _drop_equal_pairs(fresh, equal, skipped)
+    fresh = _drop_overlong(_drop_equal_pairs(fresh, equal, skipped), fits, skipped)
     expired = [c for c in waiting if step - c.born > config.recycle_max_age]
     keys = {c.group.key for c in fresh}
     again = [c for c in waiting if step - c.born <= config.recycle_max_age and c.group.key in keys]
@@ -520,6 +533,14 @@ def _drop_equal_pairs(candidates, equal, skipped) -> list[Candidate]:
     verdicts = iter(equal(pairs) if pairs else [])
     kept = [c for c, both in zip(candidates, both_boxed, strict=True) if not both or next(verdicts) is False]
     skipped["equal_pair"] += len(candidates) - len(kept)
+    return kept
+
+
+def _drop_overlong(candidates, fits, skipped) -> list[Candidate]:
+    """A prompt too long for the model is left out whole, never cut. One batched call for all."""
+    shown = [(c.group, "\n".join(side.text for side in (c.right, c.wrong) if side)) for c in candidates]
+    kept = [c for c, short in zip(candidates, fits(shown), strict=True) if short]
+    skipped["overlong"] += len(candidates) - len(kept)
     return kept
 
 

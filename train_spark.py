@@ -8,7 +8,7 @@
     1. roll out the policy prompts and score them              super()._generate_and_score_completions
     2. rewrite the scored rollouts into judge and reflection prompts       recycle.recycle
     3. roll those out with the same weights and score them     super()._generate_and_score_completions
-    4. take one optimizer step on the union                    join, then TRL's own loss
+    4. take one optimizer step on the union                    batch.join, then TRL's own loss
 
 Where this departs from the paper's released code: one on-policy step on the union instead of two updates with judged
 content one update old; batch sizes are the ones you set; labels are balanced (see recycle.py); what can't be scored is
@@ -23,29 +23,45 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+from trl.import_utils import is_vllm_available
 
 import verify
-from recycle import PROMPT_SUFFIX, Candidate, Group, Item, RecycleConfig, Rollout, from_json, recycle, to_json
+from batch import IMAGE_FIELDS, PER_ROW, join, micro_batches
+from callbacks import Progress, StopOnSignal, Watch
+from recycle import (
+    PROMPT_SUFFIX,
+    Candidate,
+    Group,
+    Item,
+    RecycleConfig,
+    Rollout,
+    from_json,
+    instructions,
+    recycle,
+    to_json,
+)
+from rollout import ColocatedGeneration
 
+TRL = "1.16.0"  # the seams overridden here are private methods of this version
 RECYCLED = {"pointwise", "pairwise", "reflection"}
 JUDGE_VERDICTS = {"Yes": ("Yes", "No"), "No": ("Yes", "No"), "A": ("A", "B"), "B": ("A", "B")}
 
@@ -59,6 +75,18 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         metadata={"help": "What policy prompts end with; taken off a question before the judge is asked about it."},
     )
 
+    use_vllm: bool | None = field(
+        default=None, metadata={"help": "Generate with vLLM; default: where it is installed and there is a GPU."}
+    )
+
+    max_prompt_length: int = field(
+        default=8192,
+        metadata={
+            "help": "Longest policy prompt in tokens, images included; longer rows are left out. vLLM has room for "
+            "that, two quoted rollouts and a completion (vllm_max_model_length); longer recycled prompts are skipped."
+        },
+    )
+
     recycle_micro_steps: int | None = field(
         default=None,
         metadata={
@@ -68,8 +96,12 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        if self.use_vllm is None:
+            self.use_vllm = is_vllm_available() and torch.cuda.is_available()
         super().__post_init__()
         self.check_recycling()
+        if self.max_prompt_length < 1:
+            raise ValueError(f"max_prompt_length: expected 1 or more tokens, got {self.max_prompt_length}")
         if self.recycle_micro_steps is None:
             self.recycle_micro_steps = 1 + math.ceil(self.recycle_ratio)
         if self.recycle_micro_steps < 1:
@@ -83,6 +115,10 @@ class Scored:
     rows: list[dict[str, Any]]
     completions: list  # (b,) plain texts, or one assistant message each
     rewards: torch.Tensor  # (B, number of reward functions), NaN where a function does not apply
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written; the ones before it are whole."""
 
 
 class SparkTrainer(GRPOTrainer):
@@ -104,15 +140,22 @@ class SparkTrainer(GRPOTrainer):
 
     def __init__(self, model, reward_funcs=verify.answer_reward, args: SparkConfig | None = None, *rest, **kwargs):
         args = args if args is not None else SparkConfig("spark")
+        args = copy.copy(args)
+        if args.use_vllm and args.vllm_max_model_length is None:
+            args.vllm_max_model_length = longest_sequence(model, args)
         if args.recycle_ratio > 0:
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [judging(f, with_verdicts=i == 0) for i, f in enumerate(reward_funcs)]
             # As many passes more per optimizer step as there are rows more: memory stays what it was without recycling,
             # and each pass stays one backward, which is all that DeepSpeed allows.
-            args = copy.copy(args)
             args.gradient_accumulation_steps *= args.recycle_micro_steps
             args.steps_per_generation *= args.recycle_micro_steps
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        if self.use_vllm and self.vllm_mode == "colocate":
+            ColocatedGeneration.adopt(self.vllm_generation)
+        self._longest_prompt = longest_sequence(self.model, args) - self.max_completion_length
+        self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
+        self.add_callback(Watch())
         self._scored: Scored | None = None
         self._waiting: tuple[Candidate, ...] = ()
         self._recycled_table: list[dict[str, Any]] = []
@@ -125,6 +168,13 @@ class SparkTrainer(GRPOTrainer):
     # ---- the seam ---------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
+        try:
+            return self._spark_step(inputs)
+        finally:
+            if self.use_vllm and self.vllm_mode == "colocate":
+                self.vllm_generation.sleep()
+
+    def _spark_step(self, inputs):
         policy = super()._generate_and_score_completions(inputs)
         groups = self._groups()
         self._log_policy(groups)
@@ -141,6 +191,7 @@ class SparkTrainer(GRPOTrainer):
             control_tokens=self._control_tokens,
             multiple_of=self._item_multiple,
             equal=self._equal,
+            fits=functools.partial(self._fits, self._prompt_lengths(policy, groups)),
         )
         self._waiting = counts.surplus
         seconds = time.perf_counter() - start
@@ -174,7 +225,10 @@ class SparkTrainer(GRPOTrainer):
         weight = inputs.pop("weight", 1.0)
         if self.loss_type in ("dapo", "cispo", "vespo"):  # a sum over the tokens of the whole generation
             weight = float(weight > 0)
-        return super().compute_loss(model, inputs, *args, **kwargs) * weight
+        loss = super().compute_loss(model, inputs, *args, **kwargs) * weight
+        if not torch.isfinite(loss):
+            self._stop_at("loss", loss.item())
+        return loss
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if is_training:  # TRL's product of rows and micro-steps counts the passes added for recycling
@@ -265,10 +319,73 @@ class SparkTrainer(GRPOTrainer):
         verdicts = [verify.verify_many(pairs) if self.accelerator.is_main_process else None]
         return broadcast_object_list(verdicts)[0]
 
+    def _prompt_lengths(self, policy, groups: list[Group]) -> dict[str, int]:
+        """Tokens of each question's prompt, image tokens included."""
+        lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,)
+        return {group.key: n for group, n in zip(groups, lengths[:: self.num_generations], strict=True)}
+
+    def _fits(self, prompt_lengths: dict[str, int], shown: list[tuple[Group, str]]) -> list[bool]:
+        if not shown:
+            return []
+        tokens = self._tokenizer([text for _, text in shown], add_special_tokens=False)["input_ids"]
+        room = self._longest_prompt - self._longest_instruction
+        return [prompt_lengths[g.key] + len(ids) <= room for (g, _), ids in zip(shown, tokens, strict=True)]
+
     # ---- stop and resume --------------------------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # with fp16 such steps are skipped by design
+            self._stop_at("gradient norm", float(norm))
+        return norm
+
+    def _stop_at(self, what: str, value: float) -> None:
+        """Raise FloatingPointError, with the step's batch in files: tensors for the debugger, texts for the eye."""
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / f"nonfinite_step_{step:05d}_rank_{self.accelerator.process_index}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        batches = self._buffered_inputs
+        tensors = {
+            f"{i}.{name}": field.contiguous().cpu()
+            for i, batch in enumerate(batches)
+            for name, field in batch.items()
+            if isinstance(field, torch.Tensor)
+        }
+        save_file(tensors, path.with_suffix(".safetensors"))
+        with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+            for i, batch in enumerate(batches):
+                decoded = [
+                    self._tokenizer.batch_decode([ids[kept.bool()] for ids, kept in zip(*part, strict=True)])
+                    for part in (
+                        (batch["prompt_ids"], batch["prompt_mask"]),
+                        (batch["completion_ids"], batch["completion_mask"]),
+                    )
+                ]
+                for prompt, completion, advantage in zip(*decoded, batch["advantages"].tolist(), strict=True):
+                    row = {"batch": i, "prompt": prompt, "completion": completion, "advantage": advantage}
+                    file.write(json.dumps(row) + "\n")
+        raise FloatingPointError(
+            f"step {step}: the {what} is {value}; its batch is in {path}.jsonl and .safetensors; the weights are those "
+            "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often mend this"
+        )
 
     def _save_checkpoint(self, model, trial):
         """What waits belongs to the checkpoint. It is written first: trainer_state.json, written last, completes it."""
+        try:
+            self._save_waiting(trial)
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # a full disk has as many kinds of error as there are libraries that write
+            step = self.state.global_step
+            folder = Path(self._get_output_dir(trial=trial))
+            last = last_checkpoint(folder)
+            if last is None or Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-{step}":
+                shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
+            raise NotSaved(
+                f"the checkpoint of step {step} could not be saved: {' '.join(str(error).split())}. The last complete "
+                f"one is {last}; make room, then go on from it with --resume_from_checkpoint latest"
+            ) from error
+
+    def _save_waiting(self, trial) -> None:
         if self.args.should_save:
             folder = os.path.join(
                 self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -280,7 +397,6 @@ class SparkTrainer(GRPOTrainer):
                 rows = [{k: c.group.row[k] for k in self.train_dataset.column_names} for c in self._waiting]
                 saved = Dataset.from_list(rows, features=self.train_dataset.features)
                 saved.to_parquet(os.path.join(folder, "recycle_rows.parquet"))
-        super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not
@@ -442,156 +558,21 @@ def judging(reward_func: Callable, with_verdicts: bool) -> Callable:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Two batches into one
-
-IMAGE_FIELDS = (
-    "pixel_values",
-    "image_grid_thw",
-    "image_sizes",
-    "image_position_ids",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_images",
-    "num_tiles",
-)
-PROMPT_FIELDS = ("prompt_ids", "prompt_mask")  # (b, P), padded on the left
-COMPLETION_FIELDS = {  # (b, T), padded on the right with this
-    "completion_ids": None,  # the pad token
-    "completion_mask": 0,
-    "tool_mask": 1,
-    "old_per_token_logps": 0.0,
-    "ref_per_token_logps": 0.0,
-    "sampling_per_token_logps": 0.0,
-    "importance_sampling_ratio": 1.0,  # (b, 1) in the sequence modes
-}
-TYPE_FIELDS = ("token_type_ids", "mm_token_type_ids")  # (b, P + T), padded on both
-PER_ROW = {"num_images", "num_tiles", "pixel_attention_mask", "token_type_ids", "mm_token_type_ids"}
-
-
-def join(first: dict[str, Any], second: dict[str, Any], pad_token_id: int) -> dict[str, Any]:
-    """The rows of `first`, then those of `second`, as one batch of the form GRPOTrainer makes.
-
-    Everything a different width invalidates is redone here: prompts are padded again on the left, completions and
-    what goes with their tokens on the right, token types on both sides, and the loss denominator counts both. Either
-    batch may be without images.
-
-    Raises KeyError for a field it does not know, rather than misalign it.
-    """
-    batches = (first, second)
-    rows = [len(batch["prompt_ids"]) for batch in batches]
-    width_p = max(batch["prompt_ids"].size(1) for batch in batches)
-    width_t = max(batch["completion_ids"].size(1) for batch in batches)
-
-    def left(x: torch.Tensor, value) -> torch.Tensor:  # (b, p) -> (b, P)
-        return torch.nn.functional.pad(x, (width_p - x.size(1), 0), value=value)
-
-    def right(x: torch.Tensor, value) -> torch.Tensor:  # (b, t) -> (b, T)
-        return torch.nn.functional.pad(x, (0, width_t - x.size(1)), value=value)
-
-    union: dict[str, Any] = {}
-    for key in dict.fromkeys((*first, *second)):
-        present = [batch[key] for batch in batches if batch.get(key) is not None]
-        if key == "num_items_in_batch":
-            union[key] = sum(present)
-        elif key == "advantages":
-            union[key] = torch.cat(present)
-        elif key in PROMPT_FIELDS:
-            union[key] = torch.cat([left(x, pad_token_id if key == "prompt_ids" else 0) for x in present])
-        elif key in COMPLETION_FIELDS:
-            value = pad_token_id if key == "completion_ids" else COMPLETION_FIELDS[key]
-            per_token = all(x.size(1) == b["completion_ids"].size(1) for x, b in zip(present, batches, strict=True))
-            union[key] = torch.cat([right(x, value) for x in present] if per_token else present)
-        elif key in TYPE_FIELDS:
-            parts = []
-            for batch, n in zip(batches, rows, strict=True):
-                p, t = batch["prompt_ids"].size(1), batch["completion_ids"].size(1)
-                types = batch.get(key)
-                if types is None:  # a batch of text alone: all of it is type 0
-                    types = present[0].new_zeros((n, p + t))
-                parts.append(torch.cat([left(types[:, :p], 0), right(types[:, p:], 0)], dim=1))
-            union[key] = torch.cat(parts)
-        elif key in ("num_images", "num_tiles"):
-            union[key] = [n for batch, b in zip(batches, rows, strict=True) for n in batch.get(key) or [0] * b]
-        elif key in IMAGE_FIELDS:
-            by_patch = any("image_grid_thw" in batch for batch in batches)  # rows of patches, whoever they belong to
-            if len({x.shape[1:] for x in present}) > 1 or (len(present) == 1 and not by_patch):
-                raise NotImplementedError(
-                    f"{key}: batches of shapes {[tuple(x.shape) for x in present]} can't be joined for this model; "
-                    "use images of one size, or a model of the Qwen-VL family"
-                )
-            union[key] = torch.cat(present)
-        else:
-            raise KeyError(f"join does not know the field {key!r} of this TRL version")
-    return union
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One batch into micro-batches
-
-
-def micro_batches(union: dict[str, Any], blocks: int, parts: int) -> list[dict[str, Any]]:
-    """`union` in `blocks` random blocks of rows, each cut by length into `parts` micro-batches of their own width.
-
-    The optimizer takes no step within a block, so the order of its rows is free: rows of one length together leave
-    little padding, and the cuts make the largest padded area (rows x tokens, what a pass holds in memory) least.
-
-    Every row is in exactly one micro-batch. Their sizes differ: `weight` is the number of its rows over the average,
-    which turns a mean over its rows into its share of the mean over all. Where rows are too few, a micro-batch repeats
-    one with weight 0, so that every process takes part in every pass.
-    """
-    columns = split_pixel_values_by_grid(union)
-    lengths = (union["prompt_mask"].sum(1) + union["completion_mask"].sum(1)).cpu()  # (b,)
-    batches = []
-    for block in torch.randperm(len(lengths)).tensor_split(blocks):
-        block = block[lengths[block].argsort(descending=True, stable=True)]
-        cuts = even_cuts(lengths[block].tolist(), parts)
-        cuts += [len(block)] * (parts + 1 - len(cuts))
-        for start, stop in pairwise(cuts):
-            rows = block[start:stop] if start < stop else torch.zeros(1, dtype=torch.long)
-            batch = trim(unsplit_pixel_values_by_grid(take(columns, rows)))
-            batches.append({**batch, "weight": (stop - start) * blocks * parts / len(lengths)})
-    return batches
-
-
-def even_cuts(lengths: list[int], parts: int) -> list[int]:
-    """Cuts of `lengths` (descending) into at most `parts` slices whose largest length x size is the least possible."""
-
-    def cuts(area: int) -> list[int]:
-        found = [0]
-        while found[-1] < len(lengths):
-            found.append(min(found[-1] + area // lengths[found[-1]], len(lengths)))
-        return found
-
-    areas = range(lengths[0], lengths[0] * len(lengths) + 1)
-    return cuts(areas[bisect_left(areas, True, key=lambda area: len(cuts(area)) <= parts + 1)])
-
-
-def take(columns: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
-    """These rows of every column that has rows."""
-
-    def of(value):
-        if isinstance(value, list):
-            return [value[i] for i in rows]
-        return value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim else value
-
-    return {key: of(value) for key, value in columns.items()}
-
-
-def trim(batch: dict[str, Any]) -> dict[str, Any]:
-    """Without the columns that are padding in every row."""
-    prompt, completion = batch["prompt_mask"].size(1), batch["completion_mask"].size(1)
-    left = prompt - int(batch["prompt_mask"].sum(1).max())
-    right = max(1, int(batch["completion_mask"].sum(1).max()))
-    cut = {key: batch[key][:, left:] for key in PROMPT_FIELDS}
-    for key in (*COMPLETION_FIELDS, *TYPE_FIELDS):
-        if batch.get(key) is not None and batch[key].size(1) in (completion, prompt + completion):
-            first, last = (left, prompt + right) if key in TYPE_FIELDS else (0, right)
-            cut[key] = batch[key][:, first:last]
-    return {**batch, **cut}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Small pieces
+
+
+def longest_sequence(model, args: SparkConfig) -> int:
+    """Tokens of the longest prompt and its completion: a pair of quoted rollouts on top of the longest policy prompt,
+    capped at the model's context. `model` is a name, a path or a model."""
+    if args.vllm_max_model_length is not None:
+        return args.vllm_max_model_length
+    if isinstance(model, str):
+        init = args.model_init_kwargs or {}
+        config = AutoConfig.from_pretrained(model, revision=init.get("revision"))
+    else:
+        config = model.config
+    wanted = args.max_prompt_length + 3 * args.max_completion_length + 512  # 512: the wording of any template
+    return min(wanted, config.get_text_config().max_position_embeddings)
 
 
 def images_of(row: dict[str, Any]) -> list:
@@ -648,24 +629,9 @@ class DataArguments:
     allow_remote_images: bool = field(default=False, metadata={"help": "Fetch http(s) images when they are used."})
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to so many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to so many pixels."})
-    max_prompt_length: int = field(default=8192, metadata={"help": "A row with a longer prompt (tokens) is left out."})
     strict: bool = field(
         default=False, metadata={"help": "Refuse data with unusable rows instead of leaving them out."}
     )
-
-
-class Progress(ProgressCallback):
-    """One bar with the numbers that matter, instead of all metrics of every step between its lines."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {
-            "policy": "policy/accuracy",
-            "pointwise": "judge/pointwise/balanced_accuracy",
-            "pairwise": "judge/pairwise/accuracy",
-            "fixed": "reflection/fix_rate",
-        }
-        if self.training_bar is not None:
-            self.training_bar.set_postfix({k: f"{logs[metric]:.2f}" for k, metric in shown.items() if metric in logs})
 
 
 def main() -> None:
@@ -677,6 +643,8 @@ def main() -> None:
 
     try:
         data, args, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config()
+        check_versions(args.use_vllm)
+        check_weights(model.model_name_or_path)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(refuse(error)) from None
 
@@ -694,7 +662,7 @@ def main() -> None:
             image_factor=image_factor(processor),
             config=data.dataset_config,
             split=split,
-            fits=too_long(data.max_prompt_length, processor),
+            fits=too_long(args.max_prompt_length, processor),
             bad_rows=bad_rows,
         )
         if args.process_index == 0:
@@ -709,6 +677,11 @@ def main() -> None:
         )
         train = read(data.dataset, data.dataset_split)
         evaluation = read(data.eval_dataset, data.eval_split) if data.eval_dataset else None
+        if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
+            raise BadInput(
+                f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "
+                "vision-language model, or data without the image column"
+            )
     except (BadInput, OSError) as error:
         raise SystemExit(refuse(error)) from None
 
@@ -719,18 +692,23 @@ def main() -> None:
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
-    trainer = SparkTrainer(
-        model.model_name_or_path,
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=processor,
-        quantization_config=get_quantization_config(model),
-        peft_config=get_peft_config(model),
-    )
+    try:
+        trainer = SparkTrainer(
+            model.model_name_or_path,
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=processor,
+            quantization_config=get_quantization_config(model),
+            peft_config=get_peft_config(model),
+        )
+    except (OSError, ValueError) as error:  # no weights, a server that does not answer, numbers that do not divide
+        raise SystemExit(refuse(error)) from None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
+    stop = StopOnSignal(trainer.accelerator)
+    trainer.add_callback(stop)
     resume = args.resume_from_checkpoint
     if resume == "latest":  # the last complete checkpoint, if there is one
         resume = last_checkpoint(args.output_dir)
@@ -738,13 +716,43 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=resume)
     except BadInput as error:  # an image that broke, or is found broken, when it is used
         raise SystemExit(refuse(error)) from None
+    except (NotSaved, FloatingPointError) as error:
+        refuse(error)
+        raise SystemExit(1) from None
+    if stop.received:
+        where = last_checkpoint(args.output_dir)
+        if args.process_index == 0:
+            print(f"stopped; saved in {where}; --resume_from_checkpoint latest goes on from there", file=sys.stderr)
+        raise SystemExit(128 + stop.received)
     trainer.save_model(args.output_dir)
     trainer.save_state()
 
 
+def check_versions(use_vllm: bool) -> None:
+    """Raise ValueError for another TRL than the one whose private methods are overridden here, or for no vLLM."""
+    if version("trl") != TRL:
+        raise ValueError(f"trl: expected {TRL}, found {version('trl')}; pip install -r requirements.txt")
+    if use_vllm and not is_vllm_available():
+        raise ValueError("use_vllm: vLLM is not installed; pip install -r requirements.txt, or set use_vllm to false")
+
+
+def check_weights(model: str) -> None:
+    """Raise FileNotFoundError for a local folder without weights, before the data are read for it."""
+    files = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
+    if os.path.isdir(model) and not any(path for pattern in files for path in Path(model).glob(pattern)):
+        raise FileNotFoundError(f"model_name_or_path: {model} has no weights; expected {', '.join(files)}")
+
+
 def last_checkpoint(folder: str) -> str | None:
     """The newest checkpoint that was saved whole: trainer_state.json is what the trainer writes last."""
-    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+
+    def whole(path: Path) -> bool:
+        try:
+            return bool(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:  # the process ended while it was written
+            return False
+
+    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json") if whole(p)]
     return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
 
 

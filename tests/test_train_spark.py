@@ -15,9 +15,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 import train_spark
 import verify
+from batch import even_cuts, join, micro_batches
 from data.digits import digit_rows
 from recycle import PROMPT_SUFFIX, RecycleConfig
-from train_spark import SparkConfig, SparkTrainer, even_cuts, join, judging, micro_batches
+from train_spark import SparkConfig, SparkTrainer, judging
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 

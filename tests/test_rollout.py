@@ -1,0 +1,175 @@
+"""Rollouts by a real colocated vLLM engine, on the CPU: text and images, weights that change, one request a group."""
+
+import copy
+
+import pytest
+import torch
+from datasets import concatenate_datasets
+from test_train_spark import config, digits
+from trl.trainer.utils import selective_log_softmax
+
+from rollout import ColocatedGeneration
+from train_spark import SparkConfig, SparkTrainer
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory, processor):
+    """A SparkTrainer on the shipped model; the engine takes half a minute to start, so it serves every test here."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    from data.tiny_model import OUTPUT
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        folder = tmp_path_factory.mktemp("vllm")
+        yield SparkTrainer(
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float32),
+            args=config(
+                SparkConfig,
+                folder,
+                use_vllm=True,
+                vllm_gpu_memory_utilization=0.3,
+                max_prompt_length=256,
+                max_completion_length=48,
+                learning_rate=1e-4,
+                log_completions=True,
+                num_completions_to_print=0,
+            ),
+            train_dataset=concatenate_datasets([digits(8, {"sum"}), digits(8, {"plus"})]),
+            processing_class=processor,
+        )
+
+
+@pytest.fixture
+def asked(trainer, monkeypatch):
+    """What the engine is asked, and how often it is given weights."""
+    calls = {"requests": [], "syncs": 0}
+    generate, sync = trainer.vllm_generation.llm.generate, trainer.vllm_generation.sync_weights
+
+    def counted_generate(prompts, sampling_params, **kwargs):
+        calls["requests"].append((prompts, sampling_params.n))
+        return generate(prompts, sampling_params=sampling_params, **kwargs)
+
+    def counted_sync():
+        calls["syncs"] += 1
+        sync()
+
+    monkeypatch.setattr(trainer.vllm_generation.llm, "generate", counted_generate)
+    monkeypatch.setattr(trainer.vllm_generation, "sync_weights", counted_sync)
+    return calls
+
+
+def test_steps_with_images_and_text(trainer, asked):
+    assert isinstance(trainer.vllm_generation, ColocatedGeneration)
+    trainer.train()
+    history = [h for h in trainer.state.log_history if "loss" in h]
+    assert len(history) == 3
+    assert asked["syncs"] == 3  # once a step, for the policy and the recycled prompts
+    assert len(asked["requests"]) == 6
+    for policy, recycled in zip(asked["requests"][::2], asked["requests"][1::2], strict=True):
+        assert policy[1] == recycled[1] == 4
+        assert len(policy[0]) == 4  # 16 rows, 4 groups
+        assert 1 <= len(recycled[0]) <= 4
+    for h in history:
+        assert h["recycle/items"] > 0
+        # The engine samples in its own precision; more would mean other weights than the trainer's.
+        assert h["sampling/sampling_logp_difference/mean"] < 0.02
+
+
+def greedy(trainer, prompts, images):
+    """Token ids and their log-probabilities by the engine, and the trainer's log-probabilities of the same tokens."""
+    generation = trainer.vllm_generation
+    generation.temperature, before = 0.0, generation.temperature
+    try:
+        _, tokens, logprobs, _ = generation.generate(prompts, images, 1)
+    finally:
+        generation.temperature = before
+    return tokens, [[lp[0] for lp in row] for row in logprobs]
+
+
+def trainers_logprobs(trainer, conversations, tokens):
+    model, processor = trainer.model.eval(), trainer.processing_class
+    rows = []
+    for conversation, ids in zip(conversations, tokens, strict=True):
+        inputs = processor.apply_chat_template(
+            [conversation], tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        completion = torch.tensor([ids])
+        extended = {
+            "input_ids": torch.cat([inputs["input_ids"], completion], 1),
+            "attention_mask": torch.ones(1, inputs["input_ids"].size(1) + len(ids), dtype=torch.long),
+            "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(completion)], 1),
+        }
+        with torch.no_grad():
+            logits = model(**{**inputs, **extended}).logits[:, -len(ids) - 1 : -1]
+        rows.append((selective_log_softmax(logits, completion)[0].tolist(), logits.argmax(-1)[0].tolist()))
+    return rows
+
+
+def test_the_engine_follows_the_trainers_weights(trainer):
+    """After a change of every weight, the vision tower's too, for images that the engine has seen before."""
+    rows = [*digits(3, {"sum"}), *digits(3, {"plus"})]
+    conversations = []
+    for row in rows:
+        parts = [{"type": "image", "image": image} for image in row["images"] or []]
+        text = row["prompt"][-1]["content"]
+        conversations.append([{"role": "user", "content": [*parts, {"type": "text", "text": text}]}])
+    prompts, images, _ = trainer._tokenize_prompts(conversations)
+    trainer.vllm_generation.sync_weights()
+    _, old_logprobs = greedy(trainer, prompts, images)
+
+    start = copy.deepcopy(trainer.model.state_dict())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter += 0.05 * parameter.std() * torch.randn_like(parameter)
+    try:
+        assert greedy(trainer, prompts, images)[1] == old_logprobs  # not yet
+        trainer.vllm_generation.sync_weights()
+        tokens, logprobs = greedy(trainer, prompts, images)
+        expected = trainers_logprobs(trainer, conversations, tokens)
+    finally:
+        trainer.model.load_state_dict(start)
+        trainer.vllm_generation.sync_weights()
+    assert logprobs != old_logprobs
+    old = [lp for row in old_logprobs for lp in row[:3]]
+    new = [lp for row in logprobs for lp in row[:3]]
+    moved = sum(abs(a - b) for a, b in zip(old, new, strict=True)) / len(new)
+    errors, same = [], []
+    for ours, (theirs, best), ids in zip(logprobs, expected, tokens, strict=True):
+        errors += [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+        same += [a == b for a, b in zip(ids, best, strict=True)]
+    assert sum(errors) / len(errors) < 0.01 < moved
+    assert sum(same) / len(same) > 0.97  # greedy; a near tie may fall either way in the engine's precision
+
+
+def test_a_group_is_one_request_and_rows_keep_their_place(trainer, asked):
+    rows = digits(4, {"plus"})
+    conversations = [
+        [{"role": "user", "content": [{"type": "text", "text": r["prompt"][-1]["content"]}]}] for r in rows
+    ]
+    prompts, images, _ = trainer._tokenize_prompts([c for c in conversations for _ in range(4)])
+    returned, tokens, logprobs, _ = trainer.vllm_generation.generate(prompts, images, 4)
+    assert returned == prompts
+    assert len(tokens) == len(logprobs) == 16
+    ((requests, n),) = asked["requests"]
+    assert (len(requests), n) == (4, 4)
+    assert any(len({tuple(t) for t in tokens[i : i + 4]}) > 1 for i in range(0, 16, 4))  # four samples, not one
+    trainer.vllm_generation.generate(prompts[:6], None, 4)  # a group that goes on in another process
+    assert (len(asked["requests"][1][0]), asked["requests"][1][1]) == (6, 1)
+
+
+def test_what_does_not_fit_is_skipped_and_counted(trainer, monkeypatch):
+    assert trainer.vllm_generation.llm.llm_engine.model_config.max_model_len == 256 + 3 * 48 + 512
+    monkeypatch.setattr(trainer, "_longest_prompt", trainer._longest_instruction + 60)  # text fits, images do not
+    seen = []
+    monkeypatch.setattr(trainer, "_log_recycling", lambda items, counts, seconds: seen.append((items, counts)))
+    trainer.model.train()
+    batch = [row for row in trainer.train_dataset for _ in range(4)]
+    trainer._generate_and_score_completions(batch)
+    ((items, counts),) = seen
+    assert counts.skipped["overlong"] > 0
+    assert items
+    lengths = trainer._tokenize_prompts([item.prompt for item in items])[0]
+    assert max(map(len, lengths)) <= trainer._longest_prompt
