@@ -7,6 +7,7 @@ on the right.
 """
 
 from bisect import bisect_left
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -98,11 +99,19 @@ def join(first: dict[str, Any], second: dict[str, Any], pad_token_id: int) -> di
 # One batch into micro-batches
 
 
-def micro_batches(union: dict[str, Any], blocks: int, parts: int) -> list[dict[str, Any]]:
+def micro_batches(
+    union: dict[str, Any],
+    blocks: int,
+    parts: int,
+    longest: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
+) -> list[dict[str, Any]]:
     """`union` in `blocks` random blocks of rows, each cut by length into `parts` micro-batches of their own width.
 
     The optimizer takes no step within a block, so the order of its rows is free: rows of one length together leave
     little padding, and the cuts make the largest padded area (rows x tokens, what a pass holds in memory) least.
+
+    `longest` takes a block's lengths (b,), descending, to the greatest at each place over all processes: all cut alike,
+    because TRL gathers a value per row in each pass, and a gather wants as many rows from everyone.
 
     Every row is in exactly one micro-batch. Their sizes differ: `weight` is the number of its rows over the average,
     which turns a mean over its rows into its share of the mean over all. Where rows are too few, a micro-batch repeats
@@ -113,7 +122,7 @@ def micro_batches(union: dict[str, Any], blocks: int, parts: int) -> list[dict[s
     batches = []
     for block in torch.randperm(len(lengths)).tensor_split(blocks):
         block = block[lengths[block].argsort(descending=True, stable=True)]
-        cuts = even_cuts(lengths[block].tolist(), parts)
+        cuts = even_cuts(longest(lengths[block]).tolist(), parts)
         cuts += [len(block)] * (parts + 1 - len(cuts))
         for start, stop in pairwise(cuts):
             rows = block[start:stop] if start < stop else torch.zeros(1, dtype=torch.long)

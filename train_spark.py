@@ -217,8 +217,12 @@ class SparkTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         union = self._generate_and_score_completions(generation_batch)
         blocks = steps // math.gcd(steps, self.args.gradient_accumulation_steps)
-        self._buffered_inputs = micro_batches(union, blocks, steps // blocks)
+        self._buffered_inputs = micro_batches(union, blocks, steps // blocks, self._longest)
         return self._buffered_inputs[self._step % steps]
+
+    def _longest(self, lengths: torch.Tensor) -> torch.Tensor:
+        everybodys = self.accelerator.gather(lengths.to(self.accelerator.device))
+        return everybodys.view(-1, len(lengths)).amax(0).cpu()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = dict(inputs)

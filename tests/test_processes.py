@@ -1,0 +1,138 @@
+"""Two processes are one process with twice the batch: DDP and FSDP2 over gloo, on the CPU.
+
+    torchrun --nproc_per_node N tests/test_processes.py OUT KIND [HOW]      a run, as `launch` starts it
+
+Rollouts are drawn from the prompt and the place in the group, so that they do not depend on who generates them; all the
+rest is the trainer's own. In float64, so that what is left of a difference is the order of a sum.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
+
+
+def launch(folder: Path, kind: str, processes: int, *how: str) -> dict:
+    """What `work` saved in a run of so many processes."""
+    out = folder / f"{kind}_{processes}{''.join(how)[:6]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += [__file__, str(out), kind, *how]
+    env = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-4000:]
+    weights = load_file(out / "weights.safetensors")
+    return {"weights": weights, **json.loads((out / "seen.json").read_text(encoding="utf-8"))}
+
+
+def work(out: Path, kind: str, **how) -> None:
+    import torch.distributed as dist
+    from accelerate.utils import gather_object
+    from test_train_spark import coin, config, digits, sums
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
+
+    from data.tiny_model import OUTPUT
+    from train_spark import SparkConfig, SparkTrainer
+
+    torch.manual_seed(0)
+    processor = AutoProcessor.from_pretrained(OUTPUT, padding_side="left")
+    if kind == "text":
+        processor = processor.tokenizer
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(processor), num_key_value_heads=1, **sizes)).double()
+        data = sums(12)
+    else:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float64)
+        data = digits(12)
+    tokenizer = processor if kind == "text" else processor.tokenizer
+    answers = [tokenizer(f"\\boxed{{{text}}}")["input_ids"] for text in "Yes No A B 1 2 3 5 8 13".split()]
+    seen = {"prompts": [], "labels": [], "advantages": [], "metrics": []}
+
+    class Drawn(SparkTrainer):
+        def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
+            first = self.accelerator.process_index * len(prompt_ids)
+            drawn = []
+            for i, ids in enumerate(prompt_ids):
+                seed = zlib.crc32(repr((list(ids), (first + i) % num_generations, self.state.global_step)).encode())
+                generator = torch.Generator().manual_seed(seed)
+                words = torch.randint(
+                    len(answers), (int(torch.randint(1, 4, (), generator=generator)),), generator=generator
+                )
+                drawn.append([token for word in words for token in answers[word]])
+            return drawn, None
+
+        def _rows(self, items):
+            seen["prompts"].append([item.prompt for item in items])
+            seen["labels"].append([item.label for item in items])
+            return super()._rows(items)
+
+        def _spark_step(self, inputs):
+            union = super()._spark_step(inputs)
+            rows = self.args.per_device_train_batch_size
+            policy, recycled = union["advantages"][:rows].tolist(), union["advantages"][rows:].tolist()
+            seen["advantages"].append(gather_object(policy) + gather_object(recycled))
+            return union
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    settings = {"per_device_train_batch_size": ROWS // world, "max_steps": 3, "seed": 3, "loss_type": "dapo", **how}
+    trainer = Drawn(model, coin, config(SparkConfig, out, **settings), train_dataset=data, processing_class=processor)
+    trainer.train()
+    timed = ("seconds", "time", "runtime", "per_second", "flos")
+    seen["metrics"] = [
+        {k: v for k, v in h.items() if not any(t in k for t in timed)} for h in trainer.state.log_history if "loss" in h
+    ]
+    trainer.save_model(str(out / "model"))  # gathers what FSDP has sharded
+    assert trainer.accelerator.num_processes == world
+    if trainer.accelerator.is_main_process:
+        seen["processes"] = world
+        (out / "model" / "model.safetensors").rename(out / "weights.safetensors")
+        (out / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def assert_same_run(one: dict, two: dict) -> None:
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(one["prompts"]) == 3
+    assert one["prompts"] == two["prompts"]
+    assert one["labels"] == two["labels"]
+    for a, b in zip(one["advantages"], two["advantages"], strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+        assert any(a)
+    for a, b in zip(one["metrics"], two["metrics"], strict=True):
+        for name in a:
+            if not name.startswith(("clip_ratio", "entropy", "loss", "num_tokens", "step_time")):
+                assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
+    for name, weight in one["weights"].items():  # three steps of Adam moved them by 1e-3 each
+        torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=5e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {kind: launch(folder, kind, 1) for kind in ("text", "mixed")}
+
+
+@pytest.mark.parametrize("kind", ["text", "mixed"])
+def test_ddp_is_one_process_with_twice_the_batch(kind, alone, tmp_path):
+    assert_same_run(alone[kind], launch(tmp_path, kind, 2))
+
+
+def test_fsdp2_is_one_process_with_twice_the_batch(alone, tmp_path):
+    assert_same_run(alone["text"], launch(tmp_path, "text", 2, "fsdp2"))
+
+
+if __name__ == "__main__":
+    FSDP2 = {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"},
+    }
+    work(Path(sys.argv[1]), sys.argv[2], **(FSDP2 if "fsdp2" in sys.argv else {}))

@@ -1,0 +1,143 @@
+"""Ends that nobody planned: signals, kill -9, a full disk, a NaN. By the command, as a user meets them."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train_spark import coin, config, sums
+
+from train_spark import SparkConfig, SparkTrainer, last_checkpoint
+
+COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
+SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"
+
+
+def start(folder: Path, *flags: str, **kwargs) -> subprocess.Popen:
+    command = [*COMMAND, *SMALL.split(), "--output_dir", str(folder), *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until this step, or a later one, has been saved."""
+    while not any(int(p.parent.name[11:]) >= step for p in folder.glob("checkpoint-*/trainer_state.json")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The final weights of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder)
+    assert process.wait() == 0, process.stderr.read()
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weights[name], weight), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(number, tmp_path, undisturbed):
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 2, process)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert f"{number.name}: stopping after this step" in errors
+    assert "Traceback" not in errors
+    saved = last_checkpoint(tmp_path)
+    assert f"stopped; saved in {saved}" in errors
+    assert int(Path(saved).name[11:]) < 6
+    assert not (tmp_path / "model.safetensors").exists()  # or the demo would take it for finished
+    again = start(tmp_path)
+    assert again.wait() == 0, again.stderr.read()
+    assert_same(tmp_path, undisturbed)
+
+
+def test_kill_9_at_random_moments_loses_nothing_saved(tmp_path, undisturbed):
+    rng = random.Random(0)
+    for step in (1, 2, 3, 4):  # some of these fall into the saving of a checkpoint, others into a rollout
+        process = start(tmp_path)
+        wait_for_step(tmp_path, step, process)
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+        reached = int(Path(last_checkpoint(tmp_path)).name[11:])
+        assert reached >= step
+        if reached >= 5:
+            break
+    final = start(tmp_path)
+    assert final.wait() == 0, final.stderr.read()
+    assert_same(tmp_path, undisturbed)
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path):
+    """The limit on a file's size fails in the same writes as a full disk, and needs no disk to be filled."""
+    process = start(tmp_path, "--max_steps", "1")
+    assert process.wait() == 0, process.stderr.read()
+    (tmp_path / "model.safetensors").unlink()
+    limit = 1_000_000  # the weights have 2.3 MB
+    full = start(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    _, errors = full.communicate()
+    assert full.returncode == 1
+    assert "Traceback" not in errors
+    assert "the checkpoint of step 2 could not be saved" in errors
+    assert f"The last complete one is {tmp_path / 'checkpoint-1'}" in errors
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    assert not (tmp_path / "checkpoint-2").exists()  # half a checkpoint is room that somebody needs
+    again = start(tmp_path, "--max_steps", "2")
+    assert again.wait() == 0, again.stderr.read()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient norm"])
+def test_a_nan_stops_with_its_batch_saved(where, tmp_path, processor, text_model, monkeypatch):
+    trainer = SparkTrainer(
+        text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(8), processing_class=processor.tokenizer
+    )
+    if where == "loss":
+        with torch.no_grad():
+            weight = trainer.model.lm_head.weight
+        calls = iter([False] * 2 + [True] * 9)
+        inherited = SparkTrainer.__mro__[1].compute_loss
+
+        def compute_loss(self, *args, **kwargs):
+            return inherited(self, *args, **kwargs) * (float("nan") if next(calls) else 1.0)
+
+        monkeypatch.setattr(SparkTrainer.__mro__[1], "compute_loss", compute_loss)
+    else:
+        weight = trainer.model.lm_head.weight
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+    before = weight.detach().clone()
+    with pytest.raises(FloatingPointError, match=f"the {where} is nan") as error:
+        trainer.train()
+    step = trainer.state.global_step
+    assert f"step {step}:" in str(error.value)
+    if where != "loss":
+        assert torch.equal(trainer.model.lm_head.weight, before)
+    (texts,), (tensors,) = tmp_path.glob("nonfinite_*.jsonl"), tmp_path.glob("nonfinite_*.safetensors")
+    rows = [json.loads(line) for line in texts.read_text().splitlines()]
+    saved = load_file(tensors)
+    assert len(rows) == sum(len(v) for k, v in saved.items() if k.endswith(".advantages")) >= 16
+    assert any("What is" in row["prompt"] for row in rows)
+
+
+def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
+    for step, text in ((1, '{"global_step": 1}'), (2, '{"global_'), (3, None)):
+        folder = tmp_path / f"checkpoint-{step}"
+        os.makedirs(folder)
+        if text is not None:
+            (folder / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
