@@ -32,10 +32,12 @@ def launch(folder: Path, kind: str, processes: int, *how: str) -> dict:
     return {"weights": weights, **json.loads((out / "seen.json").read_text(encoding="utf-8"))}
 
 
-def work(out: Path, kind: str, **how) -> None:
+def work(out: Path, kind: str, fsdp2: bool) -> None:
     import torch.distributed as dist
-    from accelerate.utils import gather_object
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
     from test_train_spark import coin, config, digits, sums
+    from torch.distributed.fsdp import FSDPModule
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
     from data.tiny_model import OUTPUT
@@ -56,6 +58,20 @@ def work(out: Path, kind: str, **how) -> None:
     seen = {"prompts": [], "labels": [], "advantages": [], "metrics": []}
 
     class Drawn(SparkTrainer):
+        def create_accelerator_and_postprocess(self):
+            """accelerate knows FSDP2 for accelerators alone; torch has it for the CPU too."""
+            super().create_accelerator_and_postprocess()
+            if fsdp2:
+                plugin = FullyShardedDataParallelPlugin(
+                    fsdp_version=2,
+                    auto_wrap_policy="transformer_based_wrap",
+                    transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+                    state_dict_type="FULL_STATE_DICT",
+                )
+                PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
+                self.accelerator.state.fsdp_plugin = plugin
+                self.is_fsdp_enabled = True
+
         def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
             first = self.accelerator.process_index * len(prompt_ids)
             drawn = []
@@ -81,7 +97,7 @@ def work(out: Path, kind: str, **how) -> None:
             return union
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    settings = {"per_device_train_batch_size": ROWS // world, "max_steps": 3, "seed": 3, "loss_type": "dapo", **how}
+    settings = {"per_device_train_batch_size": ROWS // world, "max_steps": 3, "seed": 3, "loss_type": "dapo"}
     trainer = Drawn(model, coin, config(SparkConfig, out, **settings), train_dataset=data, processing_class=processor)
     trainer.train()
     timed = ("seconds", "time", "runtime", "per_second", "flos")
@@ -90,6 +106,7 @@ def work(out: Path, kind: str, **how) -> None:
     ]
     trainer.save_model(str(out / "model"))  # gathers what FSDP has sharded
     assert trainer.accelerator.num_processes == world
+    assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
     if trainer.accelerator.is_main_process:
         seen["processes"] = world
         (out / "model" / "model.safetensors").rename(out / "weights.safetensors")
@@ -131,8 +148,4 @@ def test_fsdp2_is_one_process_with_twice_the_batch(alone, tmp_path):
 
 
 if __name__ == "__main__":
-    FSDP2 = {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "Qwen2DecoderLayer"},
-    }
-    work(Path(sys.argv[1]), sys.argv[2], **(FSDP2 if "fsdp2" in sys.argv else {}))
+    work(Path(sys.argv[1]), sys.argv[2], fsdp2="fsdp2" in sys.argv)
