@@ -77,12 +77,11 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
     samples = samples if temperature > 0 else 1
     n = len(benchmark["answers"])
 
-    def several(rows: list[Row], mode: str, **changes) -> list[list[Row]]:  # (rows, samples)
-        found = evaluate(rows * samples, engine, replace(settings, mode=mode, **changes))
+    def several(rows: list[Row], mode: str) -> list[list[Row]]:  # (rows, samples)
+        found = evaluate(rows * samples, engine, replace(settings, mode=mode))
         return [found[i :: len(rows)] for i in range(len(rows))]
 
-    # Its own reasoning shown, a judge of this size follows it; the answer alone makes it work the question out again.
-    tts = several(benchmark["answers"], "tts", judge_source="answer")
+    tts = several(benchmark["answers"], "tts")
     pairs = several(benchmark["pairs"], "judge")
     points = several(benchmark["points"], "judge")
     reflected = _reflect(benchmark["answers"], tts, engine, settings)
