@@ -97,7 +97,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
 
     def __post_init__(self):
         if self.use_vllm is None:
-            self.use_vllm = is_vllm_available() and torch.cuda.is_available()
+            self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
         self.check_recycling()
         if self.max_prompt_length < 1:
@@ -636,19 +636,32 @@ class DataArguments:
     strict: bool = field(
         default=False, metadata={"help": "Refuse data with unusable rows instead of leaving them out."}
     )
+    plan: str | None = field(
+        default=None,
+        metadata={
+            "help": "Print what the run will do and need, and end: for the processes it is started in, or for those "
+            "of an accelerate config.",
+            "nargs": "?",
+            "const": "here",
+        },
+    )
 
 
 def main() -> None:
     from transformers import AutoProcessor
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+    import plan
     from data.lengths import image_factor, too_long
     from data.read import BadInput, read_dataset, summary
 
     try:
-        data, args, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config()
-        check_versions(args.use_vllm)
-        check_weights(model.model_name_or_path)
+        launch = plan.requested(sys.argv[1:])
+        config_class = plan.for_launch(SparkConfig, launch) if launch else SparkConfig
+        data, args, model = TrlParser((DataArguments, config_class, ModelConfig)).parse_args_and_config()
+        if launch is None:
+            check_versions(args.use_vllm)
+            check_weights(model.model_name_or_path)
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(refuse(error)) from None
 
@@ -666,7 +679,7 @@ def main() -> None:
             image_factor=image_factor(processor),
             config=data.dataset_config,
             split=split,
-            fits=too_long(args.max_prompt_length, processor),
+            fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
         if args.process_index == 0:
@@ -675,10 +688,22 @@ def main() -> None:
                 print(summary(bad_rows), flush=True)
         return dataset.remove_columns("task")  # the name of what recycled rows are for
 
+    processor = None
     try:
         processor = AutoProcessor.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, padding_side="left"
+            model.model_name_or_path,
+            revision=model.model_revision,
+            padding_side="left",
+            local_files_only=launch is not None,
         )
+    except (OSError, ValueError) as error:
+        if launch is None:
+            raise SystemExit(refuse(error)) from None
+    if launch is not None:
+        refused = plan.show(data, args, model, launch, read)
+        raise SystemExit(refuse(ValueError("; ".join(refused))) if refused else 0)
+
+    try:
         train = read(data.dataset, data.dataset_split)
         evaluation = read(data.eval_dataset, data.eval_split) if data.eval_dataset else None
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):

