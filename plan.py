@@ -135,6 +135,7 @@ def architecture(config, peft_config=None) -> Architecture:
     name = config.architectures[0]
     with torch.device("meta"), no_init_weights():
         model = getattr(transformers, name)(config)
+        model.tie_weights()  # left out with the initialisation
         parameters = trained = model.num_parameters()
         if peft_config is not None:
             from peft import get_peft_model

@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import is_flash_attn_2_available
 from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 
@@ -717,7 +719,7 @@ def main() -> None:
     verify.warm_up()
     args.model_init_kwargs = {
         "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
+        "attn_implementation": model.attn_implementation or attention(args),
         "dtype": model.dtype,
         **(args.model_init_kwargs or {}),
     }
@@ -758,11 +760,27 @@ def main() -> None:
 
 
 def check_versions(use_vllm: bool) -> None:
-    """Raise ValueError for another TRL than the one whose private methods are overridden here, or for no vLLM."""
+    """Raise ValueError for another TRL than the one whose private methods are overridden here, for a vLLM that this TRL
+    does not support, or for none."""
     if version("trl") != TRL:
         raise ValueError(f"trl: expected {TRL}, found {version('trl')}; pip install -r requirements.txt")
-    if use_vllm and not is_vllm_available():
+    if not use_vllm:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # TRL warns, and fails later
+        try:
+            found = is_vllm_available()
+        except UserWarning as error:
+            raise ValueError(f"use_vllm: {error} pip install -r requirements.txt") from None
+    if not found:
         raise ValueError("use_vllm: vLLM is not installed; pip install -r requirements.txt, or set use_vllm to false")
+
+
+def attention(args: SparkConfig) -> str | None:
+    """flash-attention where it is installed and the GPU and the precision can; else None: sdpa, by transformers."""
+    if not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
+        return None
+    return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
 
 
 def check_weights(model: str) -> None:

@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from datasets import concatenate_datasets
+from peft import LoraConfig, get_peft_model
 from test_train_spark import config, digits
 from trl.trainer.utils import selective_log_softmax
 
+from data.tiny_model import OUTPUT
 from rollout import ColocatedGeneration
 from train_spark import SparkConfig, SparkTrainer
 
@@ -16,8 +18,6 @@ from train_spark import SparkConfig, SparkTrainer
 def trainer(tmp_path_factory, processor):
     """A SparkTrainer on the shipped model; the engine takes half a minute to start, so it serves every test here."""
     from transformers import Qwen2_5_VLForConditionalGeneration
-
-    from data.tiny_model import OUTPUT
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -107,9 +107,9 @@ def trainers_logprobs(trainer, conversations, tokens):
     return rows
 
 
-@pytest.mark.parametrize("part", ["model.visual", "model.language_model"])
-def test_the_engine_follows_the_trainers_weights(part, trainer):
-    """New weights of the vision tower count too for images that the engine has seen before."""
+@pytest.mark.parametrize(("part", "noise"), [("model.visual", 3.0), ("model.language_model", 0.3), ("adapter", 0.03)])
+def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypatch):
+    """New weights of the vision tower count too for images that the engine has seen before; an adapter goes merged."""
     rows = [*digits(4, {"sum"})] if part == "model.visual" else [*digits(2, {"sum"}), *digits(2, {"plus"})]
     conversations = []
     for row in rows:
@@ -121,18 +121,27 @@ def test_the_engine_follows_the_trainers_weights(part, trainer):
     old_logprobs = greedy(trainer, prompts, images)[1]
 
     start = copy.deepcopy(trainer.model.state_dict())
+    own = trainer.model
+    if part == "adapter":
+        fresh = type(own).from_pretrained(OUTPUT, dtype=torch.float32)
+        adapted = get_peft_model(fresh, LoraConfig(r=4, target_modules="all-linear", lora_alpha=8))
+        monkeypatch.setattr(trainer, "model", adapted)
+        monkeypatch.setattr(trainer.vllm_generation, "model", adapted)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             if name.startswith(part):
-                parameter += parameter.abs().mean() * torch.randn_like(parameter)
+                parameter += noise * parameter.abs().mean() * torch.randn_like(parameter)
+            elif "lora_B" in name:  # zero at the start
+                parameter += noise * torch.randn_like(parameter)
     try:
         assert greedy(trainer, prompts, images)[1] == old_logprobs  # not yet
         trainer.vllm_generation.sync_weights()
         tokens, logprobs = greedy(trainer, prompts, images)
         new_weights = trainers_logprobs(trainer, conversations, tokens)
     finally:
-        trainer.model.load_state_dict(start)
+        monkeypatch.undo()
+        own.load_state_dict(start)
         trainer.vllm_generation.sync_weights()
     old_weights = trainers_logprobs(trainer, conversations, tokens)
 

@@ -429,16 +429,25 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "digits", "--config", "missing.yaml"], "missing.yaml"),
         (["--dataset", "digits", "--config", "{recipe}"], "recycle_ration"),
         (["--dataset", "digits", "--recycle_tasks", "judging"], "recycle_tasks"),
+        (["--dataset", "digits", "--model_name_or_path", "{bare}"], "has no weights"),
+        (["--dataset", "{good}", "--model_name_or_path", "{text}"], "reads text alone"),
+        (["--dataset", "digits", "--num_generations", "7"], "divisible"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, processor, text_model, monkeypatch, capsys):
     files = {
         "file": [{"prompt": "What is 1+1? " * 9, "solution": "2"}],
         "image": [{"prompt": "a", "image": None, "solution": "2"}, {"prompt": "b", "image": "no.png", "solution": "2"}],
         "gold": [{"prompt": "a", "solution": ""}],
+        "good": [{"prompt": "a", "image": "a.png", "solution": "2"}],
     }
-    paths = {"recipe": tmp_path / "bad.yaml"}
+    paths = {"recipe": tmp_path / "bad.yaml", "bare": tmp_path / "bare", "text": tmp_path / "text"}
     paths["recipe"].write_text("recycle_ration: 0.5\n")
+    for name in ("bare", "text"):
+        processor.tokenizer.save_pretrained(paths[name])
+    text_model.save_pretrained(paths["text"])
+    picture = tmp_path / "a.png"
+    digits(1, {"sum"})[0]["images"][0].save(picture)
     for name, rows in files.items():
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(json.dumps(rows))
@@ -452,6 +461,47 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, monke
     message = capsys.readouterr().err.strip()
     assert "\n" not in message
     assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("trl", "trl: expected 1.16.0, found 1.15.0"), ("vllm", "0.32.0"), ("none", "vLLM is not installed")],
+)
+def test_versions_are_checked(found, expected, monkeypatch):
+    from trl import import_utils
+
+    if found == "trl":
+        monkeypatch.setattr(train_spark, "version", lambda name: "1.15.0")
+    state = {"vllm": (True, "0.32.0"), "none": (False, None)}.get(found, (True, "0.31.0"))
+    monkeypatch.setattr(import_utils, "_is_package_available", lambda *args, **kwargs: state)
+    with pytest.raises(ValueError, match=expected):
+        train_spark.check_versions(use_vllm=True)
+    if found != "trl":
+        train_spark.check_versions(use_vllm=False)
+
+
+def test_a_vllm_server_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
+    server = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", "http://127.0.0.1:9"]
+    recipe = ["--config", "recipes/demo.yaml", "--output_dir", str(tmp_path), "--vllm_server_timeout", "0"]
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 32)
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *recipe, *server])
+    with pytest.raises(SystemExit) as exited:
+        train_spark.main()
+    assert exited.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith("train_spark.py: ")
+    assert "http://127.0.0.1:9" in message
+
+
+def test_flash_attention_where_it_can_run(tmp_path, monkeypatch):
+    args = SparkConfig(str(tmp_path), bf16=False, use_cpu=True)
+    assert train_spark.attention(args) is None
+    monkeypatch.setattr(train_spark, "is_flash_attn_2_available", lambda: True)
+    assert train_spark.attention(args) is None  # float32
+    args.bf16 = True
+    for capability, expected in (((9, 0), "flash_attention_2"), ((7, 5), None)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert train_spark.attention(args) == expected
 
 
 def test_resumed_is_uninterrupted(tmp_path, processor, vision_model):

@@ -1,0 +1,41 @@
+"""An adapter and the model it was trained on as one model, which transformers and vLLM load like any other.
+
+python merge.py runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def merge(adapter: str, output: str) -> None:
+    """Save the merged weights (safetensors, in the base model's precision) and the processor in `output`.
+
+    Raises OSError, ValueError where the adapter, or the model that it names, can't be loaded.
+    """
+    import transformers
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    model_class = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0])
+    model = PeftModel.from_pretrained(model_class.from_pretrained(base, dtype="auto"), adapter)
+    model.merge_and_unload().save_pretrained(output)
+    transformers.AutoProcessor.from_pretrained(adapter).save_pretrained(output)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", help="what training with use_peft saved: a run's folder or one of its checkpoints")
+    parser.add_argument("--output", help="default: merged, in the adapter's folder")
+    args = parser.parse_args()
+    output = args.output or str(Path(args.adapter) / "merged")
+    try:
+        merge(args.adapter, output)
+    except (OSError, ValueError) as error:
+        print(f"merge.py: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"saved {output}")
+
+
+if __name__ == "__main__":
+    main()

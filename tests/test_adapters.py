@@ -1,0 +1,98 @@
+"""LoRA, gradient checkpointing and bf16: adapters are trained, saved, resumed and merged."""
+
+import copy
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from test_train_spark import config, digits
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import merge
+from data.tiny_model import OUTPUT
+from train_spark import SparkConfig, SparkTrainer
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+def trainer(folder, processor):
+    return SparkTrainer(
+        str(OUTPUT),
+        args=config(SparkConfig, folder, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=0.01),
+        train_dataset=digits(16),
+        processing_class=processor,
+        peft_config=LoraConfig(**LORA),
+    )
+
+
+def test_an_adapter_is_saved_resumed_and_merged(tmp_path, processor, monkeypatch, capsys):
+    whole = trainer(tmp_path / "whole", processor)
+    base = {name: p.clone() for name, p in whole.model.named_parameters() if "lora" not in name}
+    whole.train()
+    steps = [h for h in whole.state.log_history if "loss" in h]
+    assert all(h["recycle/rows"] > 0 for h in steps)
+    for name, parameter in whole.model.named_parameters():
+        if name in base:
+            assert torch.equal(parameter, base[name]), name
+    saved = load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors")
+    assert any(w.abs().max() > 0 for name, w in saved.items() if "lora_B" in name)
+
+    resumed = trainer(tmp_path / "resumed", processor)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    again = load_file(tmp_path / "resumed" / "checkpoint-4" / "adapter_model.safetensors")
+    assert saved.keys() == again.keys()
+    for name, weight in saved.items():
+        assert torch.equal(weight, again[name]), name
+
+    whole.save_model(str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path / "run")])
+    merge.main()
+    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "run" / "merged", dtype=torch.float32)
+    start = Qwen2_5_VLForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(copy.deepcopy(start), tmp_path / "run")
+    ids = torch.arange(8, 40)[None]
+    expected = adapted(input_ids=ids).logits
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=0.1, rtol=0)  # stored in bf16, as the base
+    assert (start(input_ids=ids).logits - expected).abs().max() > 0.3
+    assert (tmp_path / "run" / "merged" / "tokenizer.json").is_file()
+
+
+def test_merging_what_is_no_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["merge.py", str(tmp_path)])
+    with pytest.raises(SystemExit) as exited:
+        merge.main()
+    assert exited.value.code == 2
+    assert "adapter_config.json" in capsys.readouterr().err
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, processor):
+    runs = []
+    for checkpointing in (False, True):
+        run = SparkTrainer(
+            str(OUTPUT),
+            args=config(SparkConfig, tmp_path, max_steps=2, gradient_checkpointing=checkpointing),
+            train_dataset=digits(12),
+            processing_class=processor,
+        )
+        run.train()
+        runs.append(run)
+    losses = [[h["loss"] for h in run.state.log_history if "loss" in h] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    for (name, a), (_, b) in zip(runs[0].model.named_parameters(), runs[1].model.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-4, rtol=0, msg=name)
+
+
+def test_bf16(tmp_path, processor):
+    run = SparkTrainer(
+        str(OUTPUT),
+        args=config(SparkConfig, tmp_path, max_steps=2, bf16=True),
+        train_dataset=digits(12),
+        processing_class=processor,
+    )
+    before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+    run.train()
+    steps = [h for h in run.state.log_history if "loss" in h]
+    assert len(steps) == 2 and all(h["recycle/rows"] > 0 for h in steps)
+    assert any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
