@@ -1,4 +1,4 @@
-"""Two processes are one process with twice the batch: DDP and FSDP2 over gloo, on the CPU.
+"""Two processes are one process with twice the batch: DDP, FSDP2 and DeepSpeed's ZeRO-3 over gloo, on the CPU.
 
     torchrun --nproc_per_node N tests/test_processes.py OUT KIND [HOW]      a run, as `launch` starts it
 
@@ -25,7 +25,10 @@ def launch(folder: Path, kind: str, processes: int, *how: str) -> dict:
     out = folder / f"{kind}_{processes}{''.join(how)[:6]}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [__file__, str(out), kind, *how]
-    env = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    if "zero3" in how:  # what `accelerate launch` makes of recipes/accelerate/zero3.yaml
+        env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
+        env |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-4000:]
     weights = load_file(out / "weights.safetensors")
@@ -107,6 +110,7 @@ def work(out: Path, kind: str, fsdp2: bool) -> None:
     trainer.save_model(str(out / "model"))  # gathers what FSDP has sharded
     assert trainer.accelerator.num_processes == world
     assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine" or "zero3" not in sys.argv
     if trainer.accelerator.is_main_process:
         seen["processes"] = world
         (out / "model" / "model.safetensors").rename(out / "weights.safetensors")
@@ -143,8 +147,9 @@ def test_ddp_is_one_process_with_twice_the_batch(kind, alone, tmp_path):
     assert_same_run(alone[kind], launch(tmp_path, kind, 2))
 
 
-def test_fsdp2_is_one_process_with_twice_the_batch(alone, tmp_path):
-    assert_same_run(alone["text"], launch(tmp_path, "text", 2, "fsdp2"))
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_sharded_it_is_one_process_with_twice_the_batch(how, alone, tmp_path):
+    assert_same_run(alone["text"], launch(tmp_path, "text", 2, how))
 
 
 if __name__ == "__main__":
