@@ -100,6 +100,20 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
     )
 
 
+def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
+    """Byte-level tokens: a Chinese character or an emoji may be three or four of them, and many images frame a lot."""
+    from data.lengths import prompt_tokens, too_long
+
+    small = {"bytes": None, "path": "x", "min_pixels": None, "max_pixels": None, "width": 28, "height": 28}
+    for text, images in (("为什么" * 60, []), ("\U0001f9ee\U0001f41f" * 90, []), ("Same?", [small] * 40)):
+        row = {"prompt": [{"role": "user", "content": text}], "images": images}
+        (n,) = prompt_tokens([row], processor)
+        assert n > len(text)
+        for limit in (len(text), len(text) + 64, n - 1):
+            assert too_long(limit, processor)(row).startswith(f"{n} tokens")
+        assert too_long(n, processor)(row) is None
+
+
 # ---- filter ---------------------------------------------------------------------------------------------------------
 
 SETTINGS = Settings(str(OUTPUT), "x", 4, 1.0, 1.0, 16, 0, None, None)
@@ -147,7 +161,6 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
 
 def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):
     """The shipped model on its own digits: pass rates between 0 and 1, and a dataset that can be read again."""
-    pytest.importorskip("vllm")
     from data.digits import digit_rows
 
     for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):
