@@ -673,7 +673,7 @@ def main() -> None:
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from data.lengths import image_factor, too_long
-    from data.read import BadInput, read_dataset, summary
+    from data.read import BadInput, read_dataset, report
 
     try:
         data, args, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config()
@@ -698,9 +698,7 @@ def main() -> None:
             bad_rows=bad_rows,
         )
         if args.process_index == 0:
-            print(f"{len(dataset):,} rows used of {source}", flush=True)
-            if bad_rows:
-                print(summary(bad_rows), flush=True)
+            print(report(source, len(dataset), bad_rows), flush=True)
         return dataset.remove_columns("task")  # the name of what recycled rows are for
 
     try:

@@ -13,6 +13,7 @@ need no new samples. On one GPU it is the cost of generating n answers a questio
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -205,6 +206,7 @@ def main(arguments: list[str] | None = None) -> int:
             config=args.dataset_config,
             split=args.dataset_split,
             bad_rows=bad_rows,
+            checked=math.inf,  # each of them is used
         )
         args.output.parent.mkdir(parents=True, exist_ok=True)
         rates = Rates(args.output.with_name(args.output.name + ".rates.jsonl"), settings, len(dataset))
