@@ -259,6 +259,7 @@ class Reader:
         found = [record for _, _, record in head if isinstance(record, dict)]
         if head and not found:
             raise BadInput(f"{source}: {head[0][2]}")
+        self.columns = list(dict.fromkeys(name for record in found for name in record))
         self.make = layout(source, found) if found else None  # None: there is no row at all
         self.records = itertools.chain(head, records)
 
@@ -281,11 +282,6 @@ class Reader:
         if made.judge and not self.judge:
             raise BadInput(f"{source}: a benchmark file for judging; expected data with a gold for each question")
         return build_row(made, self.rules, source, look)
-
-
-def rows(source: Source, judge: bool = False, look: bool = True) -> Iterator[tuple[int, int | None, Row | BadRow]]:
-    """All of a `Reader`. Raises BadInput."""
-    yield from Reader(source, judge, look)
 
 
 def _as_json(record: dict[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import table
-from data.read import BadInput, Source, read_dataset, report, rows, summary
+from data.read import BadInput, Reader, Source, read_dataset, report, summary
 from data.rows import BadRow, Record, RowError, Rules, build_row, gold, question_text
 from recycle import PROMPT_SUFFIX, ask, strip_suffix
 
@@ -39,7 +39,7 @@ def write(path, found, lines=False) -> str:
 
 def read(path, **options) -> list:
     """The rows of a file, or what is wrong with them."""
-    return [found for _, _, found in rows(Source(str(path), **options), judge=True)]
+    return [found for _, _, found in Reader(Source(str(path), **options), judge=True)]
 
 
 def parquet(path, found) -> str:
@@ -278,7 +278,7 @@ COLUMNS = [
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), json_values, min_size=1), min_size=1, max_size=3))
 def test_any_json_is_a_row_or_named_as_bad(data):
     try:
-        found = [found for _, _, found in rows(Source(data), judge=True)]
+        found = [found for _, _, found in Reader(Source(data), judge=True)]
     except BadInput:
         return
     assert len(found) == len(data)
