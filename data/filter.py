@@ -100,9 +100,12 @@ class Sampler:
     """vLLM with the model's own chat template: n answers a question."""
 
     def __init__(self, settings: Settings, **engine: Any):
+        from torch import cuda
         from transformers import AutoProcessor
         from vllm import LLM, SamplingParams
 
+        if not cuda.is_available():  # vLLM 0.31 can't take a request's seed back where it cuts the prompt in two
+            engine["enable_chunked_prefill"] = False
         self.processor = AutoProcessor.from_pretrained(settings.model)
         self.llm = LLM(settings.model, seed=settings.seed, **engine)
         self.sampling = SamplingParams(
