@@ -7,23 +7,23 @@
     engine.close()
 
 All of them see the same messages: the images of a request stand before the text of its last message, and the model's
-own chat template does the rest. At temperature 0 they give the same completions.
+own chat template does the rest. Images are what training sees (data/images.py); one that can't be used is its request's
+error. At temperature 0 they give the same completions.
 """
 
 import asyncio
 import base64
 import contextlib
 import heapq
-import io
 import json
 import os
 import queue
 import random
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data.images import BadImage, as_file, open_image, reference
 from data.read import BadInput
 
 
@@ -71,19 +71,6 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
         held -= len(done)
         outputs.update(done)
     return [outputs[i] for i in range(len(requests))]
-
-
-def open_image(image):
-    """A path or an image, as RGB. Raises OSError with the path in it."""
-    from PIL import Image
-
-    if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-            raise OSError(f"image {image}: {error}") from None
-    return image.convert("RGB")
 
 
 def prompt_text(processor, request: Request) -> str:
@@ -160,8 +147,8 @@ class TransformersEngine(BatchEngine):
         texts, images, rows = [], [], []
         for i, request in enumerate(requests):
             try:
-                images += [open_image(image) for image in request.images]
-            except OSError as error:
+                images += [open_image(reference(image)) for image in request.images]
+            except BadImage as error:
                 outputs[i] = Output(error=str(error))
                 continue
             texts.append(prompt_text(self.processor, request))
@@ -232,9 +219,9 @@ class VLLMEngine:
         )
         try:
             if request.images:
-                prompt["multi_modal_data"] = {"image": [open_image(image) for image in request.images]}
+                prompt["multi_modal_data"] = {"image": [open_image(reference(image)) for image in request.images]}
             self.llm.llm_engine.add_request(str(ticket), prompt, parameters)
-        except (OSError, ValueError, VLLMClientError) as error:  # a broken image; a prompt longer than the model takes
+        except (ValueError, VLLMClientError) as error:  # a broken image; a prompt longer than the model takes
             self._refused.append((ticket, Output(error=" ".join(str(error).split())[:300])))
 
     def finished(self) -> Done:
@@ -348,7 +335,7 @@ class ServerEngine:
     async def _serve(self, ticket: int, request: Request, sampling: Sampling) -> None:
         try:
             output = await self._call(request, sampling)
-        except OSError as error:  # a broken image
+        except BadImage as error:
             output = Output(error=str(error))
         except Exception as error:  # handed to finished(), which raises it in the caller's thread
             output = error
@@ -418,15 +405,7 @@ def _read(body: bytes) -> Output | None:
         return None
 
 
-MAGIC = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
-
-
 def data_url(image) -> str:
-    """A PNG, JPEG or WebP file as it is, anything else as PNG. Raises OSError for a file that is no image."""
-    content = Path(image).read_bytes() if isinstance(image, (str, Path)) else b""
-    kind = next((kind for magic, kind in MAGIC.items() if content.startswith(magic)), None)
-    if kind is None:
-        with io.BytesIO() as buffer:
-            open_image(image).save(buffer, format="PNG")
-            content, kind = buffer.getvalue(), "image/png"
+    """A path or an image as the server is to see it: as training does. Raises BadImage."""
+    content, kind = as_file(reference(image))
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -352,7 +352,7 @@ class SparkTrainer(GRPOTrainer):
         path.parent.mkdir(parents=True, exist_ok=True)
         batches = self._buffered_inputs
         tensors = {
-            f"{i}.{name}": field.contiguous().cpu()
+            f"{i}.{name}": field.detach().clone().contiguous().cpu()  # batches share some, a file can't
             for i, batch in enumerate(batches)
             for name, field in batch.items()
             if isinstance(field, torch.Tensor)
@@ -655,7 +655,7 @@ def main() -> None:
 
     import plan
     from data.lengths import image_factor, too_long
-    from data.read import BadInput, read_dataset, summary
+    from data.read import BadInput, read_dataset, report
 
     try:
         launch = plan.requested(sys.argv[1:])
@@ -685,9 +685,7 @@ def main() -> None:
             bad_rows=bad_rows,
         )
         if args.process_index == 0:
-            print(f"{len(dataset):,} rows used of {source}", flush=True)
-            if bad_rows:
-                print(summary(bad_rows), flush=True)
+            print(report(source, len(dataset), bad_rows), flush=True)
         return dataset.remove_columns("task")  # the name of what recycled rows are for
 
     processor = None

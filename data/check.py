@@ -25,7 +25,7 @@ from typing import Any
 
 from data import table
 from data.images import BadImage, check_image
-from data.read import Row, Rules, Source, rows
+from data.read import Reader, Row, Rules, Source
 from data.rows import BadInput, BadRow, question_text
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
@@ -80,12 +80,13 @@ def _content(ref: dict[str, Any]) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def examined_rows(source: Source, workers: int) -> Iterator[tuple[Found, bytes]]:
+def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Found, bytes]]:
     """`examine` of every row in order, images in `workers` processes, with a progress bar. Raises BadInput."""
     from tqdm.auto import tqdm
 
+    source = reader.source
     arguments = (source.rules.suffix, source.rules.allow_remote_images)
-    stream = tqdm(rows(source, judge=True, look=False), desc=str(source), total=_count(source), unit=" rows")
+    stream = tqdm(reader, desc=str(source), total=_count(source), unit=" rows")
     with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
         waiting: deque[Future | list] = deque()
         for batch in batches(stream, 64):
@@ -145,7 +146,8 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     bad, repeated, tasks, golds, images = [], [], Counter(), Counter(), Counter()
     conflicts = total = 0
     lengths: dict[str, list[int]] = {"prompt": [], "image": []}
-    for batch in batches(examined_rows(source, workers), 256):
+    reader = Reader(source, judge=True, look=False)
+    for batch in batches(examined_rows(reader, workers), 256):
         good = [(row, found, key) for (row, _, found), key in batch if isinstance(found, dict)]
         bad += [found for (_, _, found), _ in batch if isinstance(found, BadRow)]
         total += len(batch)
@@ -164,6 +166,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         "file": str(source),
         "rows": total,
         "usable": total - len(bad),
+        "columns": reader.columns,
         "images": {"rows": total - len(bad) - images[0], "images": sum(n * rows for n, rows in images.items())},
         "tasks": dict(tasks.most_common()),
         "answers": answers(golds),
@@ -172,7 +175,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     if against is not None:
         shared = [
             [seen[key][0], row]
-            for (row, _, found), key in examined_rows(against, workers)
+            for (row, _, found), key in examined_rows(Reader(against, judge=True, look=False), workers)
             if isinstance(found, dict) and key in seen
         ]
         report["overlap"] = {"file": str(against), "rows": len(shared), "row_and_its_row": shared}
@@ -225,6 +228,7 @@ def render(report: dict[str, Any]) -> str:
     repeated = report["repeated"]
     lines = [
         f"{report['file']}: {report['rows']:,} rows, {report['usable']:,} usable, {len(report['bad']):,} unusable",
+        f"columns   {', '.join(map(str, report['columns']))}",
         f"images    {report['images']['images']:,} in {report['images']['rows']:,} rows",
         f"tasks     {pairs(report['tasks'])}",
         f"answers   {pairs(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "

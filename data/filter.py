@@ -13,6 +13,7 @@ need no new samples. On one GPU it is the cost of generating n answers a questio
 import argparse
 import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable
@@ -99,9 +100,12 @@ class Sampler:
     """vLLM with the model's own chat template: n answers a question."""
 
     def __init__(self, settings: Settings, **engine: Any):
+        from torch import cuda
         from transformers import AutoProcessor
         from vllm import LLM, SamplingParams
 
+        if not cuda.is_available():  # vLLM 0.31 can't take a request's seed back where it cuts the prompt in two
+            engine["enable_chunked_prefill"] = False
         self.processor = AutoProcessor.from_pretrained(settings.model)
         self.llm = LLM(settings.model, seed=settings.seed, **engine)
         self.sampling = SamplingParams(
@@ -135,6 +139,7 @@ def measure(dataset, rates: Rates, sampler, chunk: int = CHUNK) -> None:
     from verify import extract_boxed, verify_many
 
     todo = [i for i in range(len(dataset)) if i not in rates.known]
+    sources = dataset.with_format(None)["source"]
     with tqdm(total=len(dataset), initial=len(rates.known), desc="pass rates", unit=" rows") as bar:
         for numbers in batches(todo, chunk):
             rows = [dataset[i] for i in numbers]
@@ -146,8 +151,10 @@ def measure(dataset, rates: Rates, sampler, chunk: int = CHUNK) -> None:
             ]
             verdicts = iter(verify_many(pairs))
             found = []
-            for number, texts in zip(numbers, completions, strict=True):
+            for number, row, texts in zip(numbers, rows, completions, strict=True):
                 own = [next(verdicts) for _ in texts]
+                if row["source"] != sources[number]:  # its image broke; what was answered is the row in its place
+                    own = []
                 found.append({"row": number, "right": own.count(True), "scored": len(own) - own.count(None)})
             rates.add(found)
             bar.update(len(numbers))
@@ -205,20 +212,20 @@ def main(arguments: list[str] | None = None) -> int:
             config=args.dataset_config,
             split=args.dataset_split,
             bad_rows=bad_rows,
+            checked=math.inf,  # each of them is used
         )
         args.output.parent.mkdir(parents=True, exist_ok=True)
         rates = Rates(args.output.with_name(args.output.name + ".rates.jsonl"), settings, len(dataset))
+        if bad_rows:
+            print(summary(bad_rows))
+        if len(rates.known) < len(dataset):
+            if importlib.util.find_spec("vllm") is None:
+                raise BadInput("expected vLLM to be installed (requirements.txt)")
+            engine = ("max_model_len", "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization")
+            measure(dataset, rates, Sampler(settings, **{name: getattr(args, name) for name in engine}))
     except (BadInput, OSError) as error:
         print(f"data.filter: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    if bad_rows:
-        print(summary(bad_rows))
-    if len(rates.known) < len(dataset):
-        if importlib.util.find_spec("vllm") is None:
-            print("data.filter: expected vLLM to be installed (requirements.txt)", file=sys.stderr)
-            return 2
-        engine = ("max_model_len", "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization")
-        measure(dataset, rates, Sampler(settings, **{name: getattr(args, name) for name in engine}))
 
     kept, outside, unscorable = kept_rows(rates.known, low, high)
     print(f"{len(kept):,} rows kept, {len(outside):,} outside the bounds, {len(unscorable):,} with no scorable answer")

@@ -38,12 +38,12 @@ def records(source: str, config: str | None = None, split: str = "train") -> Ite
 
 def of(dataset) -> Iterator[Found]:
     """The records of a datasets.Dataset, images left as they are stored."""
-    from datasets import Image
+    from datasets import Image, LargeList, List
 
     def stored(feature):
         if isinstance(feature, Image):
             return Image(decode=False)
-        if hasattr(feature, "feature"):  # a list of something
+        if isinstance(feature, (List, LargeList)):
             return type(feature)(stored(feature.feature))
         return feature
 

@@ -10,12 +10,16 @@ What can't be used raises BadImage, whose text says what is expected. Files are 
 below are tried, nothing but regular files is opened, and a header that promises too many pixels is refused unread.
 """
 
+import atexit
 import base64
 import binascii
+import hashlib
 import math
 import os
 import reprlib
+import shutil
 import stat
+import tempfile
 import time
 import warnings
 from collections import OrderedDict
@@ -23,6 +27,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -44,6 +49,10 @@ Reference = dict[str, Any]
 
 class BadImage(ValueError):
     """An image that can't be used; the text says why and what is expected."""
+
+
+class NotFetched(BadImage):
+    """No fault of the image: the next try, or another machine, may get it."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -242,25 +251,49 @@ def check_image(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
         return size
 
 
+@lru_cache
+def _fetched() -> Path:
+    """Where what was fetched is kept, for as long as the process runs."""
+    folder = tempfile.mkdtemp(prefix="spark-images-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def fetch(url: str, allow_remote: bool = False) -> bytes:
-    """The content behind an http(s) URL, within REMOTE_BYTES and REMOTE_SECONDS. Raises BadImage."""
+    """The content behind an http(s) URL, within REMOTE_BYTES and REMOTE_SECONDS; fetched once, then read from disk.
+
+    Raises BadImage; NotFetched if another try may do.
+    """
     if not allow_remote or urlsplit(url).scheme not in ("http", "https"):
         raise BadImage(f"{url:.80} is remote; give --allow_remote_images to fetch it when it is used")
     import requests
+    from urllib3 import Retry
 
+    kept = _fetched() / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
+    if kept.exists():
+        return kept.read_bytes()
     deadline = time.monotonic() + REMOTE_SECONDS
+    retry = Retry(3, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     content = bytearray()
     try:
-        with requests.get(url, stream=True, timeout=REMOTE_SECONDS / 4) as response:
-            response.raise_for_status()
-            for chunk in response.iter_content(1 << 14):
-                content += chunk
-                if len(content) > REMOTE_BYTES:
-                    raise BadImage(f"{url:.80}: expected at most {REMOTE_BYTES:,} bytes")
-                if time.monotonic() > deadline:
-                    raise BadImage(f"{url:.80}: not there after {REMOTE_SECONDS:.0f} s")
+        with requests.Session() as session:
+            for scheme in ("http://", "https://"):
+                session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
+            with session.get(url, stream=True, timeout=REMOTE_SECONDS / 4) as response:
+                response.raise_for_status()
+                for chunk in response.iter_content(1 << 14):
+                    content += chunk
+                    if len(content) > REMOTE_BYTES:
+                        raise BadImage(f"{url:.80}: expected at most {REMOTE_BYTES:,} bytes")
+                    if time.monotonic() > deadline:
+                        raise NotFetched(f"{url:.80}: not there after {REMOTE_SECONDS:.0f} s")
+    except requests.HTTPError as error:  # what stays: no such image, no right to it
+        raise BadImage(f"{url:.80} can't be fetched ({error.response.status_code})") from None
     except requests.RequestException as error:
-        raise BadImage(f"{url:.80} can't be fetched ({type(error).__name__})") from None
+        raise NotFetched(f"{url:.80} can't be fetched ({type(error).__name__})") from None
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_bytes(content)
+    os.replace(part, kept)
     return bytes(content)
 
 
@@ -280,6 +313,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def as_file(ref: Reference) -> tuple[bytes, str]:
+    """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
+    so, else a PNG. Raises BadImage."""
+    check_image(ref)
+    with _opened(ref) as image:
+        kind = f"image/{image.format.lower()}"
+        plain = kind in ("image/png", "image/jpeg", "image/webp") and image.mode in ("L", "RGB")
+        if plain and not image.has_transparency_data and image.getexif().get(_ORIENTATION, 1) == 1:
+            return ref["bytes"] or Path(ref["path"]).read_bytes(), kind
+    with BytesIO() as buffer:
+        open_image(ref).save(buffer, format="PNG")
+        return buffer.getvalue(), "image/png"
 
 
 _cache: OrderedDict[tuple, Image.Image] = OrderedDict()

@@ -7,10 +7,11 @@ from data.images import fitted_size
 
 def image_factor(processor: Any) -> int | None:
     """Pixels a side of a visual token where the processor rounds images to a grid of them (the Qwen-VL family)."""
-    images = getattr(processor, "image_processor", None)
-    if hasattr(images, "patch_size") and hasattr(images, "merge_size"):
-        return images.patch_size * images.merge_size
-    return None
+    from transformers import ProcessorMixin, Qwen2VLImageProcessor, Qwen2VLImageProcessorPil
+
+    images = processor.image_processor if isinstance(processor, ProcessorMixin) else None
+    grid = isinstance(images, (Qwen2VLImageProcessor, Qwen2VLImageProcessorPil))
+    return images.patch_size * images.merge_size if grid else None
 
 
 def image_tokens(row: dict[str, Any], processor: Any) -> int:
@@ -31,6 +32,7 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
 
 def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     """Tokens of each row's prompt in the model's chat template, those of images included."""
+    from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
     prompts = [
@@ -38,17 +40,20 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
         for row in rows
     ]
     texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
-    tokenizer = getattr(processor, "tokenizer", processor)
+    tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     lengths = map(len, tokenizer(texts)["input_ids"])  # one token stands for each image
     return [n + image_tokens(row, processor) - len(row["images"]) for n, row in zip(lengths, rows, strict=True)]
 
 
 def too_long(limit: int, processor: Any):
-    """A function of a row: why its prompt is too long, or None. Only prompts that could be are tokenised."""
+    """A function of a row: why its prompt is too long, or None. Only prompts that could be are tokenised: a token is at
+    least a byte (a Chinese character or an emoji may be several), and what the template adds to a message or an image
+    is no more than the whole of it around an empty question."""
+    (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor)
 
     def reason(row: dict[str, Any]) -> str | None:
-        characters = sum(len(str(message["content"])) for message in row["prompt"]) + 64 * len(row["prompt"])
-        if characters + image_tokens(row, processor) <= limit:  # a token is at least a character
+        size = sum(len(str(message["content"]).encode()) for message in row["prompt"])
+        if size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor) <= limit:
             return None
         (n,) = prompt_tokens([row], processor)
         return f"{n} tokens, expected at most {limit} (max_prompt_length)" if n > limit else None

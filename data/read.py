@@ -7,14 +7,18 @@
     read_dataset("digits")                               the embedded task (data/digits.py); `arithmetic` for text
 
 Rows are written to a temporary file as they are read and mapped from there, so that a million of them take no memory;
-images are opened when a row is used. What is wrong with a row is known before any model is loaded.
+images are opened when a row is used. What is wrong with a row is known before any model is loaded; only of more than
+CHECKED rows, the others are kept as they are, and made and checked when they are used (`Used`).
 """
 
 import atexit
 import itertools
 import json
+import math
 import os
+import random
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -23,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from data import benchmark, gsm8k, hub, math_boxed, multiple_choice, spark_json, table, virl39k
-from data.images import BadImage, pixels
+from data.images import BadImage, NotFetched, pixels
 from data.rows import BadInput, BadRow, Record, RowError, Rules, build_row
 from recycle import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
+CHECKED = 50_000  # rows made and checked before training: seconds. A million would take a minute
 HEADERS = 20_000  # images whose header is read before training; of the rest, only that the file is there
+DRAWS = 100  # rows tried in place of one that can't be used
 _PEEK = 100  # records whose columns decide the layout
 _LAYOUTS = (spark_json, virl39k, gsm8k, benchmark, math_boxed, multiple_choice)
 IMAGES = ("images", "image", "image_path")
@@ -52,6 +58,10 @@ class Source:
     def __str__(self):
         return self.name if isinstance(self.name, str) else "rows"
 
+    def row(self, number: int) -> str:
+        """What a row of it is called."""
+        return f"{self}: row {number}"
+
 
 def read_dataset(
     source: Any,
@@ -69,8 +79,13 @@ def read_dataset(
     split: str = "train",
     fits: Callable[[Row], str | None] | None = None,
     bad_rows: list[BadRow] | None = None,
+    checked: float = CHECKED,
 ):
     """Read `source` into a datasets.Dataset of the row of data/rows.py; a set without any image has no column for them.
+
+    Without `bad_rows`, the first row that can't be used is an error, here or when it is used. With it, those found here
+    are left out; for one found when it is used, an image that breaks included, another row stands in. A column alone is
+    one of used rows, with their images opened: `with_format(None)` has it as it is stored.
 
     Args:
         source: a file, a folder, a hub name, `digits`, a datasets.Dataset, or an iterable of dicts.
@@ -81,9 +96,10 @@ def read_dataset(
         image_factor: pixels a side of a visual token (data/images.py), for the Qwen-VL family.
         config, split: of a hub dataset or a folder.
         fits: says why a row is not to be used (a prompt that is too long), or None.
-        bad_rows: if given, rows that can't be used are left out and appended to it.
+        bad_rows: if given, rows that are left out are appended to it.
+        checked: with `bad_rows`, rows that are made here; the others are when they are used.
 
-    Raises BadInput for what can't be read, and, without `bad_rows`, for the first row that can't be used.
+    Raises BadInput.
     """
     import pyarrow as pa
     from datasets import Dataset, Features, Json, List, Value
@@ -92,45 +108,123 @@ def read_dataset(
 
     rules = Rules(suffix, ".", image_root, allow_remote_images, min_pixels, max_pixels)
     where = Source(source, prompt_column, solution_column, image_column, config, split, rules)
+    image = RowImage(factor=image_factor, allow_remote=allow_remote_images)
     features = Features(
         {
             "prompt": Json(),
-            "images": List(RowImage(factor=image_factor, allow_remote=allow_remote_images)),
+            "images": List(image),
             "solution": Value("string"),
             "task": Value("string"),
             "source": Value("string"),
         }
     )
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    usable = images = 0
-    first_bad = None
+    reader = Reader(where, checked=math.inf if bad_rows is None else checked)
+    counts = Counter()
 
-    def kept() -> Iterator[Row]:
-        nonlocal usable, images, first_bad
-        for _, line, found in rows(where):
-            if not isinstance(found, BadRow) and fits is not None and (reason := fits(found)):
-                found = BadRow(int(found["source"].rsplit(" ", 1)[1]), line, "prompt", reason)
-            if isinstance(found, BadRow):
-                if bad_rows is None:
-                    raise BadInput(f"{where}: {found}")
-                bad_rows.append(found)
-                first_bad = first_bad or found
-                continue
-            usable, images = usable + 1, images + len(found["images"])
-            yield {**found, "prompt": encode(found["prompt"])}
+    def kept(i: int, line: int | None, found: Row | BadRow | str) -> Row | None:
+        if isinstance(found, str):  # without a prompt: the record, as text, is where the solution will be
+            counts["later"] += 1
+            return {"solution": found, "source": where.row(i)}
+        if not isinstance(found, BadRow) and fits is not None and (reason := fits(found)):
+            found = BadRow(i, line, "prompt", reason)
+        if isinstance(found, BadRow):
+            if bad_rows is None:
+                raise BadInput(f"{where}: {found}")
+            bad_rows.append(found)
+            return None
+        counts["rows"] += 1
+        counts["images"] += len(found["images"])
+        return {**found, "prompt": encode(found["prompt"])}
 
     folder = tempfile.mkdtemp(prefix="spark-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = str(Path(folder) / "rows.arrow")
     schema = features.arrow_schema
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        stream = kept()
+        stream = iter(reader)
         while batch := list(itertools.islice(stream, 512)):
-            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
-    if not usable:
-        raise BadInput(f"{where}: expected at least one usable row, found none{f'; {first_bad}' if first_bad else ''}")
+            used = [row for found in batch if (row := kept(*found)) is not None]
+            writer.write_batch(pa.RecordBatch.from_pylist(used, schema=schema))
+    if not counts["rows"]:
+        raise BadInput(f"{where}: expected at least one usable row, found none{f'; {bad_rows[0]}' if bad_rows else ''}")
     dataset = Dataset.from_file(path)
-    return dataset if images else dataset.remove_columns("images")
+    if not counts["images"]:
+        dataset = dataset.remove_columns("images")
+    if not counts["images"] and not counts["later"]:
+        return dataset
+    return dataset.with_transform(Used(dataset, reader, fits, image, strict=bad_rows is None))
+
+
+class Used:
+    """Makes rows what they are when they are used: the transform of a dataset.
+
+    A record that was kept for later becomes its row. For a row that can't be used another one stands in, drawn by the
+    row's name from the whole source: on every process the same, since all of them must see a question alike. Each is
+    reported on stderr, once. With `strict` it is a BadInput instead, and so is, always, an image that can't be fetched:
+    that may pass on one process and not on another.
+    """
+
+    def __init__(self, dataset, reader: "Reader", fits: Callable[[Row], str | None] | None, image, strict: bool):
+        self.dataset, self.reader, self.fits, self.image, self.strict = dataset, reader, fits, image, strict
+        self.unusable: set[str] = set()
+
+    def __deepcopy__(self, memo):
+        return self  # datasets copies what it holds, for every column that is taken out
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        rows = [self._usable(dict(zip(batch, values, strict=True))) for values in zip(*batch.values(), strict=True)]
+        return {name: [row[name] for row in rows] for name in batch}
+
+    def _usable(self, row: Row) -> Row:
+        drawn, candidate = random.Random(row["source"]), row
+        for _ in range(DRAWS):
+            try:
+                return {**row, **self._made(candidate)}
+            except RowError as error:
+                self._report(candidate["source"], error)
+            candidate = self.dataset[drawn.randrange(len(self.dataset))]
+        raise BadInput(f"{row['source']}: expected it, or one of {DRAWS} rows drawn instead, to be usable")
+
+    def _made(self, row: Row) -> Row:
+        later, refs = row["prompt"] is None, []
+        if later:
+            row = self.reader.build(table.decode(row["solution"]), row["source"], look=False)
+            refs = row["images"]
+            if refs and "images" not in self.dataset.column_names:
+                raise RowError("images", f"expected none, as in the first {self.reader.checked:,} rows")
+            row = {**row, "images": [self.image.decode_example(ref) for ref in refs]}
+        for image in row.get("images", ()):
+            if isinstance(image, NotFetched):
+                raise BadInput(f"{row['source']}: field image: {image}")
+            if isinstance(image, BadImage):
+                raise RowError("image", str(image))
+        if later and self.fits is not None:
+            sized = [{**ref, "width": i.width, "height": i.height} for ref, i in zip(refs, row["images"], strict=True)]
+            if reason := self.fits({**row, "images": sized}):
+                raise RowError("prompt", reason)
+        return row
+
+    def _report(self, source: str, error: RowError) -> None:
+        from tqdm.auto import tqdm
+
+        line = f"{source}: field {error.field}: {error.reason}"
+        if self.strict:
+            raise BadInput(line) from None
+        if source not in self.unusable:
+            self.unusable.add(source)
+            tqdm.write(f"{line}; another row stands in for it ({len(self.unusable):,} so far)", file=sys.stderr)
+
+
+def report(source: str, rows: int, bad_rows: list[BadRow] | None) -> str:
+    """What training says before it starts: how many rows it uses, and why others were left out."""
+    lines = [f"{rows:,} rows used of {source}"]
+    if bad_rows is not None and rows + len(bad_rows) > CHECKED:
+        lines[0] += (
+            f"; the first {CHECKED:,} are checked, the others at the latest when they are used (all before, with "
+            "--strict or by python -m data.check)"
+        )
+    return "\n".join(lines + ([summary(bad_rows)] if bad_rows else []))
 
 
 def summary(bad_rows: list[BadRow], examples: int = 3) -> str:
@@ -145,37 +239,56 @@ def summary(bad_rows: list[BadRow], examples: int = 3) -> str:
 # Records to rows
 
 
-def rows(source: Source, judge: bool = False, look: bool = True) -> Iterator[tuple[int, int | None, Row | BadRow]]:
+class Reader:
     """(row, line, the row or what is wrong with it) of everything in `source`, in order; nothing is left out.
 
     Args:
         judge: rows for judging may be there; otherwise they are refused.
         look: read the headers of the first HEADERS images.
+        checked: records after so many come as their JSON text, to be built later; those that JSON can't hold (embedded
+            images, for one) don't.
 
     Raises BadInput.
     """
-    records = iter(raw_records(source))
-    head = list(itertools.islice(records, _PEEK))
-    found = [record for _, _, record in head if isinstance(record, dict)]
-    if head and not found:
-        raise BadInput(f"{source}: {head[0][2]}")
-    make = layout(source, found) if found else None  # None: there is no row at all
-    records = itertools.chain(head, records)
-    rules = replace(source.rules, folder=os.path.abspath(source.rules.image_root or _folder_of(source.name)))
-    looked = 0
-    for i, line, record in records:
-        if isinstance(record, dict):
-            try:
-                made = make(record)
-                if made.judge and not judge:
-                    raise BadInput(
-                        f"{source}: a benchmark file for judging; expected data with a gold for each question"
-                    )
-                record = build_row(made, rules, f"{source}: row {i}", look and looked < HEADERS)
-                looked += len(record["images"])
-            except RowError as error:
-                record = BadRow(i, line, error.field, error.reason)
-        yield i, line, record
+
+    def __init__(self, source: Source, judge: bool = False, look: bool = True, checked: float = math.inf):
+        self.source, self.judge, self.look, self.checked = source, judge, look, checked
+        self.rules = replace(source.rules, folder=os.path.abspath(source.rules.image_root or _folder_of(source.name)))
+        records = iter(raw_records(source, max(checked, _PEEK)))
+        head = list(itertools.islice(records, _PEEK))
+        found = [record for _, _, record in head if isinstance(record, dict)]
+        if head and not found:
+            raise BadInput(f"{source}: {head[0][2]}")
+        self.columns = list(dict.fromkeys(name for record in found for name in record))
+        self.make = layout(source, found) if found else None  # None: there is no row at all
+        self.records = itertools.chain(head, records)
+
+    def __iter__(self) -> Iterator[tuple[int, int | None, Row | BadRow | str]]:
+        looked = 0
+        for i, line, record in self.records:
+            if isinstance(record, dict):
+                record = (_as_json(record) if i >= self.checked else None) or record
+            if isinstance(record, dict):
+                try:
+                    record = self.build(record, self.source.row(i), self.look and looked < HEADERS)
+                    looked += len(record["images"])
+                except RowError as error:
+                    record = BadRow(i, line, error.field, error.reason)
+            yield i, line, record
+
+    def build(self, record: dict[str, Any], source: str, look: bool = True) -> Row:
+        """The row of a record. Raises RowError."""
+        made = self.make(record)
+        if made.judge and not self.judge:
+            raise BadInput(f"{source}: a benchmark file for judging; expected data with a gold for each question")
+        return build_row(made, self.rules, source, look)
+
+
+def _as_json(record: dict[str, Any]) -> str | None:
+    try:
+        return json.dumps(record)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def _folder_of(name: Any) -> str:
@@ -184,7 +297,8 @@ def _folder_of(name: Any) -> str:
     return name if Path(name).is_dir() else str(Path(name).parent)
 
 
-def raw_records(source: Source) -> Iterable[table.Found]:
+def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Found]:
+    """The records as they are; see `table.records` for `decoded`."""
     name = source.name
     if name == "digits":
         from data.digits import digit_rows
@@ -195,11 +309,13 @@ def raw_records(source: Source) -> Iterable[table.Found]:
 
         return ((i, None, row) for i, row in enumerate(arithmetic_rows()))
     if not isinstance(name, str):
-        if hasattr(name, "features"):
+        from datasets import Dataset, IterableDataset
+
+        if isinstance(name, (Dataset, IterableDataset)):
             return hub.of(name)
         return ((i, None, record) for i, record in enumerate(name))
     if Path(name).suffix in table.SUFFIXES and not Path(name).is_dir():
-        return table.records(name)
+        return table.records(name, decoded)
     if Path(name).is_file():
         raise BadInput(f"{name}: expected one of {' '.join(table.SUFFIXES)}; a spreadsheet can be exported as CSV")
     return hub.records(name, source.config, source.split)

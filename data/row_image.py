@@ -9,7 +9,6 @@ from datasets import Image
 from datasets.features.features import register_feature
 
 from data.images import BadImage, open_image
-from data.rows import BadInput
 
 
 @dataclass
@@ -44,10 +43,11 @@ class RowImage:
         return value if isinstance(value, dict) else Image().encode_example(value)
 
     def decode_example(self, value: dict[str, Any], token_per_repo_id=None):
+        """The image, or what is wrong with it: only the row can say whose it is (data/read.py)."""
         try:
             return open_image(value, self.factor, self.allow_remote)
         except BadImage as error:
-            raise BadInput(str(error)) from None
+            return error
 
     def cast_storage(self, storage: pa.StructArray) -> pa.StructArray:
         """Whatever of the fields is there; the others are null."""

@@ -38,7 +38,7 @@ class RowError(ValueError):
 
     def __init__(self, field: str, reason: str):
         super().__init__(field, reason)
-        self.field, self.reason = field, _valid(" ".join(reason.split()))
+        self.field, self.reason = field, _written(" ".join(reason.split()))
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> d
         "prompt": [*messages[:-1], _with_suffix(messages[-1], rules.suffix)],
         "images": [_reference(image, record, rules, look) for image in found],
         "solution": solution,
-        "task": _valid(str(record.task)),
-        "source": _valid(source),
+        "task": _written(str(record.task)),
+        "source": _written(source),
     }
 
 
@@ -119,9 +119,16 @@ def _as_list(images: Any) -> Sequence:
     return images if isinstance(images, (list, tuple)) else [images]
 
 
-def _valid(text: str) -> str:
+def _written(text: str) -> str:
     """Text that can be written: what is no Unicode (in a file's name, say) as question marks."""
     return text.encode("utf-8", "replace").decode()
+
+
+def _unicode(text: str, field: str) -> str:
+    """`text`, if it can be written: what is asked and answered is refused rather than changed."""
+    if text != _written(text):
+        raise RowError(field, "expected text in Unicode, got half a surrogate pair")
+    return text
 
 
 def _reference(image: Any, record: Record, rules: Rules, look: bool) -> Reference:
@@ -198,11 +205,7 @@ def _message(message: Any, images: list) -> dict[str, Any]:
 def _text(text: str) -> str:
     if found := _STRUCTURE.search(text):
         raise RowError("prompt", f"expected text, got the control token {found[0]}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError("prompt", "expected text in Unicode, got half a surrogate pair") from None
-    return text
+    return _unicode(text, "prompt")
 
 
 def _image_parts(messages: Sequence[dict[str, Any]]) -> int:
@@ -300,8 +303,4 @@ def gold(value: Any) -> str:
         text = extract_boxed(text) or text
     if not text:
         raise RowError("solution", f"expected a gold answer, got {reprlib.repr(value)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RowError("solution", "expected text in Unicode, got half a surrogate pair") from None
-    return text
+    return _unicode(text, "solution")

@@ -8,24 +8,28 @@ prompt,solution                                              .csv, .tsv; commas,
 import csv
 import itertools
 import json
+import math
 import re
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.rows import BadInput, BadRow
+from data.rows import BadInput, BadRow, RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 MAX_ROW = 64 << 20  # characters of one row
 _BLANK = re.compile(r"[ \t\r\n]*")
 
-# (row from 0, line from 1 or None, the record, or what is wrong with it)
-Found = tuple[int, int | None, dict[str, Any] | BadRow]
+# (row from 0, line from 1 or None, the record or its JSON text, or what is wrong with it)
+Found = tuple[int, int | None, dict[str, Any] | str | BadRow]
 
 
-def records(path: str) -> Iterator[Found]:
-    """The records of a file. Raises BadInput where it can't be read on."""
+def records(path: str, decoded: float = math.inf) -> Iterator[Found]:
+    """The records of a file; of JSON, those after the first `decoded` as their text, for `decode`.
+
+    Raises BadInput where it can't be read on.
+    """
     file = Path(path)
     if not file.is_file():
         raise BadInput(f"{path}: no such file")
@@ -35,9 +39,9 @@ def records(path: str) -> Iterator[Found]:
         elif file.suffix in (".csv", ".tsv"):
             yield from _csv(path)
         elif file.suffix == ".json" and _starts_with_list(path):
-            yield from _json_list(path)
+            yield from _json_list(path, decoded)
         else:
-            yield from _json_lines(path)
+            yield from _json_lines(path, decoded)
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: expected text in UTF-8, got {error.reason} at byte {error.start}") from None
     except OSError as error:
@@ -52,9 +56,9 @@ def _starts_with_list(path: str) -> bool:
     return True
 
 
-def _json_list(path: str) -> Iterator[Found]:
+def _json_list(path: str, decoded: float = math.inf) -> Iterator[Found]:
     """Rows of a JSON list, each decoded as soon as the text read so far holds all of it."""
-    decode = json.JSONDecoder().raw_decode
+    raw_decode = json.JSONDecoder().raw_decode
     with open(path, encoding="utf-8-sig") as file:
         text, at, line = "", 0, 1
 
@@ -87,14 +91,14 @@ def _json_list(path: str) -> Iterator[Found]:
                 break
             while True:
                 try:
-                    found, end = decode(text, at)
+                    found, end = raw_decode(text, at)
                     break
                 except json.JSONDecodeError as error:
                     if len(text) - at > MAX_ROW or not more():
                         raise bad(f"row {row}: {error.msg}") from None
                 except (ValueError, RecursionError) as error:
                     raise bad(f"row {row}: {str(error)[:60]}") from None
-            yield row, line, _object(row, line, found)
+            yield row, line, _object(row, line, found) if row < decoded else text[at:end]
             line, at = line + text.count("\n", at, end), end
             if symbol() == "]":
                 break
@@ -107,19 +111,34 @@ def _json_list(path: str) -> Iterator[Found]:
             raise bad("nothing after it")
 
 
-def _json_lines(path: str) -> Iterator[Found]:
+def _json_lines(path: str, decoded: float) -> Iterator[Found]:
     row = 0
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if text.strip():
                 try:
-                    found = json.loads(text.decode("utf-8-sig" if line == 1 else "utf-8"))
+                    found = text.decode("utf-8-sig" if line == 1 else "utf-8")
+                    found = found if row >= decoded else _object(row, line, json.loads(found))
                 except (ValueError, RecursionError) as error:
-                    found = error
-                if row == 0 and isinstance(found, ValueError):
-                    raise BadInput(f"{path}: line {line}: expected a JSON object a line, or a list of them: {found}")
-                yield row, line, _object(row, line, found)
+                    if row == 0:
+                        raise BadInput(
+                            f"{path}: line {line}: expected a JSON object a line, or a list of them: {error}"
+                        ) from None
+                    found = _object(row, line, error)
+                yield row, line, found
                 row += 1
+
+
+def decode(text: str) -> dict[str, Any]:
+    """A record of its JSON text. Raises RowError."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        found = error
+    found = _object(0, None, found)
+    if isinstance(found, BadRow):
+        raise RowError(found.field, found.reason)
+    return found
 
 
 def _object(row: int, line: int, found: Any) -> dict[str, Any] | BadRow:

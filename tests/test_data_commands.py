@@ -52,6 +52,7 @@ def test_check_names_every_bad_row(files, capsys):
     out, err = capsys.readouterr()
     report = json.loads(out)
     assert (report["rows"], report["usable"]) == (10, 7)
+    assert report["columns"] == ["prompt", "solution", "image"]
     assert [(bad["row"], bad["line"], bad["field"]) for bad in report["bad"]] == [
         (3, 1, "image"),
         (4, 1, "image"),
@@ -79,13 +80,13 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
     from trl.data_utils import prepare_multimodal_messages
 
     from data.lengths import image_factor, image_tokens, prompt_tokens, too_long
-    from data.read import Source, rows
+    from data.read import Reader, Source
 
     save(tmp_path / "a.png", size=(300, 200))
     data = [{"prompt": "How many?", "solution": "1", "images": ["a.png", {"path": "a.png", "max_pixels": 9000}]},
             {"prompt": "Why?", "solution": "1"}]  # fmt: skip
     path = write(tmp_path / "x.json", data)
-    counted = [row for _, _, row in rows(Source(path))]
+    counted = [row for _, _, row in Reader(Source(path))]
     used = read_dataset(path, image_factor=image_factor(processor))
     for n, row in zip(prompt_tokens(counted, processor), used, strict=True):
         prompt = prepare_multimodal_messages(row["prompt"], images=row["images"])
@@ -98,6 +99,20 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
         too_long(longest - 1, processor)(counted[0])
         == f"{longest} tokens, expected at most {longest - 1} (max_prompt_length)"
     )
+
+
+def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
+    """Byte-level tokens: a Chinese character or an emoji may be three or four of them, and many images frame a lot."""
+    from data.lengths import prompt_tokens, too_long
+
+    small = {"bytes": None, "path": "x", "min_pixels": None, "max_pixels": None, "width": 28, "height": 28}
+    for text, images in (("为什么" * 60, []), ("\U0001f9ee\U0001f41f" * 90, []), ("Same?", [small] * 40)):
+        row = {"prompt": [{"role": "user", "content": text}], "images": images}
+        (n,) = prompt_tokens([row], processor)
+        assert n > len(text)
+        for limit in (len(text), len(text) + 64, n - 1):
+            assert too_long(limit, processor)(row).startswith(f"{n} tokens")
+        assert too_long(n, processor)(row) is None
 
 
 # ---- filter ---------------------------------------------------------------------------------------------------------
@@ -145,9 +160,19 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
     assert kept_rows({0: {"row": 0, "right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
 
 
+def test_filter_gives_no_row_the_rate_of_another(tmp_path):
+    """One whose image breaks when it is used, so that another one stands in for it."""
+    save(tmp_path / "a.png"), save(tmp_path / "b.png")
+    (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:50])
+    rows = [{"prompt": f"{i}?", "solution": "4", "image": f"{name}.png"} for i, name in enumerate("aba")]
+    data = read_dataset(rows, image_root=str(tmp_path), bad_rows=[])
+    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, 3)
+    measure(data, rates, Fake())
+    assert kept_rows(rates.known, 0, 1) == ([0, 2], [], [1])
+
+
 def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):
     """The shipped model on its own digits: pass rates between 0 and 1, and a dataset that can be read again."""
-    pytest.importorskip("vllm")
     from data.digits import digit_rows
 
     for name, value in (("VLLM_CPU_KVCACHE_SPACE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0")):

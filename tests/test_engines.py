@@ -1,6 +1,8 @@
 """The three engines: the same rows from each, and servers that fail in every way."""
 
 import asyncio
+import base64
+import io
 import json
 import os
 import re
@@ -9,16 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from PIL import Image
 
 import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.tiny_model import OUTPUT
-from engines import Request, Sampling, ServerEngine, complete
+from engines import Request, Sampling, ServerEngine, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
+from tests.test_images import png_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A server that does what it is told
@@ -161,15 +166,43 @@ def test_several_servers_share_the_work(server):
     assert min(len(server.seen), len(second.seen)) >= 10
 
 
-def test_a_broken_image_is_that_rows_error(server, tmp_path):
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(b"not an image")
-    rows = [ROWS[0], {**ROWS[1], "image_path": str(broken)}]
+def awkward_images(folder) -> dict:
+    """Names of files and what is wrong with them: None for one that is only on its side."""
+    picture, exif = Image.new("RGB", (56, 28), "blue"), Image.Exif()
+    picture.paste("red", (0, 0, 28, 28))
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: red is on top then
+    picture.save(folder / "turned.jpg", exif=exif, quality=95)
+    (folder / "broken.png").write_bytes(b"not an image")
+    (folder / "bomb.png").write_bytes(png_of(60_000, 60_000))
+    return {"turned.jpg": None, "broken.png": "can't be read as an image", "bomb.png": "pixels", "no.png": "no such"}
+
+
+def check_awkward_images(engine, folder) -> None:
+    """Each broken one is its own row's error."""
+    expected = awkward_images(folder)
+    rows = [{**ROWS[0], "image_path": str(folder / name)} for name in expected]
+    for name, row in zip(expected, evaluate.evaluate(rows, engine, replace(SETTINGS, max_tokens=16)), strict=True):
+        if expected[name] is None:
+            assert row["error"] is None
+        else:
+            assert name in row["error"] and expected[name] in row["error"]
+
+
+def test_a_server_is_sent_what_training_sees(server, tmp_path):
+    """Broken images are errors; one on its side is turned, a transparent one is on white, a plain one goes as it is."""
     engine = ServerEngine([server.url], "small")
-    found = evaluate.evaluate(rows, engine, SETTINGS)
+    check_awkward_images(engine, tmp_path)
     engine.close()
-    assert found[0]["error"] is None
-    assert "broken.png" in found[1]["error"]
+    ((_, body),) = server.seen
+    kind, content = body["messages"][-1]["content"][0]["image_url"]["url"].split(";base64,")
+    turned = Image.open(io.BytesIO(base64.b64decode(content)))
+    red, _, blue = turned.getpixel((14, 4))
+    assert (kind, turned.size) == ("data:image/png", (28, 56)) and red > 200 and blue < 60
+    Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
+    clear = Image.open(io.BytesIO(base64.b64decode(data_url(tmp_path / "clear.png").split(",")[1])))
+    assert clear.getpixel((0, 0)) == (255, 255, 255)
+    Image.new("RGB", (28, 28)).save(tmp_path / "plain.jpg")
+    assert base64.b64decode(data_url(tmp_path / "plain.jpg").split(",")[1]) == (tmp_path / "plain.jpg").read_bytes()
 
 
 def test_sampling_is_asked_for_and_seeded_by_row(server):
@@ -259,7 +292,6 @@ def digits(n, folder):
 @pytest.fixture(scope="session")
 def vllm_server(tmp_path_factory):
     """A real `vllm serve` of the shipped model on the CPU, in float32."""
-    pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("server")
     import socket
 
@@ -313,6 +345,7 @@ def test_every_engine_gives_the_same_rows(vllm_server, tmp_path, monkeypatch):
             (refused,) = complete(engine, [long], Sampling(max_tokens=8))
             assert refused.error
             assert refused.text == ""
+        check_awkward_images(engine, tmp_path)
         engine.close()
     assert all(r["error"] is None for r in found["transformers"])
     assert {r["round_num"] for r in found["transformers"]} != {0}  # some rows did reflect
@@ -338,7 +371,6 @@ def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch,
 
 
 def test_the_recipe_serves_evaluates_and_stops(tmp_path):
-    pytest.importorskip("vllm")
     (tmp_path / "bench.json").write_text(json.dumps(digits(4, tmp_path)))
     import socket
 

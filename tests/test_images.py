@@ -7,6 +7,7 @@ import io
 import os
 import threading
 import zlib
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -192,15 +193,20 @@ def test_every_way_to_give_an_image(folders):
 
 @pytest.fixture
 def server():
-    """/image is one, /endless never stops, /redirect goes to a file:// URL."""
+    """/image is one, /busy from the second time, /endless never stops, /redirect goes to a file:// URL."""
+
+    class Address(str):
+        asked: ClassVar[list] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(302 if self.path == "/redirect" else 200)
+            Address.asked.append(self.path)
+            status = {"/redirect": 302, "/gone": 404}.get(self.path, 200)
+            self.send_response(503 if Address.asked == ["/busy"] else status)
             if self.path == "/redirect":
                 self.send_header("Location", "file:///etc/hostname")
             self.end_headers()
-            if self.path == "/image":
+            if self.path == "/image" or Address.asked == ["/busy"] * 2:
                 self.wfile.write(encoded(Image.new("RGB", (3, 3))))
             while self.path == "/endless":
                 try:
@@ -213,7 +219,7 @@ def server():
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
         threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
+        yield Address(f"http://127.0.0.1:{running.server_port}")
         running.shutdown()
 
 
@@ -233,6 +239,20 @@ def test_remote_images_are_fetched_only_if_allowed_and_within_limits(server, mon
         open_image(reference(f"{server}/endless", allow_remote=True), allow_remote=True)
     with pytest.raises(BadImage, match="can't be fetched"):
         open_image(reference(f"{server}/redirect", allow_remote=True), allow_remote=True)
+
+
+def test_an_image_is_fetched_once_and_a_passing_failure_is_tried_again(server, monkeypatch):
+    from data.images import NotFetched
+
+    for _ in range(2):
+        images._cache.clear()
+        assert open_image(reference(f"{server}/busy", allow_remote=True), allow_remote=True).size == (3, 3)
+    assert server.asked == ["/busy", "/busy"]  # refused, then there, then kept on the disk
+    with pytest.raises(BadImage, match="404") as raised:
+        open_image(reference(f"{server}/gone", allow_remote=True), allow_remote=True)
+    assert not isinstance(raised.value, NotFetched)  # it stays so, on every machine
+    with pytest.raises(NotFetched):
+        open_image(reference("http://127.0.0.1:9/a.png", allow_remote=True), allow_remote=True)
 
 
 def test_one_image_is_decoded_once_for_a_group(folders, monkeypatch):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import table
-from data.read import BadInput, Source, read_dataset, rows, summary
+from data.read import BadInput, Reader, Source, read_dataset, report, summary
 from data.rows import BadRow, Record, RowError, Rules, build_row, gold, question_text
 from recycle import PROMPT_SUFFIX, ask, strip_suffix
 
@@ -39,7 +39,7 @@ def write(path, found, lines=False) -> str:
 
 def read(path, **options) -> list:
     """The rows of a file, or what is wrong with them."""
-    return [found for _, _, found in rows(Source(str(path), **options), judge=True)]
+    return [found for _, _, found in Reader(Source(str(path), **options), judge=True)]
 
 
 def parquet(path, found) -> str:
@@ -229,6 +229,7 @@ def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
         ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "expected a JSON list"),
         ("a.json", b"\xff\xfe[]", "UTF-8"),
         ("a.csv", b"a,a\n1,2\n", "a name of its own"),
+        ("a.csv", "prompt,solution\ncaf\u00e9?,1\n".encode("latin-1"), "UTF-8"),
         ("a.parquet", b"PAR1 no", "expected Parquet"),
         ("a.xlsx", b"PK", "exported as CSV"),
         ("a.jsonl", b"no\n", "line 1: expected a JSON object a line"),
@@ -277,7 +278,7 @@ COLUMNS = [
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), json_values, min_size=1), min_size=1, max_size=3))
 def test_any_json_is_a_row_or_named_as_bad(data):
     try:
-        found = [found for _, _, found in rows(Source(data), judge=True)]
+        found = [found for _, _, found in Reader(Source(data), judge=True)]
     except BadInput:
         return
     assert len(found) == len(data)
@@ -402,8 +403,8 @@ def test_images_of_every_kind_are_opened_when_used(folder):
     from data.images import _cache
 
     _cache.clear()
-    assert data[1]["images"] and data["solution"][0] == "1"
-    with pytest.raises(BadInput, match=r"no such file .*a\.png"):
+    assert data[1]["images"] and data.with_format(None)["solution"][0] == "1"
+    with pytest.raises(BadInput, match=r"^rows: row 0: field image: no such file .*a\.png"):
         data[0]
 
 
@@ -472,6 +473,104 @@ def test_bad_rows_are_left_out_and_counted_or_refused(folder):
     )
     with pytest.raises(BadInput, match="row 1: field prompt"):
         read_dataset(path)
+
+
+# ---- rows checked when they are used -------------------------------------------------------------------------------
+
+
+MANY = [
+    {"prompt": "0?", "solution": 0.1234567890123456, "images": ["a.png", "b.png"], "task": "t"},
+    {"prompt": "1?", "solution": "\U0001f41f", "images": [], "max_pixels": 4000},
+    {
+        "prompt": [{"role": "system", "content": "S"}, {"role": "user", "content": "2?"}],
+        "solution": "2",
+        "images": "a.png",
+    },
+    {"prompt": "3?", "solution": 12345678901234567890123, "images": None},
+]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet", "rows"])
+def test_a_row_kept_for_later_is_the_same_row(kind, folder, monkeypatch):
+    path = str(folder / f"x.{kind}")
+    if kind in ("json", "jsonl"):
+        write(folder / f"x.{kind}", MANY, lines=kind == "jsonl")
+    elif kind == "csv":
+        (folder / "x.csv").write_text('prompt,solution,image\n"0,\n?",1,a.png\n1?,007,\n2?,x,b.png\n')
+    elif kind == "parquet":
+        parquet(path, [{"prompt": f"{i}?", "solution": str(i), "images": [["a.png"], []][i % 2]} for i in range(4)])
+    else:
+        path = MANY
+    monkeypatch.setattr("data.read._PEEK", 1)
+    now, later = (read_dataset(path, image_root=str(folder), bad_rows=[], checked=n) for n in (9, 1))
+    assert len(now) == len(later) >= 3
+    assert [{**row, "images": [i.tobytes() for i in row["images"]]} for row in now] == [
+        {**row, "images": [i.tobytes() for i in row["images"]]} for row in later
+    ]
+    assert later.remove_columns("task")["solution"][1:] == now["solution"][1:]
+
+
+BAD = {
+    "no JSON": '{"prompt": ',
+    "no object": "[1]",
+    "no question": '{"prompt": "", "solution": "1"}',
+    "no file": '{"prompt": "a", "solution": "1", "image": "no.png"}',
+    "broken later": '{"prompt": "a", "solution": "1", "image": "cut.png"}',
+    "too long": '{"prompt": "long", "solution": "1"}',
+}
+
+
+def test_another_row_stands_in_for_one_that_cannot_be_used(folder, monkeypatch, capsys):
+    """On every process the same one; it is reported once. --strict checks everything and refuses."""
+    monkeypatch.setattr("data.read._PEEK", 5)
+    good = [json.dumps({"prompt": f"{i}?", "solution": str(i), "image": "a.png"}) for i in range(20)]
+    (folder / "cut.png").write_bytes(png()[:50])
+    (folder / "x.jsonl").write_text("\n".join([*good, *BAD.values()]))
+    path, fits = str(folder / "x.jsonl"), lambda row: "too long" if "long" in str(row["prompt"]) else None
+    bad = []
+    first, second = (read_dataset(path, fits=fits, bad_rows=bad, checked=10) for _ in range(2))
+    assert (len(first), bad) == (26, [])
+    assert [row["solution"] for row in first.select(range(20))] == [str(i) for i in range(20)]
+    assert not capsys.readouterr().err
+    used = [row["solution"] for row in first.select(range(20, 26))] * 2
+    assert used == [first[i]["solution"] for i in range(20, 26)] + [second[i]["solution"] for i in range(20, 26)]
+    assert set(used) <= {str(i) for i in range(20)} and len(set(used)) > 1
+    reported = sorted(capsys.readouterr().err.splitlines())
+    assert len(reported) == 12  # by each of the two once
+    for i, field in enumerate(["row", "row", "prompt", "image", "image", "prompt"]):
+        for line in reported[2 * i : 2 * i + 2]:
+            assert re.match(rf"{path}: row {20 + i}: field {field}: .*stands in for it \(\d so far\)", line)
+    with pytest.raises(BadInput, match="row 20: field row"):
+        read_dataset(path, fits=fits)
+
+
+def test_an_image_found_broken_when_it_is_used_names_its_row(folder, monkeypatch, capsys):
+    """Behind the images whose headers are read: its row is left out, or with --strict ends the run in one line."""
+    monkeypatch.setattr("data.read.HEADERS", 1)
+    (folder / "broken.png").write_bytes(b"no image")
+    data = [{"prompt": f"{i}?", "solution": str(i), "image": name} for i, name in enumerate(["a.png", "broken.png"])]
+    path = write(folder / "x.json", data)
+    line = r"x\.json: row 1: field image: .*broken\.png can't be read as an image"
+    assert read_dataset(path, bad_rows=[])[1]["solution"] == "0"
+    assert re.search(line, capsys.readouterr().err)
+    with pytest.raises(BadInput, match=line):
+        read_dataset(path)[1]
+
+
+def test_when_no_row_can_be_used_there_is_an_end(folder):
+    data = read_dataset([{"prompt": "a", "solution": "1", "image": "a.png"}], image_root=str(folder), bad_rows=[])
+    (folder / "a.png").write_bytes(b"no image")
+    with pytest.raises(BadInput, match="100 rows drawn instead"):
+        data[0]
+
+
+def test_the_line_that_training_prints(monkeypatch):
+    assert report("x.json", 3, None) == report("x.json", 3, []) == "3 rows used of x.json"
+    monkeypatch.setattr("data.read.CHECKED", 3)
+    bad = [BadRow(1, 2, "prompt", "expected a question, got nothing")]
+    first, second = report("x.json", 3, bad).splitlines()
+    assert first.startswith("3 rows used of x.json; the first 3 are checked, the others at the latest when")
+    assert second.startswith("1 rows left out (1 by prompt): row 1: field prompt")
 
 
 def test_help_needs_nothing_heavy():

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from itertools import combinations_with_replacement, pairwise
 
+import PIL.Image
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
@@ -502,6 +503,35 @@ def test_flash_attention_where_it_can_run(tmp_path, monkeypatch):
     for capability, expected in (((9, 0), "flash_attention_2"), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert train_spark.attention(args) == expected
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_image_that_breaks_during_training(strict, tmp_path, monkeypatch, capsys):
+    """Its header is whole, so that it is found when its row is used: a line that names it, which ends a strict run."""
+    images = [PIL.Image.effect_noise((56, 56), 50) for _ in range(4)]
+    rows = [{"prompt": f"{i}+1?", "solution": str(i + 1), "image": f"{i}.png"} for i in range(4)]
+    for i, image in enumerate(images):
+        image.save(tmp_path / f"{i}.png")
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:200])
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    flags = {
+        "dataset": tmp_path / "x.json",
+        "output_dir": tmp_path / "run",
+        "model_name_or_path": "data/tiny_qwen2_5_vl",
+    }
+    flags |= {"per_device_train_batch_size": 16, "num_generations": 4, "max_steps": 1, "max_completion_length": 8}
+    flags |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "report_to": "none", "strict": strict}
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *(str(x) for k, v in flags.items() for x in (f"--{k}", v))])
+    status = 0
+    try:
+        train_spark.main()
+    except SystemExit as ended:
+        status = ended.code
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "row 2" in line)
+    assert "x.json: row 2: field image:" in line and "2.png can't be read as an image" in line
+    assert line.endswith("another row stands in for it (1 so far)") != strict
+    assert status == (2 if strict else 0)
+    assert (tmp_path / "run" / "model.safetensors").exists() != strict
 
 
 def test_resumed_is_uninterrupted(tmp_path, processor, vision_model):
