@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import resource
 import socket
 import subprocess
@@ -25,6 +26,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,33 +44,54 @@ ANSWER = json.dumps(
 # The stub
 
 
-async def _connection(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, slots: asyncio.Semaphore, latency: float
-) -> None:
-    """HTTP/1.1 with keep-alive, as little of it as a client notices."""
-    try:
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = 0
-            for line in head.lower().split(b"\r\n"):
-                if line.startswith(b"content-length:"):
-                    length = int(line.split(b":")[1])
-            await reader.readexactly(length)
-            body = b'{"data": [{"id": "stub"}]}'
-            if head.startswith(b"POST"):
-                async with slots:
-                    await asyncio.sleep(latency)
-                body = ANSWER
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
-            writer.write(body)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        writer.close()
+class Stub(asyncio.Protocol):
+    """HTTP/1.1 with keep-alive, as little of it as a client notices, and as little work as Python can do for it."""
+
+    under_way = 0
+    waiting: deque = deque()  # those that came when there was no room
+
+    def __init__(self, latency: float):
+        self.latency, self.received, self.body_at, self.expected = latency, bytearray(), 0, 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        if not self.body_at:
+            if (end := self.received.find(b"\r\n\r\n")) < 0:
+                return
+            self.body_at = end + 4
+            length = re.search(rb"\r\ncontent-length: *(\d+)", self.received[:end].lower())
+            self.expected = self.body_at + (int(length[1]) if length else 0)
+        if len(self.received) >= self.expected:
+            call = self.received.startswith(b"POST")
+            self.received, self.body_at = bytearray(), 0
+            if not call:
+                self.reply(b'{"data": [{"id": "stub"}]}')
+            elif Stub.under_way < ROOM:
+                self.work()
+            else:
+                Stub.waiting.append(self)
+
+    def work(self) -> None:
+        Stub.under_way += 1
+        asyncio.get_running_loop().call_later(self.latency, self.finish)
+
+    def finish(self) -> None:
+        Stub.under_way -= 1
+        self.reply(ANSWER)
+        if Stub.waiting:
+            Stub.waiting.popleft().work()
+
+    def reply(self, body: bytes) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
 
 
 async def _serve(port: int, latency: float) -> None:
-    slots = asyncio.Semaphore(ROOM)
-    server = await asyncio.start_server(
-        lambda r, w: _connection(r, w, slots, latency), "127.0.0.1", port, limit=1 << 24
-    )
+    server = await asyncio.get_running_loop().create_server(lambda: Stub(latency), "127.0.0.1", port, backlog=ROOM)
     await server.serve_forever()
 
 
