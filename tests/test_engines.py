@@ -5,6 +5,8 @@ import json
 import os
 import re
 import signal
+import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -103,7 +105,7 @@ def test_what_may_pass_is_tried_again(fault, server):
         ((400, b'{"error": "the prompt is too long"}'), 1, "answered 400: .*too long"),
         ((429, b"slow down"), 3, "answered 429: slow down"),
         ((200, b"half a js"), 3, "answered 200: half a js"),
-        ((None, b""), 3, "ServerDisconnectedError"),
+        ((None, b""), 3, "ConnectionError closed, no answer"),
     ],
 )
 def test_what_stays_is_the_rows_recorded_error(fault, tries, expected, server):
@@ -117,7 +119,9 @@ def test_what_stays_is_the_rows_recorded_error(fault, tries, expected, server):
     assert len(server.seen) == 3 + tries
 
 
-@pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such")])
+@pytest.mark.parametrize(
+    ("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")]
+)
 def test_what_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
     rows = [{**row} for row in ROWS]
     server.plan["What is 2+1?"] = [(status, b"")]
@@ -130,6 +134,114 @@ def test_what_no_request_survives_ends_the_run_in_one_line(status, expected, ser
     engine.close()
     assert len(again) == 4
     assert all(r["error"] is None for r in again)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+ONE = completion("\\boxed{1}")
+PARTS = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (ONE[:9], ONE[9:]))
+
+
+def length(body):
+    return b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.fixture
+def raw():
+    """A server that answers its n-th POST, over all connections, with the n-th of `raw.answers`: bytes in pieces, then
+    the connection closed where the last piece is None."""
+    taken = []
+
+    class Raw(socketserver.StreamRequestHandler):
+        def handle(self):
+            while line := self.rfile.readline():
+                headers = dict(h.lower().split(b": ") for h in iter(self.rfile.readline, b"\r\n"))
+                self.rfile.read(int(headers[b"content-length"]))
+                pieces = [HEAD + length(b"{}")]
+                if line.startswith(b"POST"):
+                    taken.append(self.client_address)
+                    pieces = made.answers[len(taken) - 1]
+                for piece in pieces:
+                    if piece is None:
+                        return
+                    self.wfile.write(piece)
+                    time.sleep(0.02)
+
+    made = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Raw)
+    made.daemon_threads, made.answers, made.taken = True, [], taken
+    made.url = f"http://127.0.0.1:{made.server_address[1]}"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ([HEAD + length(ONE)], True),
+        ([HEAD[:5], HEAD[5:], length(ONE)], True),
+        ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + PARTS[:30], PARTS[30:] + b"0\r\n\r\n"], True),
+        ([b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", HEAD + length(ONE)], True),
+        ([HEAD + b"Connection: close\r\n" + length(ONE)], False),
+        ([b"HTTP/1.0 200 OK\r\n\r\n" + ONE, None], False),  # as long as the connection
+    ],
+)
+def test_every_way_to_send_an_answer_is_understood(answer, kept, raw):
+    raw.answers = [answer, answer]
+    engine = ServerEngine([raw.url], "small", concurrency=1, retries=0)
+    found = evaluate.evaluate(ROWS[:2], engine, SETTINGS)
+    engine.close()
+    assert [r["error"] for r in found] == [None, None]
+    assert [r["extracted_answer"] for r in found] == ["1", "1"]
+    assert (raw.taken[0] == raw.taken[1]) is kept
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([b"220 mail.example ESMTP\r\n"], "no HTTP"),
+        ([HEAD + b"Content-Length: 99\r\n\r\n" + completion("x")[:20], None], "answered 200: "),
+        ([None], "closed, no answer"),
+        ([HEAD], "TimeoutError"),
+    ],
+)
+def test_what_is_no_answer_is_an_error_and_the_next_request_has_its_own(answer, expected, raw):
+    raw.answers = [answer, [HEAD + length(completion("\\boxed{2}"))]]
+    engine = ServerEngine([raw.url], "small", concurrency=1, timeout=1, retries=0)
+    found = evaluate.evaluate(ROWS[:2], engine, SETTINGS)
+    engine.close()
+    assert expected in found[0]["error"]
+    assert (found[1]["error"], found[1]["is_correct"]) == (None, True)
+
+
+def test_a_server_over_tls_is_believed_if_its_certificate_is(server, tmp_path, monkeypatch):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = f"https://localhost:{server.server_port}"
+    with pytest.raises(BadInput, match=r"no server answers there .*[Cc]ertificate"):
+        ServerEngine([url], "small")
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    engine = ServerEngine([url], "small")
+    assert evaluate.evaluate(ROWS[1:2], engine, SETTINGS)[0]["is_correct"] is True
+    engine.close()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://a", "http://a:port"])
+def test_an_address_that_is_none_is_named(url):
+    with pytest.raises(BadInput, match="expected http://host:port"):
+        ServerEngine([url], "small")
+
+
+def test_a_question_that_no_json_can_carry_is_that_rows_error(server):
+    engine = ServerEngine([server.url], "small")
+    found = evaluate.evaluate([{**ROWS[0], "problem": "half a pair: \ud800"}, ROWS[1]], engine, SETTINGS)
+    engine.close()
+    assert "surrogates not allowed" in found[0]["error"]
+    assert found[1]["error"] is None
 
 
 def test_a_server_is_looked_at_first(server, monkeypatch):
