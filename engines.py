@@ -18,6 +18,7 @@ import os
 import queue
 import random
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -339,6 +340,7 @@ class ServerEngine:
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
+        self._tasks = [self._loop.create_task(self._watch())]
         for server in self._servers:
             try:
                 status, body = await server.exchange("GET", "/models", b"", timeout=10)
@@ -352,7 +354,7 @@ class ServerEngine:
                     f"{server.url}: serves {', '.join(served)}, not {self.model}; name one by --served_model"
                 )
         self._todo: asyncio.Queue = asyncio.Queue()
-        self._tasks = [self._loop.create_task(self._work()) for _ in range(self.concurrency)]
+        self._tasks += [self._loop.create_task(self._work()) for _ in range(self.concurrency)]
 
     async def _close(self) -> None:
         for task in self._tasks:
@@ -360,6 +362,12 @@ class ServerEngine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in self._servers:
             server.close()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(min(1.0, self.timeout / 8))
+            for server in self._servers:
+                server.end_overdue()
 
     def _start(self, submitted: list[tuple[int, bytes]]) -> None:
         for request in submitted:
@@ -414,6 +422,7 @@ class _Server:
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.busy = 0
         self._idle: list[_Connection] = []
+        self._deadlines: dict[_Connection, float] = {}
         parts = urlsplit(self.url)
         try:
             self._port = parts.port or {"http": 80, "https": 443}[parts.scheme]
@@ -432,27 +441,36 @@ class _Server:
         """(status, body) of the answer. Raises OSError, TimeoutError among them, if there is none."""
         head = f"{method} {self._path}{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n".encode() + self._headers
         self.busy += 1
+        connection = None
         try:
-            async with asyncio.timeout(timeout):
-                connection = await self._connection()
-                try:
-                    answer = await connection.exchange(head + b"\r\n" + body)
-                except BaseException:  # also cancelled: an answer may still come, and would be taken for the next one's
-                    connection.transport.abort()
-                    raise
+            connection = await self._connection(timeout)
+            self._deadlines[connection] = time.monotonic() + timeout
+            answer = await connection.exchange(head + b"\r\n" + body)
+        except BaseException:  # also cancelled: an answer may still come, and would be taken for the next one's
+            if connection:
+                connection.transport.abort()
+            raise
         finally:
             self.busy -= 1
+            self._deadlines.pop(connection, None)
         self._idle.append(connection)
         return answer
 
-    async def _connection(self) -> "_Connection":
+    async def _connection(self, timeout: float) -> "_Connection":
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
                 return connection
         loop = asyncio.get_running_loop()
-        _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls or None)
+        async with asyncio.timeout(timeout):
+            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls or None)
         return connection
+
+    def end_overdue(self) -> None:
+        """To be called now and then: a timer for each request would cost a quarter of its CPU."""
+        now = time.monotonic()
+        for connection in [c for c, deadline in self._deadlines.items() if deadline < now]:
+            connection.end(TimeoutError("no answer in time"))
 
     def close(self) -> None:
         for connection in self._idle:
@@ -480,7 +498,7 @@ class _Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._end(ConnectionError(f"no HTTP: {error}"))
+            self.end(ConnectionError(f"no HTTP: {error}"))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -492,13 +510,13 @@ class _Connection(asyncio.Protocol):
         if self._status >= 200:  # before that, it announces another one
             if not self._parser.should_keep_alive():
                 self.transport.close()
-            self._end()
+            self.end()
 
     def connection_lost(self, error: Exception | None) -> None:
         # An answer without a length ends with the connection. Half an answer is no JSON.
-        self._end(None if self._status >= 200 and error is None else error or ConnectionError("closed, no answer"))
+        self.end(None if self._status >= 200 and error is None else error or ConnectionError("closed, no answer"))
 
-    def _end(self, error: Exception | None = None) -> None:
+    def end(self, error: Exception | None = None) -> None:
         waiting, self._waiting = self._waiting, None
         if waiting is None or waiting.done():  # done: it was cancelled
             return

@@ -379,6 +379,10 @@ def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[
     root = Path(image_root) if image_root else file.parent
     for i, row in enumerate(rows):
         where = f"{path}: row {i}"
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{where}: expected text, got half of a surrogate pair") from None
         wanted = ["problem"]
         if mode == "judge":
             wanted += ["response", "label"] if "response" in row else ["chosen", "rejected"]
