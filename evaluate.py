@@ -556,6 +556,9 @@ def main() -> int:
     except (BadInput, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     failed = sum(result["error"] is not None for result in results)
     print(f"{len(results)} rows, {failed} failed; python calculate_acc.py --result_path {args.output}")
     return 1 if failed else 0

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import socketserver
 import ssl
 import subprocess
@@ -13,6 +14,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
 
 import evaluate
@@ -373,8 +375,6 @@ def vllm_server(tmp_path_factory):
     """A real `vllm serve` of the shipped model on the CPU, in float32."""
     pytest.importorskip("vllm")
     folder = tmp_path_factory.mktemp("server")
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -449,18 +449,16 @@ def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch,
     assert same >= 5  # batches may differ in the last bit, and a draw then falls otherwise
 
 
-def test_the_recipe_serves_evaluates_and_stops(tmp_path):
-    pytest.importorskip("vllm")
-    (tmp_path / "bench.json").write_text(json.dumps(digits(4, tmp_path)))
-    import socket
-
+def recipe(folder, questions):
+    """The arguments of Popen for the release's recipe with the shipped model, and the port of its server."""
+    (folder / "bench.json").write_text(json.dumps(digits(questions, folder)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "MODEL": str(OUTPUT),
-        "OUTPUT": str(tmp_path / "out"),
+        "OUTPUT": str(folder / "out"),
         "PORT": str(port),
         "PYTHON": sys.executable,
         "VLLM": " ".join(SERVE),
@@ -468,16 +466,52 @@ def test_the_recipe_serves_evaluates_and_stops(tmp_path):
         "EVAL": "--max_tokens 64",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    run = subprocess.run(
-        ["recipes/eval_spark_vl_7b.sh", str(tmp_path / "bench.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    command = ["recipes/eval_spark_vl_7b.sh", str(folder / "bench.json")]
+    return {
+        "args": command,
+        "env": environment,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }, port
+
+
+def is_open(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_recipe_serves_evaluates_and_stops(tmp_path):
+    pytest.importorskip("vllm")
+    how, port = recipe(tmp_path, 4)
+    with subprocess.Popen(**how) as process:
+        stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr[-2000:]
     assert len(json.loads((tmp_path / "out" / "tts.json").read_text())) == 4
     assert len(json.loads((tmp_path / "out" / "answer.json").read_text())) == 4
-    assert "digits" in run.stdout
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0  # the server is gone
+    assert "digits" in stdout
+    assert not is_open(port)  # the server is gone
+
+
+def test_ctrl_c_stops_the_recipe_its_evaluation_and_its_server(tmp_path):
+    """As a terminal does it: the signal goes to the foreground's process group, where the server is not."""
+    pytest.importorskip("vllm")
+    how, port = recipe(tmp_path, 3000)
+    part = tmp_path / "out" / "tts.json.part"
+    with subprocess.Popen(**how, start_new_session=True) as process:
+        deadline = time.monotonic() + 300
+        while not part.exists() or part.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert time.monotonic() < deadline, (tmp_path / "out" / "server.log").read_text()[-2000:]
+            time.sleep(0.1)
+        assert is_open(port)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "evaluate.py: interrupted; the same command goes on from here" in stderr
+    assert "Traceback" not in stderr
+    assert "benchmark" not in stdout  # no table of a part
+    assert not (tmp_path / "out" / "tts.json").exists()
+    assert not is_open(port)
+    left = [p.cmdline() for p in psutil.process_iter(["cmdline"]) if str(port) in (p.info["cmdline"] or [])]
+    assert left == []
