@@ -115,28 +115,32 @@ def read_rows(path: str, chunk: int = 1 << 20) -> Iterator[Row]:
         raise BadInput(f"{path}: {error.strerror or error}") from None
 
 
-def checked(row: Row, where: str) -> Row:
+def checked(row: Row, path: str, index: int) -> Row:
     """The row, if it holds what can be counted. Raises BadInput."""
-
-    def expect(name: str, fits: bool, what: str) -> None:
-        if not fits:
-            got = repr(row[name])[:60] if name in row else "nothing"
-            raise BadInput(f"{where}: field {name}: expected {what}, got {got}")
-
-    expect("dataset", isinstance(row.get("dataset"), str), "the benchmark's name")
-    golds = (str, int, float, list, type(None))
-    expect("ground_truth", "ground_truth" in row and isinstance(row["ground_truth"], golds), "the gold answer")
-    texts = (str, int, float, type(None))
-    for name in ("extracted_answer", *(["first_answer"] if kind_of(row) == "tts" else [])):
-        expect(name, name in row and isinstance(row[name], texts), "the final answer as text, or null")
-    if kind_of(row) in ("pointwise", "pairwise"):
-        for name in ("verdict", "verdict_swapped"):
-            expect(name, name in row and isinstance(row[name], (str, type(None))), "a verdict, or null")
-    elif kind_of(row) == "best_of_n":
-        for name in ("verdict", "verdict_swapped"):
-            expect(name, isinstance(row.get(name), list) and bool(row[name]), "a list of verdicts")
-        expect("verdict_swapped", len(row["verdict_swapped"]) == len(row["verdict"]), "as many verdicts as in verdict")
+    if (wrong := fault(row, kind_of(row))) is not None:
+        name, expected = wrong
+        got = repr(row[name])[:60] if name in row else "nothing"
+        raise BadInput(f"{path}: row {index}: field {name}: expected {expected}, got {got}")
     return row
+
+
+def fault(row: Row, kind: str) -> tuple[str, str] | None:
+    """The first field that can't be counted, and what is expected there."""
+    if not isinstance(row.get("dataset"), str):
+        return "dataset", "the benchmark's name"
+    if not isinstance(row.get("ground_truth", ...), (str, int, float, list, type(None))):
+        return "ground_truth", "the gold answer"
+    for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
+        if not isinstance(row.get(name, ...), (str, int, float, type(None))):
+            return name, "the final answer as text, or null"
+    for name in ("verdict", "verdict_swapped") if kind in ("pointwise", "pairwise", "best_of_n") else ():
+        if kind != "best_of_n" and not isinstance(row.get(name, ...), (str, type(None))):
+            return name, "a verdict, or null"
+        if kind == "best_of_n" and not (isinstance(row.get(name), list) and row[name]):
+            return name, "a list of verdicts"
+    if kind == "best_of_n" and len(row["verdict_swapped"]) != len(row["verdict"]):
+        return "verdict_swapped", "as many verdicts as in verdict"
+    return None
 
 
 def kind_of(row: Row) -> str:
@@ -199,7 +203,7 @@ def batches(path: str, rows: Iterable[Row], pair: bool, size: int = 2048) -> Ite
     while batch := list(islice(stream, size)):
         slim = []
         for index, row in batch:
-            checked(row, f"{path}: row {index}")
+            checked(row, path, index)
             kept = {name: row[name] for name in KEPT if name in row}
             if pair:
                 kept["key"] = match_key(row)

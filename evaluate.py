@@ -307,7 +307,7 @@ class _Running:
 def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator[list[tuple[int, Row]]]:
     """Yield [(index, result), ...] as rows finish, for (index, row) pairs. As many rows are under way as keep the
     engine busy; a row's next calls go out as soon as its last ones are back."""
-    waiting = iter(rows)
+    waiting, sampling = iter(rows), settings.sampling
     tickets = itertools.count()
     out: dict[int, tuple[_Running, int]] = {}  # ticket -> (row, place of the call among those it waits for)
 
@@ -320,10 +320,11 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
             return {**_common(running.row, "", _Tokens()), "error": str(failure)}
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
-            seed = _seed(settings.seed, running.index, running.calls)
+            if sampling.temperature > 0:
+                request = replace(request, seed=_seed(settings.seed, running.index, running.calls))
             ticket = next(tickets)
             out[ticket] = running, place
-            engine.submit(ticket, replace(request, seed=seed), settings.sampling)
+            engine.submit(ticket, request, sampling)
             running.calls += 1
         return None
 
@@ -378,6 +379,10 @@ def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[
     root = Path(image_root) if image_root else file.parent
     for i, row in enumerate(rows):
         where = f"{path}: row {i}"
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise BadInput(f"{where}: expected text, got half of a surrogate pair") from None
         wanted = ["problem"]
         if mode == "judge":
             wanted += ["response", "label"] if "response" in row else ["chosen", "rejected"]
@@ -441,7 +446,8 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
                 os.fsync(log.fileno())
                 synced = time.monotonic()
     results = [done[i] for i in range(len(rows))]
-    write_atomically(output, json.dumps(results, ensure_ascii=False, indent=1))
+    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    write_atomically(output, f"[\n{lines}\n]\n")
     return results
 
 
@@ -542,7 +548,6 @@ def main() -> int:
         rows = [
             row for path in args.benchmark for row in read_benchmark(path, args.mode, args.image_root)[: args.limit]
         ]
-        verify.warm_up()
         engine = make_engine(args)
         try:
             results = run_to_file(rows, engine, settings, args.output)
@@ -551,6 +556,9 @@ def main() -> int:
     except (BadInput, OSError) as error:
         print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     failed = sum(result["error"] is not None for result in results)
     print(f"{len(results)} rows, {failed} failed; python calculate_acc.py --result_path {args.output}")
     return 1 if failed else 0

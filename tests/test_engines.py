@@ -7,6 +7,9 @@ import json
 import os
 import re
 import signal
+import socket
+import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -14,6 +17,7 @@ import time
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -108,7 +112,7 @@ def test_what_may_pass_is_tried_again(fault, server):
         ((400, b'{"error": "the prompt is too long"}'), 1, "answered 400: .*too long"),
         ((429, b"slow down"), 3, "answered 429: slow down"),
         ((200, b"half a js"), 3, "answered 200: half a js"),
-        ((None, b""), 3, "ServerDisconnectedError"),
+        ((None, b""), 3, "ConnectionError closed, no answer"),
     ],
 )
 def test_what_stays_is_the_rows_recorded_error(fault, tries, expected, server):
@@ -122,7 +126,9 @@ def test_what_stays_is_the_rows_recorded_error(fault, tries, expected, server):
     assert len(server.seen) == 3 + tries
 
 
-@pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such")])
+@pytest.mark.parametrize(
+    ("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")]
+)
 def test_what_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
     rows = [{**row} for row in ROWS]
     server.plan["What is 2+1?"] = [(status, b"")]
@@ -135,6 +141,114 @@ def test_what_no_request_survives_ends_the_run_in_one_line(status, expected, ser
     engine.close()
     assert len(again) == 4
     assert all(r["error"] is None for r in again)
+
+
+HEAD = b"HTTP/1.1 200 OK\r\n"
+ONE = completion("\\boxed{1}")
+PARTS = b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in (ONE[:9], ONE[9:]))
+
+
+def length(body):
+    return b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+@pytest.fixture
+def raw():
+    """A server that answers its n-th POST, over all connections, with the n-th of `raw.answers`: bytes in pieces, then
+    the connection closed where the last piece is None."""
+    taken = []
+
+    class Raw(socketserver.StreamRequestHandler):
+        def handle(self):
+            while line := self.rfile.readline():
+                headers = dict(h.lower().split(b": ") for h in iter(self.rfile.readline, b"\r\n"))
+                self.rfile.read(int(headers[b"content-length"]))
+                pieces = [HEAD + length(b"{}")]
+                if line.startswith(b"POST"):
+                    taken.append(self.client_address)
+                    pieces = made.answers[len(taken) - 1]
+                for piece in pieces:
+                    if piece is None:
+                        return
+                    self.wfile.write(piece)
+                    time.sleep(0.02)
+
+    made = socketserver.ThreadingTCPServer(("127.0.0.1", 0), Raw)
+    made.daemon_threads, made.answers, made.taken = True, [], taken
+    made.url = f"http://127.0.0.1:{made.server_address[1]}"
+    threading.Thread(target=made.serve_forever, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ([HEAD + length(ONE)], True),
+        ([HEAD[:5], HEAD[5:], length(ONE)], True),
+        ([HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + PARTS[:30], PARTS[30:] + b"0\r\n\r\n"], True),
+        ([b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n", HEAD + length(ONE)], True),
+        ([HEAD + b"Connection: close\r\n" + length(ONE)], False),
+        ([b"HTTP/1.0 200 OK\r\n\r\n" + ONE, None], False),  # as long as the connection
+    ],
+)
+def test_every_way_to_send_an_answer_is_understood(answer, kept, raw):
+    raw.answers = [answer, answer]
+    engine = ServerEngine([raw.url], "small", concurrency=1, retries=0)
+    found = evaluate.evaluate(ROWS[:2], engine, SETTINGS)
+    engine.close()
+    assert [r["error"] for r in found] == [None, None]
+    assert [r["extracted_answer"] for r in found] == ["1", "1"]
+    assert (raw.taken[0] == raw.taken[1]) is kept
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ([b"220 mail.example ESMTP\r\n"], "no HTTP"),
+        ([HEAD + b"Content-Length: 99\r\n\r\n" + completion("x")[:20], None], "answered 200: "),
+        ([None], "closed, no answer"),
+        ([HEAD], "TimeoutError"),
+    ],
+)
+def test_what_is_no_answer_is_an_error_and_the_next_request_has_its_own(answer, expected, raw):
+    raw.answers = [answer, [HEAD + length(completion("\\boxed{2}"))]]
+    engine = ServerEngine([raw.url], "small", concurrency=1, timeout=1, retries=0)
+    found = evaluate.evaluate(ROWS[:2], engine, SETTINGS)
+    engine.close()
+    assert expected in found[0]["error"]
+    assert (found[1]["error"], found[1]["is_correct"]) == (None, True)
+
+
+def test_a_server_over_tls_is_believed_if_its_certificate_is(server, tmp_path, monkeypatch):
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "certificate.pem")
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    subprocess.run([*make.split(), "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    url = f"https://localhost:{server.server_port}"
+    with pytest.raises(BadInput, match=r"no server answers there .*[Cc]ertificate"):
+        ServerEngine([url], "small")
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    engine = ServerEngine([url], "small")
+    assert evaluate.evaluate(ROWS[1:2], engine, SETTINGS)[0]["is_correct"] is True
+    engine.close()
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://", "ftp://a", "http://a:port"])
+def test_an_address_that_is_none_is_named(url):
+    with pytest.raises(BadInput, match="expected http://host:port"):
+        ServerEngine([url], "small")
+
+
+def test_a_question_that_no_json_can_carry_is_that_rows_error(server):
+    engine = ServerEngine([server.url], "small")
+    found = evaluate.evaluate([{**ROWS[0], "problem": "half a pair: \ud800"}, ROWS[1]], engine, SETTINGS)
+    engine.close()
+    assert "surrogates not allowed" in found[0]["error"]
+    assert found[1]["error"] is None
 
 
 def test_a_server_is_looked_at_first(server, monkeypatch):
@@ -293,8 +407,6 @@ def digits(n, folder):
 def vllm_server(tmp_path_factory):
     """A real `vllm serve` of the shipped model on the CPU, in float32."""
     folder = tmp_path_factory.mktemp("server")
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -370,17 +482,16 @@ def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch,
     assert same >= 5  # batches may differ in the last bit, and a draw then falls otherwise
 
 
-def test_the_recipe_serves_evaluates_and_stops(tmp_path):
-    (tmp_path / "bench.json").write_text(json.dumps(digits(4, tmp_path)))
-    import socket
-
+def recipe(folder, questions):
+    """The arguments of Popen for the release's recipe with the shipped model, and the port of its server."""
+    (folder / "bench.json").write_text(json.dumps(digits(questions, folder)))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "MODEL": str(OUTPUT),
-        "OUTPUT": str(tmp_path / "out"),
+        "OUTPUT": str(folder / "out"),
         "PORT": str(port),
         "PYTHON": sys.executable,
         "VLLM": " ".join(SERVE),
@@ -388,16 +499,52 @@ def test_the_recipe_serves_evaluates_and_stops(tmp_path):
         "EVAL": "--max_tokens 64",
         "VLLM_CPU_KVCACHE_SPACE": "1",
     }
-    run = subprocess.run(
-        ["recipes/eval_spark_vl_7b.sh", str(tmp_path / "bench.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
+    command = ["recipes/eval_spark_vl_7b.sh", str(folder / "bench.json")]
+    return {
+        "args": command,
+        "env": environment,
+        "text": True,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+    }, port
+
+
+def is_open(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_the_recipe_serves_evaluates_and_stops(tmp_path):
+    pytest.importorskip("vllm")
+    how, port = recipe(tmp_path, 4)
+    with subprocess.Popen(**how) as process:
+        stdout, stderr = process.communicate(timeout=400)
+    assert process.returncode == 0, stderr[-2000:]
     assert len(json.loads((tmp_path / "out" / "tts.json").read_text())) == 4
     assert len(json.loads((tmp_path / "out" / "answer.json").read_text())) == 4
-    assert "digits" in run.stdout
-    with socket.socket() as probe:
-        assert probe.connect_ex(("127.0.0.1", port)) != 0  # the server is gone
+    assert "digits" in stdout
+    assert not is_open(port)  # the server is gone
+
+
+def test_ctrl_c_stops_the_recipe_its_evaluation_and_its_server(tmp_path):
+    """As a terminal does it: the signal goes to the foreground's process group, where the server is not."""
+    pytest.importorskip("vllm")
+    how, port = recipe(tmp_path, 3000)
+    part = tmp_path / "out" / "tts.json.part"
+    with subprocess.Popen(**how, start_new_session=True) as process:
+        deadline = time.monotonic() + 300
+        while not part.exists() or part.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None, process.stderr.read()[-2000:]
+            assert time.monotonic() < deadline, (tmp_path / "out" / "server.log").read_text()[-2000:]
+            time.sleep(0.1)
+        assert is_open(port)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "evaluate.py: interrupted; the same command goes on from here" in stderr
+    assert "Traceback" not in stderr
+    assert "benchmark" not in stdout  # no table of a part
+    assert not (tmp_path / "out" / "tts.json").exists()
+    assert not is_open(port)
+    left = [p.cmdline() for p in psutil.process_iter(["cmdline"]) if str(port) in (p.info["cmdline"] or [])]
+    assert left == []

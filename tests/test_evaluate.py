@@ -219,6 +219,7 @@ def test_a_model_or_a_benchmark_that_changed_under_its_name_is_refused(tmp_path)
         ([{"problem": "a", "chosen": "b"}], "judge", "row 0: field rejected"),
         ([{"problem": "a", "response": "b", "label": "perhaps"}], "judge", "field label: expected Yes, No"),
         ([{"problem": "a", "answer": "1", "image_path": "no.png"}], "answer", "field image_path: no such file"),
+        ([{"problem": "a \ud800", "answer": "1"}], "answer", "row 0: expected text, got half of a surrogate pair"),
         ({"problem": "a"}, "answer", "expected a list"),
     ],
 )

@@ -25,7 +25,11 @@ def launch(folder: Path, kind: str, processes: int, *how: str) -> dict:
     out = folder / f"{kind}_{processes}{''.join(how)[:6]}"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += [__file__, str(out), kind, *how]
-    env = {**os.environ, "PYTHONPATH": f".{os.pathsep}tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f".{os.pathsep}tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+    }
     if "zero3" in how:  # what `accelerate launch` makes of recipes/accelerate/zero3.yaml
         env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
         env |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}

@@ -448,7 +448,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
         processor.tokenizer.save_pretrained(paths[name])
     text_model.save_pretrained(paths["text"])
     picture = tmp_path / "a.png"
-    digits(1, {"sum"})[0]["images"][0].save(picture)
+    digits(8)[0]["images"][0].save(picture)
     for name, rows in files.items():
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(json.dumps(rows))
