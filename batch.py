@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
+from data.rows import BadInput
+
 IMAGE_FIELDS = (
     "pixel_values",
     "image_grid_thw",
@@ -85,7 +87,7 @@ def join(first: dict[str, Any], second: dict[str, Any], pad_token_id: int) -> di
         elif key in IMAGE_FIELDS:
             by_patch = any("image_grid_thw" in batch for batch in batches)  # rows of patches, whoever they belong to
             if len({x.shape[1:] for x in present}) > 1 or (len(present) == 1 and not by_patch):
-                raise NotImplementedError(
+                raise BadInput(
                     f"{key}: batches of shapes {[tuple(x.shape) for x in present]} can't be joined for this model; "
                     "use images of one size, or a model of the Qwen-VL family"
                 )

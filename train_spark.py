@@ -49,6 +49,7 @@ from trl.import_utils import is_vllm_available
 import verify
 from batch import IMAGE_FIELDS, PER_ROW, join, micro_batches
 from callbacks import Progress, StopOnSignal, Watch
+from data.rows import BadInput
 from recycle import (
     PROMPT_SUFFIX,
     Candidate,
@@ -655,7 +656,7 @@ def main() -> None:
 
     import plan
     from data.lengths import image_factor, too_long
-    from data.read import BadInput, read_dataset, report
+    from data.read import read_dataset, report
 
     try:
         launch = plan.requested(sys.argv[1:])

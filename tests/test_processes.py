@@ -153,6 +153,8 @@ def test_ddp_is_one_process_with_twice_the_batch(kind, alone, tmp_path):
 
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
 def test_sharded_it_is_one_process_with_twice_the_batch(how, alone, tmp_path):
+    if how == "zero3":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is optional: pip install deepspeed")
     assert_same_run(alone["text"], launch(tmp_path, "text", 2, how))
 
 
