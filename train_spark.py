@@ -272,9 +272,10 @@ class SparkTrainer(GRPOTrainer):
                 chunk["pixel_values"] = chunk["pixel_values"][patches[image_start] : patches[image_stop]]
                 chunk["image_grid_thw"] = chunk["image_grid_thw"][image_start:image_stop]
             elif size < len(input_ids):
+                name = type(self.accelerator.unwrap_model(model)).__name__
                 raise BadInput(
-                    f"{type(self.accelerator.unwrap_model(model)).__name__}: rows with and without images in one batch are supported for models "
-                    "with image_grid_thw (the Qwen-VL family); give every row an image, or none"
+                    f"{name}: rows with and without images in one batch are supported for models with image_grid_thw "
+                    "(the Qwen-VL family); give every row an image, or none"
                 )
             parts.append(
                 super()._get_per_token_logps_and_entropies(
