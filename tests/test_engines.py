@@ -313,10 +313,10 @@ def test_a_server_is_sent_what_training_sees(server, tmp_path):
     red, _, blue = turned.getpixel((14, 4))
     assert (kind, turned.size) == ("data:image/png", (28, 56)) and red > 200 and blue < 60
     Image.new("RGBA", (28, 28)).save(tmp_path / "clear.png")
-    clear = Image.open(io.BytesIO(base64.b64decode(data_url(tmp_path / "clear.png").split(",")[1])))
+    clear = Image.open(io.BytesIO(base64.b64decode(data_url(tmp_path / "clear.png").split(b",")[1])))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     Image.new("RGB", (28, 28)).save(tmp_path / "plain.jpg")
-    assert base64.b64decode(data_url(tmp_path / "plain.jpg").split(",")[1]) == (tmp_path / "plain.jpg").read_bytes()
+    assert base64.b64decode(data_url(tmp_path / "plain.jpg").split(b",")[1]) == (tmp_path / "plain.jpg").read_bytes()
 
 
 def test_sampling_is_asked_for_and_seeded_by_row(server):

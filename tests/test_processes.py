@@ -105,6 +105,10 @@ def work(out: Path, kind: str, fsdp2: bool) -> None:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     settings = {"per_device_train_batch_size": ROWS // world, "max_steps": 3, "seed": 3, "loss_type": "dapo"}
+    if (
+        kind == "mixed"
+    ):  # Qwen's norms and rotations are float32 whatever the weights; Adam would make a step of that noise
+        settings |= {"optim": "sgd", "learning_rate": 0.1}
     trainer = Drawn(model, coin, config(SparkConfig, out, **settings), train_dataset=data, processing_class=processor)
     trainer.train()
     timed = ("seconds", "time", "runtime", "per_second", "flos")
@@ -136,7 +140,7 @@ def assert_same_run(one: dict, two: dict) -> None:
         for name in a:
             if not name.startswith(("clip_ratio", "entropy", "loss", "num_tokens", "step_time")):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
-    for name, weight in one["weights"].items():  # three steps of Adam moved them by 1e-3 each
+    for name, weight in one["weights"].items():  # in three steps Adam moved them by 1e-3 each
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=5e-6, msg=name)
 
 

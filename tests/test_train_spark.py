@@ -456,6 +456,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
     common = ["--model_name_or_path", "data/tiny_qwen2_5_vl", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     monkeypatch.setattr("sys.argv", ["train_spark.py", *common, "--bf16", "false", *arguments])
     monkeypatch.setattr(train_spark, "SparkTrainer", None)  # a model must not be loaded
+    capsys.readouterr()  # the bar of save_pretrained
     with pytest.raises(SystemExit) as exited:
         train_spark.main()
     assert exited.value.code == 2
