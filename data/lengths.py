@@ -3,6 +3,7 @@
 from typing import Any
 
 from data.images import fitted_size
+from data.rows import BadInput
 
 
 def image_factor(processor: Any) -> int | None:
@@ -18,6 +19,11 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
     """Tokens of the row's images; an image of which only the budget is known counts as all of it, others as none."""
     if not row["images"]:
         return 0
+    if not hasattr(processor, "image_processor"):
+        raise BadInput(
+            f"rows have images, but {processor.name_or_path} reads text alone: expected a vision-language model, or "
+            "data without the image column"
+        )
     factor = image_factor(processor)
     sizes = []  # (height, width)
     for ref in row["images"]:
@@ -31,10 +37,14 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
 
 
 def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
-    """Tokens of each row's prompt in the model's chat template, those of images included."""
+    """Tokens of each row's prompt in the model's chat template, those of images included.
+
+    Raises BadInput where rows have images and the model reads text alone.
+    """
     from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
+    images = [image_tokens(row, processor) for row in rows]
     prompts = [
         prepare_multimodal_messages(row["prompt"], images=row["images"]) if row["images"] else row["prompt"]
         for row in rows
@@ -42,7 +52,7 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     lengths = map(len, tokenizer(texts)["input_ids"])  # one token stands for each image
-    return [n + image_tokens(row, processor) - len(row["images"]) for n, row in zip(lengths, rows, strict=True)]
+    return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 
 
 def too_long(limit: int, processor: Any):
