@@ -669,7 +669,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(refuse(error)) from None
 
-    def read(source: str, split: str):
+    def read(source: str, split: str, own_columns: bool = False):
         bad_rows = None if data.strict else []
         columns = (data.prompt_column, data.solution_column, data.image_column)
         dataset = read_dataset(
@@ -683,6 +683,7 @@ def main() -> None:
             image_factor=image_factor(processor),
             config=data.dataset_config,
             split=split,
+            own_columns=own_columns,
             fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
@@ -707,7 +708,7 @@ def main() -> None:
 
     try:
         train = read(data.dataset, data.dataset_split)
-        evaluation = read(data.eval_dataset, data.eval_split) if data.eval_dataset else None
+        evaluation = read(data.eval_dataset, data.eval_split, own_columns=True) if data.eval_dataset else None
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
             raise BadInput(
                 f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "

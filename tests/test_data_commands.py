@@ -75,6 +75,32 @@ def test_check_of_good_and_of_unreadable_files(files, capsys):
     assert "no column 'photo'" in error and "prompt, solution" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "expected"),
+    [
+        ("x.csv", "prompt,solution\n", [], "x.csv: expected at least one row, found none"),
+        ("x.jsonl", '{"prompt": "a", "solution": ""}', [], "row 0: field solution: expected a gold answer"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--max_pixels", "-1"], "max_pixels: expected max_pixels as a"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--image_root", "no"], "image_root: expected a folder"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--model", "{folder}"], "model: "),
+    ],
+)
+def test_check_refuses_in_one_line(name, content, flags, expected, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert check.main([str(tmp_path / name), *(flag.format(folder=tmp_path) for flag in flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.check: ") and expected in line
+
+
+def test_check_counts_what_it_could_not_compare(files, tmp_path, capsys):
+    """Columns of the file may not be those of the other one, and a broken row of that one is no row without overlap."""
+    other = [{"dataset": "t", "problem": "Area?", "answer": gold, "image_path": "copy.png"} for gold in ("12", None)]
+    mine = write(tmp_path / "mine.json", [{"q": "Area?", "gold": "12", "photo": "a.png"}])
+    columns = ["--prompt_column", "q", "--solution_column", "gold", "--image_column", "photo"]
+    assert check.main([mine, *columns, "--against", write(tmp_path / "other.json", other), "--workers", "1"]) == 0
+    assert "1 rows of" in (out := capsys.readouterr().out) and "(row 0 = 0); 1 of its rows are unusable" in out
+
+
 def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
     """Counted from sizes alone; the same as of the real inputs."""
     from trl.data_utils import prepare_multimodal_messages
@@ -223,6 +249,8 @@ def test_vl_rewardbench(tmp_path):
     row = {"id": "a", "query": "What is this?", "image": image, "models": ["m", "n"], "query_source": "made up",
            "ground_truth": "", "judge": "", "rationale": ""}  # fmt: skip
     data = [{**row, "response": ["A cat.", "A dog."], "human_ranking": ranking} for ranking in ([0, 1], [1, 0])]
+    (tmp_path / "photo.jpg").write_bytes(image["bytes"])
+    data[1]["image"] = {"bytes": None, "path": "photo.jpg"}  # beside the data
     output = tmp_path / "out" / "vl.json"
     assert judge_sets.main([parquet(tmp_path / "vl.parquet", data), "--output", str(output)]) == 0
     rows = read_benchmark(str(output), "judge")
