@@ -714,6 +714,12 @@ def main() -> None:
                 f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "
                 "vision-language model, or data without the image column"
             )
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train) < prompts:  # TRL would train on nothing, and say nothing
+            raise BadInput(
+                f"{data.dataset}: {len(train)} rows, expected at least the {prompts} of one generation; lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
     except (BadInput, OSError) as error:
         raise SystemExit(refuse(error)) from None
 

@@ -55,10 +55,10 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 
 
-def too_long(limit: int, processor: Any):
-    """A function of a row: why its prompt is too long, or None. Only prompts that could be are tokenised: a token is at
-    least a byte (a Chinese character or an emoji may be several), and what the template adds to a message or an image
-    is no more than the whole of it around an empty question."""
+def too_long(limit: int, processor: Any, setting: str = "max_prompt_length"):
+    """A function of a row: why its prompt is too long (by which setting), or None. Only prompts that could be are
+    tokenised: a token is at least a byte (a Chinese character or an emoji may be several), and what the template adds
+    to a message or an image is no more than the whole of it around an empty question."""
     (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor)
 
     def reason(row: dict[str, Any]) -> str | None:
@@ -66,6 +66,6 @@ def too_long(limit: int, processor: Any):
         if size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor) <= limit:
             return None
         (n,) = prompt_tokens([row], processor)
-        return f"{n} tokens, expected at most {limit} (max_prompt_length)" if n > limit else None
+        return f"{n} tokens, expected at most {limit} ({setting})" if n > limit else None
 
     return reason

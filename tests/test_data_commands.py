@@ -2,12 +2,13 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from data import check, filter, judge_sets
-from data.filter import Rates, Settings, kept_rows, measure
+from data.filter import Rates, Settings, kept_rows, measure, questions_of
 from data.read import BadInput, read_dataset
 from data.tiny_model import OUTPUT
 
@@ -161,7 +162,8 @@ class Fake:
 
 def test_filter_goes_on_where_it_stopped(tmp_path):
     data = read_dataset([{"prompt": f"{i}?", "solution": i} for i in range(5)])
-    path = tmp_path / "rates.jsonl"
+    path, questions = tmp_path / "rates.jsonl", questions_of(data)
+    Rates(path, replace(SETTINGS, model="a typo"), questions)  # holds no rates: in nobody's way
 
     class Stops(Fake):
         def answers(self, rows):
@@ -170,19 +172,21 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
             return super().answers(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(data, Rates(path, SETTINGS, 5), Stops(), chunk=2)
+        measure(data, Rates(path, SETTINGS, questions), Stops(), chunk=2)
     with open(path, "a") as file:
         file.write('{"row": 4, "rig')  # cut off while being written
-    rates, fake = Rates(path, SETTINGS, 5), Fake()
+    rates, fake = Rates(path, SETTINGS, questions), Fake()
     assert sorted(rates.known) == [0, 1, 2, 3]
     measure(data, rates, fake, chunk=2)
     assert fake.asked == ["4"]
-    assert kept_rows(Rates(path, SETTINGS, 5).known, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
-    from dataclasses import replace
-
-    for settings, rows, expected in ((replace(SETTINGS, n=8), 5, "another n"), (SETTINGS, 6, "another dataset")):
+    assert kept_rows(Rates(path, SETTINGS, questions).known, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
+    changed = questions_of(read_dataset([{"prompt": f"{i}?", "solution": i + (i == 4)} for i in range(5)]))
+    for settings, found, expected in (
+        (replace(SETTINGS, n=8), questions, "another n"),
+        (SETTINGS, changed, "another dataset"),
+    ):
         with pytest.raises(BadInput, match=expected):
-            Rates(path, settings, rows)
+            Rates(path, settings, found)
     assert kept_rows({0: {"row": 0, "right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
 
 
@@ -192,9 +196,24 @@ def test_filter_gives_no_row_the_rate_of_another(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:50])
     rows = [{"prompt": f"{i}?", "solution": "4", "image": f"{name}.png"} for i, name in enumerate("aba")]
     data = read_dataset(rows, image_root=str(tmp_path), bad_rows=[])
-    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, 3)
+    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, questions_of(data))
     measure(data, rates, Fake())
     assert kept_rows(rates.known, 0, 1) == ([0, 2], [], [1])
+
+
+def test_filter_refuses_before_the_engine_starts(tmp_path, monkeypatch, capsys):
+    """A folder that is no model in one line; a prompt that the engine has no room for is left out and counted."""
+    path = write(tmp_path / "x.json", [{"prompt": f"{word}?", "solution": "1"} for word in ("a", "b " * 99)])
+    output = tmp_path / "kept.parquet"
+    command = ["--dataset", path, "--output", str(output), "--max_model_len", "100"]
+    assert filter.main([*command, "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.filter: model: ")
+    monkeypatch.setattr(filter, "Sampler", lambda *args, **kwargs: Fake())
+    assert filter.main([*command, "--model", str(OUTPUT), "--n", "4"]) == 0
+    assert "1 rows left out (1 by prompt): row 1: field prompt" in (out := capsys.readouterr().out)
+    assert "expected at most 99 (max_model_len)" in out
+    assert read_dataset(str(output))["solution"][:] == ["1"]
 
 
 def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):

@@ -167,6 +167,16 @@ def test_spark_data_with_turns_budgets_and_places(folder):
     assert [row.field for row in found[2:]] == ["message", "message", "prompt"]
 
 
+def test_the_examples_of_the_documentation_are_read(folder):
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
+    assert len(examples) == 6
+    for example in examples:
+        (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
+        found = read(folder / "x.json")
+        assert found and not any(isinstance(row, BadRow) for row in found)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
