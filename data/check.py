@@ -119,7 +119,7 @@ def _count(source: Source) -> int | None:
             return pq.read_metadata(source.name).num_rows
         except (OSError, ValueError):
             return None  # reading it will say what is wrong
-    return sum(1 for _ in table.records(source.name)) if suffix in table.SUFFIXES else None
+    return sum(1 for _ in table.records(source.name, decoded=0)) if suffix in table.SUFFIXES else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

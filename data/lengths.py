@@ -39,8 +39,9 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
 def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     """Tokens of each row's prompt in the model's chat template, those of images included.
 
-    Raises BadInput where rows have images and the model reads text alone.
+    Raises BadInput where rows have images and the model reads text alone, and where its template can't write them.
     """
+    from jinja2 import TemplateError
     from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
@@ -49,8 +50,11 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
         prepare_multimodal_messages(row["prompt"], images=row["images"]) if row["images"] else row["prompt"]
         for row in rows
     ]
-    texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    try:
+        texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:  # of a base model there is none; some take no system prompt
+        raise BadInput(f"chat template of {tokenizer.name_or_path}: {error}") from None
     lengths = map(len, tokenizer(texts)["input_ids"])  # one token stands for each image
     return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 

@@ -1,5 +1,6 @@
 """data.check, data.filter and data.judge_sets, as commands."""
 
+import copy
 import io
 import json
 from dataclasses import replace
@@ -126,6 +127,18 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
         too_long(longest - 1, processor)(counted[0])
         == f"{longest} tokens, expected at most {longest - 1} (max_prompt_length)"
     )
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no system prompt') }}"])
+def test_a_template_that_cannot_write_a_prompt_is_one_line(template, processor, tmp_path, capsys):
+    other = copy.deepcopy(processor)
+    other.chat_template = other.tokenizer.chat_template = template
+    other.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    data = write(tmp_path / "x.json", [{"prompt": "a", "solution": "1"}])
+    assert check.main([data, "--model", str(tmp_path / "model")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.check: chat template of ")
 
 
 def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
