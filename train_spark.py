@@ -690,7 +690,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(refuse(error)) from None
 
-    def read(source: str, split: str):
+    def read(source: str, split: str, own_columns: bool = False):
         bad_rows = None if data.strict else []
         columns = (data.prompt_column, data.solution_column, data.image_column)
         dataset = read_dataset(
@@ -704,6 +704,7 @@ def main() -> None:
             image_factor=image_factor(processor),
             config=data.dataset_config,
             split=split,
+            own_columns=own_columns,
             fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
@@ -728,11 +729,17 @@ def main() -> None:
 
     try:
         train = read(data.dataset, data.dataset_split)
-        evaluation = read(data.eval_dataset, data.eval_split) if data.eval_dataset else None
+        evaluation = read(data.eval_dataset, data.eval_split, own_columns=True) if data.eval_dataset else None
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
             raise BadInput(
                 f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "
                 "vision-language model, or data without the image column"
+            )
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train) < prompts:  # TRL would train on nothing, and say nothing
+            raise BadInput(
+                f"{data.dataset}: {len(train)} rows, expected at least the {prompts} of one generation; lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
             )
     except (BadInput, OSError) as error:
         raise SystemExit(refuse(error)) from None

@@ -454,6 +454,7 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "digits", "--recycle_tasks", "judging"], "recycle_tasks"),
         (["--dataset", "digits", "--model_name_or_path", "{bare}"], "has no weights"),
         (["--dataset", "{good}", "--model_name_or_path", "{text}"], "reads text alone"),
+        (["--dataset", "{good}", "--per_device_train_batch_size", "16"], "1 rows, expected at least the 2 of one"),
         (["--dataset", "digits", "--num_generations", "7"], "divisible"),
     ],
 )
