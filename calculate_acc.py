@@ -35,6 +35,7 @@ KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
 KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct", "error", "prompt_tokens",
         "completion_tokens", "first_completion_tokens", "round_num", "first_answer", "task", "label", "verdict",
         "verdict_swapped")  # fmt: skip
+AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
 MAX_ROW = 64 << 20  # characters
 
@@ -128,8 +129,13 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
     """The first field that can't be counted, and what is expected there."""
     if not isinstance(row.get("dataset"), str):
         return "dataset", "the benchmark's name"
-    if not isinstance(row.get("ground_truth", ...), (str, int, float, list, type(None))):
+    gold = row.get("ground_truth", ...)
+    if not all(isinstance(g, (str, int, float, type(None))) for g in (gold if isinstance(gold, list) else [gold])):
         return "ground_truth", "the gold answer"
+    for name in AMOUNTS:
+        amount = row.get(name)
+        if amount is not None and not (isinstance(amount, (int, float)) and 0 <= amount < math.inf):
+            return name, "a number, or null"
     for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
         if not isinstance(row.get(name, ...), (str, int, float, type(None))):
             return name, "the final answer as text, or null"
@@ -191,9 +197,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 found.keys.append(row["key"])
                 found.outcomes.append(-1 if outcome is None else outcome)
                 found.dataset_ids.append(dataset_id)
-    for dataset, failed in found.failed.items():  # beside the rows of its dataset that did not fail
-        kinds = [kind for name, kind in found.counts if name == dataset] or ["answer"]
-        found.counts[dataset, kinds[0]]["failed"] += failed
+    for dataset, failed in found.failed.items():  # beside the rows of its dataset, or of its file, that did not fail
+        kinds = [kind for name, kind in found.counts if name == dataset] or [kind for _, kind in found.counts]
+        found.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
     return found
 
 
@@ -540,7 +546,10 @@ def tables(found: Row) -> list[Table]:
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
         rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
         head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
-        result.append((f"{file['path']} against {files[0]['path']}, on the rows both answered", head, rows))
+        both = rows[-1][1] if rows else "0"
+        answered = [shown("answered", sum(b["answered"] for b in f["benchmarks"])) for f in (file, files[0])]
+        title = f"{file['path']} against {files[0]['path']}, on the {both} rows both answered"
+        result.append((f"{title}, of {' and '.join(answered)}", head, rows))
     return result
 
 
@@ -548,6 +557,8 @@ def notices(found: Row) -> list[str]:
     """What must not be overlooked."""
     lines = []
     for file in found["files"]:
+        if not file["rows"]:
+            lines.append(f"empty: {file['path']} holds no row")
         if file["failed"]:
             share = f"{file['failed']:,} of {file['rows']:,} rows"
             lines.append(f"FAILED: {share} of {file['path']} are no answers and left out; run evaluate.py again")
@@ -595,6 +606,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
         tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]
