@@ -247,6 +247,7 @@ class VLLMEngine:
 
 # Those that fill in what a request leaves open from the model's generation_config.json; as /models gives their name.
 FILL_IN = {"vllm", "sglang"}
+TOGETHER = 32  # requests handed to the thread at once: each time costs its attention, and waiting costs the first ones
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
@@ -291,13 +292,13 @@ class ServerEngine:
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
         try:
             self._submitted.append((ticket, msgspec.json.encode(self._body(request, sampling))))
+            if len(self._submitted) == TOGETHER:
+                self._hand_over()
         except (BadImage, UnicodeEncodeError) as error:  # half a surrogate pair
             self._done.put([(ticket, Output(error=str(error)))])
 
     def finished(self) -> Done:
-        submitted, self._submitted = self._submitted, []
-        if submitted:  # handed over together: each time costs the thread's attention
-            self._loop.call_soon_threadsafe(self._start, submitted)
+        self._hand_over()
         done = self._done.get()
         while not self._done.empty():
             done += self._done.get()
@@ -311,6 +312,11 @@ class ServerEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _hand_over(self) -> None:
+        submitted, self._submitted = self._submitted, []
+        if submitted:
+            self._loop.call_soon_threadsafe(self._start, submitted)
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         *before, last = request.messages
