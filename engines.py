@@ -77,8 +77,12 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
 
 
 def prompt_text(processor, request: Request) -> str:
-    """The request under the model's chat template."""
+    """The request under the model's chat template. Raises BadImage if the model takes none."""
+    from transformers import ProcessorMixin
+
     messages = request.messages
+    if request.images and not isinstance(processor, ProcessorMixin):
+        raise BadImage("the model takes no images")
     if request.images:
         *before, last = messages
         parts = [{"type": "image"}] * len(request.images) + [{"type": "text", "text": last["content"]}]
@@ -152,11 +156,12 @@ class TransformersEngine(BatchEngine):
         texts, images, rows = [], [], []
         for i, request in enumerate(requests):
             try:
+                text = prompt_text(self.processor, request)
                 images += [open_image(reference(image)) for image in request.images]
             except BadImage as error:
                 outputs[i] = Output(error=str(error))
                 continue
-            texts.append(prompt_text(self.processor, request))
+            texts.append(text)
             rows.append(i)
         if not rows:
             return outputs
@@ -194,8 +199,6 @@ class TransformersEngine(BatchEngine):
 class VLLMEngine:
     """One vLLM engine, stepped by `finished`; its scheduler batches whatever has been submitted."""
 
-    capacity = 512
-
     def __init__(self, model: str, dtype: str = "auto", max_model_len: int | None = None, **engine_arguments):
         import torch
         from transformers import AutoProcessor, ProcessorMixin
@@ -206,6 +209,7 @@ class VLLMEngine:
         self.processor = AutoProcessor.from_pretrained(model)
         self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
         self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **engine_arguments)
+        self.capacity = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs + 256  # these are ready to go
         self._refused: Done = []
 
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
@@ -213,8 +217,6 @@ class VLLMEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
-        text = prompt_text(self.processor, request)
-        prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
         parameters = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
@@ -223,6 +225,8 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
+            text = prompt_text(self.processor, request)
+            prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
             if request.images:
                 prompt["multi_modal_data"] = {"image": [open_image(reference(image)) for image in request.images]}
             self.llm.llm_engine.add_request(str(ticket), prompt, parameters)

@@ -18,7 +18,11 @@ same command again evaluates only what is missing or failed. A failed row is rec
 answer, right or wrong, and the exit status is 1 while there is one.
 
 The judge prompts are recycle.py's, so a model is tested on what it was trained on. Where completions come from:
-engines.py.
+engines.py. The same in a notebook, records in and records out:
+
+    rows = [{"dataset": "sums", "problem": "1+1?", "answer": "2"}]
+    results = evaluate(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
+    print(render(report([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
 """
 
 import argparse
@@ -529,12 +533,14 @@ def make_engine(args: argparse.Namespace):
 
 def choose_engine(args: argparse.Namespace) -> str:
     """`auto`: servers if there are any; vLLM where it is installed beside a GPU; else transformers."""
+    from importlib.util import find_spec
+
+    if args.engine == "vllm" and not find_spec("vllm"):
+        raise BadInput("--engine vllm: expected vLLM to be installed (requirements.txt has its version)")
     if args.engine != "auto":
         return args.engine
     if args.server:
         return "server"
-    from importlib.util import find_spec
-
     if find_spec("vllm"):
         import torch
 
@@ -560,7 +566,12 @@ def main() -> int:
     parser.add_argument("--image_root", help="folder that image paths are relative to and may not leave")
     parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", help="vllm, transformers: auto is the model's own, float32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="vllm, transformers: auto is the model's own, float32 on a CPU",
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="transformers")
     parser.add_argument("--max_model_len", type=int, help="vllm: longest prompt and completion together")
     parser.add_argument("--server", nargs="+", default=[], help="server: URLs; the key is read from OPENAI_API_KEY")
@@ -584,7 +595,12 @@ def main() -> int:
             row for path in args.benchmark for row in read_benchmark(path, args.mode, args.image_root)[: args.limit]
         ]
         resume(rows, settings, args.output)  # refused now, and not when the model is loaded
-        engine = make_engine(args)
+        try:
+            engine = make_engine(args)
+        except BadInput:
+            raise
+        except ValueError as error:  # transformers' and vLLM's, about a model that they can't load
+            raise BadInput(f"--model {args.model}: {error}") from error
         try:
             results = run_to_file(rows, engine, settings, args.output)
         finally:

@@ -504,9 +504,10 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     settings = Settings("small", "tts", (), max_tokens=64)
     engines = {
         "transformers": TransformersEngine(small_model, batch_size=7),
-        "vllm": VLLMEngine(small_model, max_model_len=512, enforce_eager=True),
+        "vllm": VLLMEngine(small_model, max_model_len=512, enforce_eager=True, max_num_seqs=40),
         "server": ServerEngine([vllm_server], "small", concurrency=16),
     }
+    assert engines["vllm"].capacity == 40 + 256
     found = {}
     for name, engine in engines.items():
         found[name] = evaluate.evaluate(rows, engine, settings)

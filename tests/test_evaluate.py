@@ -1,5 +1,6 @@
 """The modes against a scripted model, resume, and the real engine on the shipped model."""
 
+import copy
 import json
 import re
 import subprocess
@@ -117,6 +118,18 @@ def test_vote_takes_the_most_frequent_answer_and_equal_answers_are_one():
     assert (row["extracted_answer"], row["is_correct"], row["chosen"]) == ("3", True, 1)
     assert [r["answer"] for r in row["rounds"]] == ["4", "3", None, None, None, "3.0"]
     assert (row["completion_tokens"], row["first_completion_tokens"]) == (30, 5)
+
+
+def test_the_first_answer_s_tokens_are_its_own():
+    class Longer(Scripted):
+        """Each answer of a row is longer than the last one."""
+
+        def batch(self, requests, sampling):
+            return [Output("\\boxed{1}", 1, 2 + i) for i in range(len(requests))]
+
+    how = settings("tts", tts="vote", n=4, temperature=1.0)
+    (row,) = evaluate.evaluate(QUESTIONS[:1], Longer(None), how)
+    assert (row["first_completion_tokens"], row["completion_tokens"]) == (2, 2 + 3 + 4 + 5)
 
 
 def test_weighted_vote_believes_the_judge():
@@ -353,6 +366,27 @@ def test_another_run_s_output_is_refused_before_the_model_is_loaded(tmp_path, mo
     flags = ("--engine", "transformers", "--output", str(tmp_path / "r.json"))
     monkeypatch.setattr(evaluate, "make_engine", lambda args: pytest.fail("the model is loaded"))
     assert "r.json: exists" in refusal(monkeypatch, capsys, tmp_path / "bench.json", *flags)
+
+
+def test_a_folder_without_a_model_and_a_missing_vllm_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.json").write_text(json.dumps([ROW]))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = refusal(monkeypatch, capsys, "bench.json", "--engine", "transformers", "--model", "empty")
+    assert line.startswith("evaluate.py: --model empty: ")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "expected vLLM to be installed" in refusal(monkeypatch, capsys, "bench.json", "--engine", "vllm")
+
+
+def test_a_text_model_takes_text_and_pads_with_what_it_has(processor, text_model):
+    """An image is that row's error; a tokenizer without a padding token (Llama's) is no reason to end."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = None
+    engine = TransformersEngine(text_model, tokenizer)
+    rows = [QUESTIONS[0], {**QUESTIONS[1], "image_path": "a.png"}, {**QUESTIONS[2], "problem": "longer " * 9}]
+    found = evaluate.evaluate(rows, engine, settings("answer", max_tokens=4))
+    assert [row["error"] for row in found] == [None, "the model takes no images", None]
+    assert all(row["completion_tokens"] > 0 for row in found if row["error"] is None)
 
 
 def test_nothing_heavy_for_help():
