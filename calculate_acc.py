@@ -460,6 +460,7 @@ def report(tallies: list[Tally]) -> Row:
         ordered = sorted(found.counts, key=lambda key: (KINDS.index(key[1]), found.datasets[key[0]]))
         benchmarks = [summary(*key, found.counts[key]) for key in ordered]
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
+        firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
         files.append({
             "path": found.path,
             "rows": sum(b["rows"] for b in benchmarks),
@@ -467,6 +468,7 @@ def report(tallies: list[Tally]) -> Row:
             "unscorable": sum(b["unscorable"] for b in benchmarks),
             "benchmarks": benchmarks,
             "means": {kind: sum(values) / len(values) for kind, values in scored.items() if values},
+            "first_mean": rate(sum(firsts), len(firsts)),
             "disagreements": {"rows": found.disagreements, "examples": found.examples},
         })  # fmt: skip
     return {"files": files, "paired": [row for other in tallies[1:] for row in compare(tallies[0], other)]}
@@ -536,7 +538,8 @@ def tables(found: Row) -> list[Table]:
         rows.sort(key=lambda row: order.index(row[0]))  # stable: the files of a benchmark stand together
         for file in files if len(order) > 1 else []:
             if kind in file["means"]:
-                cells = [shown(f, file["means"][kind]) if f == "accuracy" else "" for f in COLUMNS[kind].values()]
+                means = {"accuracy": file["means"][kind], "first_accuracy": file["first_mean"]}
+                cells = [shown(f, means[f]) if f in means else "" for f in COLUMNS[kind].values()]
                 rows.append(["mean of benchmarks", file["path"], "", *cells, "", ""])
         if rows:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]

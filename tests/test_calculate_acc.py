@@ -130,6 +130,16 @@ def test_flips_of_test_time_scaling():
     assert found["tokens"] == pytest.approx(1300 / 6)
 
 
+def test_the_first_and_the_final_answer_have_a_mean_of_benchmarks_each():
+    def tts(first, final, dataset):
+        return row(final, dataset=dataset, first_answer=first, rounds=[], round_num=0)
+
+    found = report([tally("f", rows=[tts("5", "4", "m"), tts("5", "5", "m"), tts("4", "4", "n"), tts("4", "4", "n")])])
+    (file,) = found["files"]
+    assert (file["first_mean"], file["means"]["tts"]) == (0.5, 0.75)
+    assert render(found, "table").splitlines()[-1].split() == ["mean", "of", "benchmarks", "50.0", "75.0"]
+
+
 def judged(task, label, verdict, swapped=None, **more):
     return row(None, gold=None, task=task, label=label, verdict=verdict, verdict_swapped=swapped, **more)
 
