@@ -129,8 +129,8 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
     """The first field that can't be counted, and what is expected there."""
     if not isinstance(row.get("dataset"), str):
         return "dataset", "the benchmark's name"
-    gold = row.get("ground_truth", ...)
-    if not all(isinstance(g, (str, int, float, type(None))) for g in (gold if isinstance(gold, list) else [gold])):
+    gold, plain = row.get("ground_truth", ...), (str, int, float, type(None))
+    if not isinstance(gold, plain) and not (isinstance(gold, list) and all(isinstance(g, plain) for g in gold)):
         return "ground_truth", "the gold answer"
     for name in AMOUNTS:
         amount = row.get(name)
