@@ -112,7 +112,8 @@ class _Tokens:
 def _question(row: Row, suffix: str) -> tuple[list[Row], tuple]:
     problem = row["problem"]
     text = problem if problem.endswith(suffix) else problem + suffix
-    images = (row["image_path"],) if row.get("image_path") is not None else ()
+    image = row.get("image", row.get("image_path"))  # where a file's image_path was found, or a notebook's image
+    images = (image,) if image is not None else ()
     return [{"role": "user", "content": text}], images
 
 
@@ -369,7 +370,7 @@ def evaluate(rows: list[Row], engine, settings: Settings) -> list[Row]:
 
 
 def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[Row]:
-    """The rows of a benchmark file (data/table.py has the formats), image paths made absolute.
+    """The rows of a benchmark file (data/table.py has the formats); `image` is where an image was found.
 
     Raises BadInput for a file that can't be read, a field that its mode can't use, an image that is not there or, where
     `image_root` is given, not in it.
@@ -386,8 +387,9 @@ def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[
         try:
             json.dumps(row, ensure_ascii=False).encode()
             row["image_path"] = row.get("image_path") or None
+            row.pop("image", None)
             if row["image_path"] is not None:
-                row["image_path"] = locate(row["image_path"], image_root or os.path.dirname(path), image_root)
+                row["image"] = locate(row["image_path"], image_root or os.path.dirname(path), image_root)
         except UnicodeEncodeError:
             raise BadInput(f"{where}: expected text, got half of a surrogate pair") from None
         except BadImage as error:
@@ -488,11 +490,9 @@ def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row
 
 def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     """Digests of the questions and, for a model in a folder, of its files: the same name may hold another model."""
-    digests = {
-        "benchmark contents": hashlib.blake2b(
-            json.dumps(rows, default=lambda image: "image").encode(), digest_size=8
-        ).hexdigest()
-    }
+    asked = [{name: value for name, value in row.items() if name != "image"} for row in rows]  # wherever they lie
+    text = json.dumps(asked, default=lambda image: "image")
+    digests = {"benchmark contents": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)

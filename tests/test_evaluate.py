@@ -326,7 +326,8 @@ def test_benchmarks_as_they_come(tmp_path):
     path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     found = read_benchmark(str(path), "answer")
     assert [row["problem"] for row in found] == ["a\u2028b", "a", "a"]
-    assert [row["image_path"] for row in found] == [None, None, str(tmp_path / "a.png")]
+    assert [row["image_path"] for row in found] == [None, None, "a.png"]
+    assert found[2]["image"] == str(tmp_path / "a.png")
 
 
 def test_images_stay_within_the_image_root(tmp_path):
@@ -340,7 +341,7 @@ def test_images_stay_within_the_image_root(tmp_path):
         with pytest.raises(BadInput, match=r"row 0: field image_path: .* is outside the image root"):
             read_benchmark(str(path), "answer", str(root))
     path.write_text(json.dumps([{**ROW, "image_path": "in.png"}]))
-    assert read_benchmark(str(path), "answer", str(root))[0]["image_path"] == str(root / "in.png")
+    assert read_benchmark(str(path), "answer", str(root))[0]["image"] == str(root / "in.png")
 
 
 @pytest.mark.parametrize(
