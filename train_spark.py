@@ -104,8 +104,9 @@ class SparkConfig(RecycleConfig, GRPOConfig):
             self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
         self.check_recycling()
-        if self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length: expected 1 or more tokens, got {self.max_prompt_length}")
+        for name in ("max_prompt_length", "max_completion_length"):
+            if (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name}: expected 1 or more tokens, got {getattr(self, name)}")
         if self.recycle_micro_steps is None:
             policy, recycled = self.longest_rows
             self.recycle_micro_steps = math.ceil(self.recycle_ratio * recycled / policy) or 1
