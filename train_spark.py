@@ -137,8 +137,10 @@ class NotSaved(Exception):
 class SparkTrainer(GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    The only change is in `_generate_and_score_completions`; `_calculate_rewards` is overridden to look, not to touch,
-    and `log` to write what was recycled. Everything else is inherited.
+    What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super() too, serves that:
+    `_prepare_inputs`, `_get_dataloader` and `compute_loss` give recycled rows passes of their own; `_calculate_rewards`
+    looks, `log` writes a table; `_generate` and `_get_per_token_logps_and_entropies` take rows with and without images
+    together; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
