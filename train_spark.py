@@ -137,7 +137,7 @@ class NotSaved(Exception):
 class SparkTrainer(GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super() too, serves that:
+    What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super(), serves that:
     `_prepare_inputs`, `_get_dataloader` and `compute_loss` give recycled rows passes of their own; `_calculate_rewards`
     looks, `log` writes a table; `_generate` and `_get_per_token_logps_and_entropies` take rows with and without images
     together; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
