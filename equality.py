@@ -141,6 +141,7 @@ def _unordered(pred: list[str], gold: list[str]) -> bool | None:
 
 
 def _all(verdicts: Iterable[bool | None]) -> bool | None:
+    """Like `all`; an open question is settled by one False."""
     result = True
     for verdict in verdicts:
         if verdict is False:
@@ -150,6 +151,7 @@ def _all(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _any(verdicts: Iterable[bool | None]) -> bool | None:
+    """Like `any`; an open question is settled by one True."""
     opposite = _all(None if v is None else not v for v in verdicts)
     return None if opposite is None else not opposite
 

@@ -104,16 +104,8 @@ _ANSWER_IS = re.compile(
 def clean(text: str) -> str:
     """One spelling for one thing: Unicode to LaTeX, synonyms to one command, decoration away."""
     text = text.translate(ZERO_WIDTH)
-    if not text.isascii():
-        text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
-        text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
-        text = re.sub(
-            r"[¼-¾⅐-⅞]", lambda m: rf"\frac{{{unicodedata.normalize('NFKC', m[0])}}}".replace("⁄", "}{"), text
-        )
-        text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
-        text = unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
-    text = text.strip()
-    if (bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text)) is not None:
+    text = (text if text.isascii() else _from_unicode(text)).strip()
+    if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
         text = bold[2]
     text = text.replace(r"\$", "\uff04")
     if text.count("$") % 2 == 0:
@@ -139,6 +131,14 @@ def clean(text: str) -> str:
         return f"{scientific[1]} \\times 10^{{{int(scientific[2])}}}"
     whole = re.fullmatch(r"\\text\{([^{}]*)\}", text)
     return re.sub(r"[.,;:\s]+$", "", whole[1]).strip() if whole else text
+
+
+def _from_unicode(text: str) -> str:
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: rf"\frac{{{unicodedata.normalize('NFKC', m[0])}}}".replace("⁄", "}{"), text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    return unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
 
 
 def _apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:

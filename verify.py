@@ -210,14 +210,14 @@ def warm_up() -> None:
     workers.pool.warm_up()
 
 
+def explain(pred: str | None, gold) -> Result:
+    """`explain_many` for one pair."""
+    return explain_many([(pred, gold)])[0]
+
+
 def is_equal(pred: str | None, gold) -> bool | None:
     """`verify_many` for one pair."""
-    return explain_many([(pred, gold)])[0].verdict
-
-
-def explain(pred: str | None, gold) -> Result:
-    """`is_equal` with its reason."""
-    return explain_many([(pred, gold)])[0]
+    return explain(pred, gold).verdict
 
 
 # --------------------------------------------------------------------------- rewards

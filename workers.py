@@ -12,7 +12,10 @@ import atexit
 import json
 import logging
 import os
+import queue
+import resource
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -29,25 +32,46 @@ GRACE = 0.5  # seconds beyond the limit after which the parent kills the worker
 _FILE = os.path.abspath(__file__)  # now: the working directory may change
 
 
+# --------------------------------------------------------------------------- inside a worker
+
+
 class _Overrun(BaseException):
-    """Raised by the alarm in a worker; no `except Exception` of sympy's may stop it."""
+    """Raised by the alarm; no `except Exception` of sympy's may stop it."""
 
 
-# --------------------------------------------------------------------------- the worker
+def _interrupt(*_) -> None:
+    raise _Overrun
+
+
+def _compare(pred: str, gold: str, limit: float) -> Result:
+    """One comparison, interrupted by an exception at its limit: the worker, with all it has imported, stays.
+
+    Where a long C call keeps that from happening, the parent kills the worker; if the parent is dead,
+    a second timer does, one second of the worker's own time after the limit.
+    """
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit + 1.0)  # default action: the end
+    try:
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        try:
+            result = equality.decide(pred, gold)
+        except MemoryError:
+            result = Result(None, "memory limit")
+        except RecursionError:
+            result = Result(False, "nested too deeply")
+        except Exception as error:  # sympy raises anything; the reason travels to the caller
+            result = Result(False, f"sympy: {type(error).__name__}: {error}"[:200])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    except _Overrun:
+        result = Result(None, "time limit")
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    return result
 
 
 def _worker_main(search_path: list[str]) -> None:
     """Read {pred, gold, limit} lines of JSON from stdin, write {verdict, reason} lines to stdout.
 
-    An item that overruns its limit is interrupted by an exception, so that the worker, with all it
-    has imported, stays; where a long C call keeps that from happening, the parent kills the worker.
-    It ends by itself when stdin closes (a thread waits for that, also while sympy is busy) or,
-    if its parent died during such a C call, one second of its own time after the limit.
+    It ends by itself when stdin closes: a thread waits for that, also while sympy is busy.
     """
-    import queue
-    import resource
-    import signal
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
@@ -75,29 +99,10 @@ def _worker_main(search_path: list[str]) -> None:
     threading.Thread(target=read, daemon=True).start()
     answer(ready=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-    def interrupt(*_) -> None:
-        raise _Overrun
-
-    signal.signal(signal.SIGALRM, interrupt)
+    signal.signal(signal.SIGALRM, _interrupt)
     maxrss_unit = 1 if sys.platform == "darwin" else 1024  # bytes
     while True:
-        item = items.get()
-        signal.setitimer(signal.ITIMER_VIRTUAL, item["limit"] + 1.0)  # default action: the end
-        try:
-            signal.setitimer(signal.ITIMER_REAL, item["limit"])
-            try:
-                result = equality.decide(item["pred"], item["gold"])
-            except MemoryError:
-                result = Result(None, "memory limit")
-            except RecursionError:
-                result = Result(False, "nested too deeply")
-            except Exception as error:  # sympy raises anything; the reason travels to the caller
-                result = Result(False, f"sympy: {type(error).__name__}: {error}"[:200])
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        except _Overrun:
-            result = Result(None, "time limit")
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        result = _compare(**items.get())
         answer(verdict=result.verdict, reason=result.reason)
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * maxrss_unit > MEMORY // 2:
             os._exit(0)  # a fresh one will take over
@@ -140,6 +145,9 @@ class _Worker:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.close()
+
+    def close(self) -> None:
         self.process.stdin.close()
         self.process.stdout.close()
 
@@ -221,8 +229,7 @@ def _after_fork() -> None:
     """A forked child must not share pipes with its parent, nor keep the parent's workers alive."""
     global pool
     for worker in pool.workers:
-        worker.process.stdin.close()
-        worker.process.stdout.close()
+        worker.close()
         worker.process.returncode = 0  # so that Popen does not wait for somebody else's child
     pool = Pool()
 
