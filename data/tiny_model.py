@@ -67,9 +67,9 @@ SPECIAL_TOKENS = [
 class Noise:
     """What the warm start gets wrong on purpose, as probabilities."""
 
-    misread: float = 0.44  # a result is wrong, mostly by a misread digit
+    misread: float = 0.48  # a result is wrong, mostly by a misread digit
     reflect: float = 0.95  # the same when reflecting: at the start, looking again does more harm than good
-    flip: float = 0.15  # a verdict contradicts the comparison before it
+    flip: float = 0.16  # a verdict contradicts the comparison before it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
