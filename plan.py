@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
 
-TEMPLATE_TOKENS = 128  # of a judge or reflection instruction, without what it quotes
 GIB = 2**30
 OVERHEAD = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragments
 ENGINE_OVERHEAD = 2 * GIB  # vLLM's own: CUDA graphs, the profiling run's activations
@@ -70,9 +69,10 @@ class Run:
     passes: int
     num_generations: int
     recycle_ratio: float
-    shown: int  # rollouts that a recycled prompt quotes, at most
     prompt_tokens: int
     completion_tokens: int
+    policy_tokens: int  # of a policy row, at most: prompt and completion
+    recycled_tokens: int  # of a recycled row: the question, the rollouts it quotes, the instruction, a completion
     epochs: float
     max_steps: int
     rows: int | None  # of the data; None where it can't be read here
@@ -174,6 +174,7 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
 
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype if config else torch.float32
     colocated = args.use_vllm and args.vllm_mode == "colocate"
+    policy_tokens, recycled_tokens = args.longest_rows
     return Run(
         launch=launch,
         per_device=args.per_device_train_batch_size,
@@ -183,9 +184,10 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
         passes=args.recycle_micro_steps if args.recycle_ratio > 0 else 1,
         num_generations=args.num_generations,
         recycle_ratio=args.recycle_ratio,
-        shown=2 if "pairwise" in args.recycle_tasks else 1,
         prompt_tokens=args.max_prompt_length,
         completion_tokens=args.max_completion_length,
+        policy_tokens=policy_tokens,
+        recycled_tokens=recycled_tokens,
         epochs=args.num_train_epochs,
         max_steps=args.max_steps,
         rows=rows,
@@ -204,16 +206,6 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows and steps
-
-
-def policy_length(run: Run) -> int:
-    """Tokens of a policy row, at most."""
-    return run.prompt_tokens + run.completion_tokens
-
-
-def recycled_length(run: Run) -> int:
-    """Tokens of a recycled row, at most: the question, the rollouts it quotes, the instruction, a completion."""
-    return run.prompt_tokens + run.shown * run.completion_tokens + TEMPLATE_TOKENS + run.completion_tokens
 
 
 def steps(run: Run) -> Steps:
@@ -242,7 +234,7 @@ def steps(run: Run) -> Steps:
         recycled_prompts=recycled,
         recycled_rollouts=recycled_rollouts,
         generated_tokens=(rollouts + recycled_rollouts) * run.completion_tokens,
-        trained_tokens=rollouts * policy_length(run) + recycled_rollouts * recycled_length(run),
+        trained_tokens=rollouts * run.policy_tokens + recycled_rollouts * run.recycled_tokens,
         optimizer_steps=Fraction(micro_steps, run.accumulation),
         total_generations=None if total is None else math.ceil(total * run.accumulation / micro_steps),
         total_optimizer_steps=total,
@@ -283,9 +275,9 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     compute_bytes = 2 if run.half or run.weight_bytes < 4 else 4
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
 
-    longest = recycled_length(run) if run.recycle_ratio > 0 else policy_length(run)
+    longest = run.recycled_tokens if run.recycle_ratio > 0 else run.policy_tokens
     rows = run.per_device * (1 + run.recycle_ratio) / run.passes
-    tokens = run.per_device * (policy_length(run) + run.recycle_ratio * recycled_length(run)) / run.passes
+    tokens = run.per_device * (run.policy_tokens + run.recycle_ratio * run.recycled_tokens) / run.passes
     tokens = max(tokens, longest)
 
     def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:

@@ -52,6 +52,8 @@ PROMPT_SUFFIX = (
 # its prefix (image included) in the engine's cache. {response}, {first} and {second} are quoted rollouts; {if_a} and
 # {if_b} are "correct" and "incorrect" in either order, so that no letter is tied to a verdict.
 
+TEMPLATE_TOKENS = 128  # room for any of them, without what it quotes
+
 POINTWISE_YES_NO = (
     "Proposed solution:\n{response}\nIs it correct? Work it out, then put Yes or No in \\boxed{}.",
     "Somebody answered:\n{response}\nDid they get it right? Reason first and end with Yes or No in \\boxed{}.",

@@ -52,6 +52,7 @@ from callbacks import Progress, StopOnSignal, Watch
 from data.rows import BadInput
 from recycle import (
     PROMPT_SUFFIX,
+    TEMPLATE_TOKENS,
     Candidate,
     Group,
     Item,
@@ -93,8 +94,8 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     recycle_micro_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Passes that each of your micro-steps is split into when recycling; default: 1 + recycle_ratio, "
-            "rounded up, so that a pass holds about per_device_train_batch_size rows. More passes take less memory."
+            "help": "Passes that each of your micro-steps is split into when recycling. Default: as many as keep "
+            "a pass from holding more tokens than your micro-step does without recycling. More passes take less memory."
         },
     )
 
@@ -106,9 +107,17 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         if self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length: expected 1 or more tokens, got {self.max_prompt_length}")
         if self.recycle_micro_steps is None:
-            self.recycle_micro_steps = 1 + math.ceil(self.recycle_ratio)
+            policy, recycled = self.longest_rows
+            self.recycle_micro_steps = math.ceil(1 + self.recycle_ratio * recycled / policy)
         if self.recycle_micro_steps < 1:
             raise ValueError(f"recycle_micro_steps: expected 1 or more, got {self.recycle_micro_steps}")
+
+    @property
+    def longest_rows(self) -> tuple[int, int]:
+        """Tokens of a policy row and of a recycled row at most: the latter also quotes one rollout or two, and asks."""
+        policy = self.max_prompt_length + self.max_completion_length
+        quoted = 2 if "pairwise" in self.recycle_tasks else 1
+        return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
 
 
 @dataclass(frozen=True)
@@ -149,8 +158,8 @@ class SparkTrainer(GRPOTrainer):
         if args.recycle_ratio > 0:
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [judging(f, with_verdicts=i == 0) for i, f in enumerate(reward_funcs)]
-            # As many passes more per optimizer step as there are rows more: memory stays what it was without recycling,
-            # and each pass stays one backward, which is all that DeepSpeed allows.
+            # As many passes more per optimizer step as there are tokens more: memory stays what it was without
+            # recycling, and each pass stays one backward, which is all that DeepSpeed allows.
             args.gradient_accumulation_steps *= args.recycle_micro_steps
             args.steps_per_generation *= args.recycle_micro_steps
         super().__init__(model, reward_funcs, args, *rest, **kwargs)

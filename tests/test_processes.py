@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+DEEPSPEED_FILLS_IN = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
 
 
@@ -30,8 +31,10 @@ def launch(folder: Path, kind: str, processes: int, *how: str) -> dict:
         "PYTHONPATH": f".{os.pathsep}tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "OMP_NUM_THREADS": "1",
     }
+    if how:
+        env["DS_ACCELERATOR"] = "cpu"
     if "zero3" in how:  # what `accelerate launch` makes of recipes/accelerate/zero3.yaml
-        env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
+        env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
         env |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-4000:]
@@ -109,6 +112,9 @@ def work(out: Path, kind: str, fsdp2: bool) -> None:
         kind == "mixed"
     ):  # Qwen's norms and rotations are float32 whatever the weights; Adam would make a step of that noise
         settings |= {"optim": "sgd", "learning_rate": 0.1}
+    if "zero3_by_file" in sys.argv:
+        zero = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+        settings["deepspeed"] = dict.fromkeys(DEEPSPEED_FILLS_IN, "auto") | {"zero_optimization": zero}
     trainer = Drawn(model, coin, config(SparkConfig, out, **settings), train_dataset=data, processing_class=processor)
     trainer.train()
     timed = ("seconds", "time", "runtime", "per_second", "flos")
@@ -118,7 +124,7 @@ def work(out: Path, kind: str, fsdp2: bool) -> None:
     trainer.save_model(str(out / "model"))  # gathers what FSDP has sharded
     assert trainer.accelerator.num_processes == world
     assert isinstance(trainer.model_wrapped, FSDPModule) == fsdp2
-    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine" or "zero3" not in sys.argv
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine" or not {"zero3", "zero3_by_file"} & set(sys.argv)
     if trainer.accelerator.is_main_process:
         seen["processes"] = world
         (out / "model" / "model.safetensors").rename(out / "weights.safetensors")
@@ -155,10 +161,8 @@ def test_ddp_is_one_process_with_twice_the_batch(kind, alone, tmp_path):
     assert_same_run(alone[kind], launch(tmp_path, kind, 2))
 
 
-@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("how", ["fsdp2", "zero3", "zero3_by_file"])
 def test_sharded_it_is_one_process_with_twice_the_batch(how, alone, tmp_path):
-    if how == "zero3":
-        pytest.importorskip("deepspeed", reason="DeepSpeed is optional: pip install deepspeed")
     assert_same_run(alone["text"], launch(tmp_path, "text", 2, how))
 
 
