@@ -1,14 +1,13 @@
 """Batches in the form that GRPOTrainer makes: two joined into one, and one cut into micro-batches. Pure functions.
 
 A step of SPARK trains on the union of its policy rollouts and its recycled rollouts, whose prompts, completions and
-images have other widths (`join`), and cuts that union so that a pass needs no more memory than without recycling
+images have other widths (`join`), in passes of either kind that need no more memory than without recycling
 (`micro_batches`). The shapes are TRL's: b rows, prompts of P tokens padded on the left, completions of T tokens padded
 on the right.
 """
 
 from bisect import bisect_left
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -103,33 +102,49 @@ def join(first: dict[str, Any], second: dict[str, Any], pad_token_id: int) -> di
 
 def micro_batches(
     union: dict[str, Any],
+    n_policy: int,
     blocks: int,
-    parts: int,
+    policy_passes: int,
+    recycled_passes: int,
     longest: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
 ) -> list[dict[str, Any]]:
-    """`union` in `blocks` random blocks of rows, each cut by length into `parts` micro-batches of their own width.
+    """`union`, whose first `n_policy` rows are the policy's, in `blocks` random blocks, each as micro-batches of their
+    own width: `recycled_passes` of recycled rows, then `policy_passes` of policy rows, as many in each.
 
     The optimizer takes no step within a block, so the order of its rows is free: rows of one length together leave
-    little padding, and the cuts make the largest padded area (rows x tokens, what a pass holds in memory) least.
+    little padding. Recycled rows are cut so that the largest padded area (rows x tokens, what a pass holds in memory)
+    is least.
 
-    `longest` takes a block's lengths (b,), descending, to the greatest at each place over all processes: all cut alike,
-    because TRL gathers a value per row in each pass, and a gather wants as many rows from everyone.
+    `longest` takes lengths (b,), descending, to the greatest at each place over all processes: all cut alike, because
+    TRL gathers a value per row in each pass, and a gather wants as many rows from everyone.
 
     Every row is in exactly one micro-batch. Their sizes differ: `weight` is the number of its rows over the average,
-    which turns a mean over its rows into its share of the mean over all. Where rows are too few, a micro-batch repeats
-    one with weight 0, so that every process takes part in every pass.
+    which turns a mean over its rows into its share of the mean over all. Where recycled rows are too few, a micro-batch
+    repeats a row with weight 0, so that every process takes part in every pass. `recycled` says which kind it is.
     """
     columns = split_pixel_values_by_grid(union)
     lengths = (union["prompt_mask"].sum(1) + union["completion_mask"].sum(1)).cpu()  # (b,)
+    average = len(lengths) / (blocks * (policy_passes + recycled_passes))
+
+    def by_length(rows: torch.Tensor) -> torch.Tensor:
+        return rows[lengths[rows].argsort(descending=True, stable=True)]
+
+    def evenly(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if not len(rows):
+            return (rows,) * recycled_passes
+        cuts = even_cuts(longest(lengths[rows]).tolist(), recycled_passes)
+        return rows.tensor_split((*cuts[1:], *[len(rows)] * recycled_passes)[: recycled_passes - 1])
+
+    policy = torch.randperm(n_policy).tensor_split(blocks)
+    recycled = (n_policy + torch.randperm(len(lengths) - n_policy)).tensor_split(blocks)
     batches = []
-    for block in torch.randperm(len(lengths)).tensor_split(blocks):
-        block = block[lengths[block].argsort(descending=True, stable=True)]
-        cuts = even_cuts(longest(lengths[block]).tolist(), parts)
-        cuts += [len(block)] * (parts + 1 - len(cuts))
-        for start, stop in pairwise(cuts):
-            rows = block[start:stop] if start < stop else torch.zeros(1, dtype=torch.long)
-            batch = trim(unsplit_pixel_values_by_grid(take(columns, rows)))
-            batches.append({**batch, "weight": (stop - start) * blocks * parts / len(lengths)})
+    for asked, answered in zip(recycled, policy, strict=True):
+        parts = [(rows, True) for rows in evenly(by_length(asked))]
+        parts += [(rows, False) for rows in by_length(answered).tensor_split(policy_passes)]
+        for rows, is_recycled in parts:
+            some = rows if len(rows) else torch.zeros(1, dtype=torch.long)
+            batch = trim(unsplit_pixel_values_by_grid(take(columns, some)))
+            batches.append({**batch, "weight": len(rows) / average, "recycled": is_recycled})
     return batches
 
 

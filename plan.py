@@ -59,14 +59,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Run:
-    """The settings that count. Micro-steps are the recipe's; `passes` is what recycling splits each of them into."""
+    """The settings that count. Micro-steps are the recipe's; `recycle_passes` is what each has for recycled rows."""
 
     launch: Launch
     per_device: int
     accumulation: int
     steps_per_generation: int
     num_iterations: int
-    passes: int
+    recycle_passes: int
     num_generations: int
     recycle_ratio: float
     prompt_tokens: int
@@ -181,7 +181,7 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
         accumulation=args.gradient_accumulation_steps,
         steps_per_generation=args.steps_per_generation,
         num_iterations=args.num_iterations,
-        passes=args.recycle_micro_steps if args.recycle_ratio > 0 else 1,
+        recycle_passes=args.recycle_micro_steps,
         num_generations=args.num_generations,
         recycle_ratio=args.recycle_ratio,
         prompt_tokens=args.max_prompt_length,
@@ -261,8 +261,8 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     cache          rows of a generation x longest row x 4 x layers x kv width        generate() without vLLM
     engine         weights in 2 bytes / tensor parallel + a longest row's cache + 2 GiB: the least that vLLM needs
 
-    A LoRA adapter is float32, except under ZeRO-3. Tokens of a pass: per_device x (policy + ratio x recycled row) /
-    passes, or one longest row if that is more; all at their longest, with an image of max_pixels in each.
+    A LoRA adapter is float32, except under ZeRO-3. Tokens of a pass: per_device policy rows, or per_device x ratio /
+    passes recycled ones (at least one), whichever is more; all at their longest, with an image of max_pixels in each.
     """
     sharding, world = run.launch.sharding, run.launch.processes
     deepspeed = sharding in ("zero2", "zero3")
@@ -276,9 +276,9 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
 
     longest = run.recycled_tokens if run.recycle_ratio > 0 else run.policy_tokens
-    rows = run.per_device * (1 + run.recycle_ratio) / run.passes
-    tokens = run.per_device * (run.policy_tokens + run.recycle_ratio * run.recycled_tokens) / run.passes
-    tokens = max(tokens, longest)
+    recycled_rows = run.per_device * run.recycle_ratio / run.recycle_passes
+    rows = max(run.per_device, recycled_rows)
+    tokens = max(run.per_device * run.policy_tokens, recycled_rows * run.recycled_tokens, longest)
 
     def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:
         layer = tokens * (8 * hidden + 4 * intermediate) * compute_bytes
@@ -289,7 +289,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
         visual = run.prompt_tokens
         if run.max_pixels is not None:
             visual = min(visual, run.max_pixels // model.pixels_per_token)
-    patches = max(rows, 1) * visual * model.patches_per_token
+    patches = rows * visual * model.patches_per_token
     held = activations(model.layers, tokens, model.hidden, model.intermediate)
     held += activations(model.vision_layers, patches, model.vision_hidden, 4 * model.vision_hidden)
 

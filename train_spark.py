@@ -29,7 +29,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -94,8 +94,8 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     recycle_micro_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Passes that each of your micro-steps is split into when recycling. Default: as many as keep "
-            "a pass from holding more tokens than your micro-step does without recycling. More passes take less memory."
+            "help": "Passes for the recycled rows of each of your micro-steps, beside the one for its policy rows. "
+            "Default: as many as keep them from holding more tokens than that one."
         },
     )
 
@@ -108,7 +108,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
             raise ValueError(f"max_prompt_length: expected 1 or more tokens, got {self.max_prompt_length}")
         if self.recycle_micro_steps is None:
             policy, recycled = self.longest_rows
-            self.recycle_micro_steps = math.ceil(1 + self.recycle_ratio * recycled / policy)
+            self.recycle_micro_steps = math.ceil(self.recycle_ratio * recycled / policy) or 1
         if self.recycle_micro_steps < 1:
             raise ValueError(f"recycle_micro_steps: expected 1 or more, got {self.recycle_micro_steps}")
 
@@ -158,10 +158,10 @@ class SparkTrainer(GRPOTrainer):
         if args.recycle_ratio > 0:
             reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
             reward_funcs = [judging(f, with_verdicts=i == 0) for i, f in enumerate(reward_funcs)]
-            # As many passes more per optimizer step as there are tokens more: memory stays what it was without
-            # recycling, and each pass stays one backward, which is all that DeepSpeed allows.
-            args.gradient_accumulation_steps *= args.recycle_micro_steps
-            args.steps_per_generation *= args.recycle_micro_steps
+            # Recycled rows have passes of their own: memory stays what it was without them, and each pass stays one
+            # backward, which is all that DeepSpeed allows.
+            args.gradient_accumulation_steps *= 1 + args.recycle_micro_steps
+            args.steps_per_generation *= 1 + args.recycle_micro_steps
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":
             ColocatedGeneration.adopt(self.vllm_generation)
@@ -171,7 +171,7 @@ class SparkTrainer(GRPOTrainer):
         self._scored: Scored | None = None
         self._waiting: tuple[Candidate, ...] = ()
         self._recycled_table: list[dict[str, Any]] = []
-        self._passes = args.recycle_micro_steps if args.recycle_ratio > 0 else 1
+        self._passes = 1 + args.recycle_micro_steps if args.recycle_ratio > 0 else 1  # for each of the user's
         world = self.accelerator.num_processes
         self._item_multiple = world // math.gcd(world, self.num_generations)  # every process gets as many rows
         added = self._tokenizer.get_added_vocab()
@@ -211,9 +211,8 @@ class SparkTrainer(GRPOTrainer):
         if not items:  # the same on every process, so that none waits in a collective
             return policy
 
-        with self._own_logs():
+        with self._logged_apart():
             recycled = super()._generate_and_score_completions(self._rows(items))
-            self._metrics["train"].clear()
         self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]  # what the step cost, all of it
         self._log_judging(items, recycled["advantages"])
 
@@ -222,14 +221,22 @@ class SparkTrainer(GRPOTrainer):
     # ---- a union into micro-steps -----------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
-        """TRL cuts a generation into equal slices of one width and drops the rest; `micro_batches` cuts a union."""
+        """TRL cuts a generation into slices of one width; `micro_batches` cuts a union, either kind of row apart."""
         steps = self.args.steps_per_generation
         due = self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None
         if not (self.model.training and self.args.recycle_ratio > 0 and due):
             return super()._prepare_inputs(generation_batch)
         union = self._generate_and_score_completions(generation_batch)
         blocks = steps // math.gcd(steps, self.args.gradient_accumulation_steps)
-        self._buffered_inputs = micro_batches(union, blocks, steps // blocks, self._longest)
+        policy_passes = steps // self._passes // blocks
+        self._buffered_inputs = micro_batches(
+            union,
+            len(generation_batch),
+            blocks,
+            policy_passes,
+            policy_passes * self.args.recycle_micro_steps,
+            self._longest,
+        )
         return self._buffered_inputs[self._step % steps]
 
     def _longest(self, lengths: torch.Tensor) -> torch.Tensor:
@@ -238,10 +245,11 @@ class SparkTrainer(GRPOTrainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         inputs = dict(inputs)
-        weight = inputs.pop("weight", 1.0)
+        weight, recycled = inputs.pop("weight", 1.0), inputs.pop("recycled", False)
         if self.loss_type in ("dapo", "cispo", "vespo"):  # a sum over the tokens of the whole generation
             weight = float(weight > 0)
-        loss = super().compute_loss(model, inputs, *args, **kwargs) * weight
+        with self._logged_apart(keep=weight > 0) if recycled else nullcontext():
+            loss = super().compute_loss(model, inputs, *args, **kwargs) * weight
         if not torch.isfinite(loss):
             self._stop_at("loss", loss.item())
         return loss
@@ -438,15 +446,19 @@ class SparkTrainer(GRPOTrainer):
     # ---- logging ----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _own_logs(self):
-        """TRL logs every pass alike. The recycled one logs aside, so that TRL's names keep meaning the policy."""
+    def _logged_apart(self, keep: bool = True):
+        """TRL logs every pass alike. In here its names have recycle/ before them, so that without they mean the policy;
+        its table of completions is left out (`_log_judging` writes another)."""
         metrics, logs = self._metrics, self._logs
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics = apart = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._logs = {name: [] for name in logs} | {"rewards": defaultdict(list), "extra": defaultdict(list)}
         try:
             yield
         finally:
             self._metrics, self._logs = metrics, logs
+        for name, values in apart["train"].items() if keep else ():
+            if name != "num_tokens":  # counts everything, under its own name
+                metrics["train"][f"recycle/{name}"] += values
 
     def _log_policy(self, groups: list[Group]) -> None:
         mode = "train" if self.model.training else "eval"
@@ -678,7 +690,7 @@ def main() -> None:
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(refuse(error)) from None
 
-    def read(source: str, split: str):
+    def read(source: str, split: str, own_columns: bool = False):
         bad_rows = None if data.strict else []
         columns = (data.prompt_column, data.solution_column, data.image_column)
         dataset = read_dataset(
@@ -692,6 +704,7 @@ def main() -> None:
             image_factor=image_factor(processor),
             config=data.dataset_config,
             split=split,
+            own_columns=own_columns,
             fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
@@ -716,11 +729,17 @@ def main() -> None:
 
     try:
         train = read(data.dataset, data.dataset_split)
-        evaluation = read(data.eval_dataset, data.eval_split) if data.eval_dataset else None
+        evaluation = read(data.eval_dataset, data.eval_split, own_columns=True) if data.eval_dataset else None
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
             raise BadInput(
                 f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "
                 "vision-language model, or data without the image column"
+            )
+        prompts = args.generation_batch_size // args.num_generations
+        if len(train) < prompts:  # TRL would train on nothing, and say nothing
+            raise BadInput(
+                f"{data.dataset}: {len(train)} rows, expected at least the {prompts} of one generation; lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
             )
     except (BadInput, OSError) as error:
         raise SystemExit(refuse(error)) from None

@@ -86,7 +86,7 @@ def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Found, bytes]]
 
     source = reader.source
     arguments = (source.rules.suffix, source.rules.allow_remote_images)
-    stream = tqdm(reader, desc=str(source), total=_count(source), unit=" rows")
+    stream = tqdm(reader, desc=str(source), total=_count(source), unit=" rows", delay=1)
     with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
         waiting: deque[Future | list] = deque()
         for batch in batches(stream, 64):
@@ -111,7 +111,7 @@ def _result(done: Future | list) -> list:
 
 def _count(source: Source) -> int | None:
     """Records of a file, for the progress bar; None where counting would mean loading."""
-    suffix = Path(source.name).suffix
+    suffix = "" if Path(source.name).is_dir() else Path(source.name).suffix.lower()
     if suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -119,7 +119,7 @@ def _count(source: Source) -> int | None:
             return pq.read_metadata(source.name).num_rows
         except (OSError, ValueError):
             return None  # reading it will say what is wrong
-    return sum(1 for _ in table.records(source.name)) if suffix in table.SUFFIXES else None
+    return sum(1 for _ in table.records(source.name, decoded=0)) if suffix in table.SUFFIXES else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         against: other data, whose questions should not be in `source`.
         model: a folder or hub name, whose processor counts tokens.
 
-    Raises BadInput, and OSError for a model that is not there.
+    Raises BadInput.
     """
     processor = None
     if model is not None:
@@ -141,7 +141,10 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
 
         from data.lengths import image_tokens, prompt_tokens
 
-        processor = AutoProcessor.from_pretrained(model)
+        try:
+            processor = AutoProcessor.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"model: {error}") from None
     seen: dict[bytes, tuple[int, str]] = {}  # question -> (first row, its gold)
     bad, repeated, tasks, golds, images = [], [], Counter(), Counter(), Counter()
     conflicts = total = 0
@@ -166,19 +169,20 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         "file": str(source),
         "rows": total,
         "usable": total - len(bad),
-        "columns": reader.columns,
+        "columns": list(reader.columns),
         "images": {"rows": total - len(bad) - images[0], "images": sum(n * rows for n, rows in images.items())},
         "tasks": dict(tasks.most_common()),
         "answers": answers(golds),
         "repeated": {"rows": len(repeated), "with_another_answer": conflicts, "row_and_first": repeated},
     }
     if against is not None:
-        shared = [
-            [seen[key][0], row]
-            for (row, _, found), key in examined_rows(Reader(against, judge=True, look=False), workers)
-            if isinstance(found, dict) and key in seen
-        ]
-        report["overlap"] = {"file": str(against), "rows": len(shared), "row_and_its_row": shared}
+        shared, unusable = [], 0
+        for (row, _, found), key in examined_rows(Reader(against, judge=True, look=False), workers):
+            if isinstance(found, BadRow):
+                unusable += 1
+            elif key in seen:
+                shared.append([seen[key][0], row])
+        report["overlap"] = {"file": str(against), "rows": len(shared), "unusable": unusable, "row_and_its_row": shared}
     if processor is not None:
         report["tokens"] = {name: quantiles(values) for name, values in lengths.items() if values}
     return {**report, "bad": [asdict(row) for row in bad]}
@@ -238,7 +242,10 @@ def render(report: dict[str, Any]) -> str:
     ]
     if "overlap" in report:
         overlap = report["overlap"]
-        lines.append(f"overlap   {overlap['rows']:,} rows of {overlap['file']}{examples(overlap['row_and_its_row'])}")
+        lines.append(
+            f"overlap   {overlap['rows']:,} rows of {overlap['file']}{examples(overlap['row_and_its_row'])}"
+            + (f"; {overlap['unusable']:,} of its rows are unusable" if overlap["unusable"] else "")
+        )
     for name, found in report.get("tokens", {}).items():
         lines.append(f"{name} tokens: {pairs(found)}")
     for row in report["bad"]:
@@ -277,13 +284,14 @@ def main(arguments: list[str] | None = None) -> int:
         max_pixels=args.max_pixels,
     )
 
-    def source(name: str) -> Source:
+    def source(name: str, own_columns: bool = False) -> Source:
         columns = (args.prompt_column, args.solution_column, args.image_column)
-        return Source(name, *columns, args.dataset_config, args.dataset_split, rules)
+        return Source(name, *columns, args.dataset_config, args.dataset_split, rules, own_columns)
 
     try:
-        report = check(source(args.file), source(args.against) if args.against else None, args.model, args.workers)
-    except (BadInput, OSError) as error:
+        against = source(args.against, own_columns=True) if args.against else None
+        report = check(source(args.file), against, args.model, args.workers)
+    except BadInput as error:
         print(f"data.check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else render(report))
@@ -291,6 +299,8 @@ def main(arguments: list[str] | None = None) -> int:
         first = BadRow(**report["bad"][0])
         n = len(report["bad"])
         print(f"data.check: {args.file}: {n:,} of {report['rows']:,} rows are unusable; {first}", file=sys.stderr)
+    if not report["rows"]:
+        print(f"data.check: {args.file}: expected at least one row, found none", file=sys.stderr)
     return 2 if report["bad"] or not report["rows"] else 0
 
 

@@ -11,6 +11,7 @@ need no new samples. On one GPU it is the cost of generating n answers a questio
 """
 
 import argparse
+import hashlib
 import importlib.util
 import json
 import math
@@ -46,14 +47,14 @@ class Settings:
 class Rates:
     """The pass rates known so far, in a JSON-lines file that survives being cut off.
 
-    The first line holds the settings and the number of rows; each other one `row`, `right` and `scored` (answers that
-    the verifier could decide). Raises BadInput for a file made with other settings.
+    The first line holds the settings and what identifies the questions; each other one `row`, `right` and `scored`
+    (answers that the verifier could decide). Raises BadInput for a file with rates of other settings or questions.
     """
 
-    def __init__(self, path: Path, settings: Settings, rows: int):
+    def __init__(self, path: Path, settings: Settings, questions: str):
         self.path = path
         self.known: dict[int, dict[str, int]] = {}
-        header = {"settings": asdict(settings), "rows": rows}
+        header = {"settings": asdict(settings), "questions": questions}
         lines = (
             path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
         )  # the last one may be cut off
@@ -64,7 +65,7 @@ class Rates:
                 changed = [k for k in header["settings"] if made["settings"].get(k) != header["settings"][k]]
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadInput(f"{path}: expected pass rates written by data.filter; remove it") from None
-            if changed or made.get("rows") != rows:
+            if found and (changed or made.get("questions") != questions):
                 raise BadInput(
                     f"{path}: made with another {', '.join(changed) or 'dataset'}; give another --output or remove it"
                 )
@@ -83,6 +84,14 @@ class Rates:
                 file.write(json.dumps(rate) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def questions_of(dataset) -> str:
+    """Identifies the questions and golds, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for batch in dataset.with_format(None).select_columns(["prompt", "solution"]).iter(1000):
+        digest.update(json.dumps(batch, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def kept_rows(known: dict[int, dict[str, int]], low: float, high: float) -> tuple[list[int], list[int], list[int]]:
@@ -160,15 +169,16 @@ def measure(dataset, rates: Rates, sampler, chunk: int = CHUNK) -> None:
             bar.update(len(numbers))
 
 
-def _factor(args: argparse.Namespace) -> int | None:
-    """The model's image grid, needed only where a budget is to be kept."""
-    if args.min_pixels is None and args.max_pixels is None:
-        return None
-    from transformers import AutoProcessor
+def _model(args: argparse.Namespace) -> tuple[Any, int]:
+    """(the model's processor, tokens that its longest prompt may have). Raises BadInput."""
+    from transformers import AutoConfig, AutoProcessor
 
-    from data.lengths import image_factor
-
-    return image_factor(AutoProcessor.from_pretrained(args.model))
+    try:
+        processor, config = (auto.from_pretrained(args.model) for auto in (AutoProcessor, AutoConfig))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"model: {error}") from None
+    context = args.max_model_len or config.get_text_config().max_position_embeddings
+    return processor, context - 1  # an answer has at least one
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -194,10 +204,12 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"expected n >= 1 and 0 <= low <= high <= 1, got {args.n}, {args.low} and {args.high}")
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
 
+    from data.lengths import image_factor, too_long
     from data.read import read_dataset, summary
 
     bad_rows: list[BadRow] = []
     try:
+        processor, longest = _model(args)
         dataset = read_dataset(
             args.dataset,
             args.prompt_column,
@@ -208,14 +220,15 @@ def main(arguments: list[str] | None = None) -> int:
             allow_remote_images=args.allow_remote_images,
             min_pixels=args.min_pixels,
             max_pixels=args.max_pixels,
-            image_factor=_factor(args),
+            image_factor=image_factor(processor),
             config=args.dataset_config,
             split=args.dataset_split,
+            fits=too_long(longest, processor, "max_model_len"),
             bad_rows=bad_rows,
             checked=math.inf,  # each of them is used
         )
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        rates = Rates(args.output.with_name(args.output.name + ".rates.jsonl"), settings, len(dataset))
+        rates = Rates(args.output.with_name(args.output.name + ".rates.jsonl"), settings, questions_of(dataset))
         if bad_rows:
             print(summary(bad_rows))
         if len(rates.known) < len(dataset):

@@ -27,7 +27,7 @@ def records(source: str, config: str | None = None, split: str = "train") -> Ite
     except (OSError, ValueError, DatasetsError) as error:
         raise BadInput(
             f"{source}: expected a file (json, jsonl, csv, tsv, parquet), a folder or a hub name; "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from None
     if isinstance(loaded, DatasetDict):
         if split not in loaded and len(loaded) > 1:
@@ -48,7 +48,7 @@ def of(dataset) -> Iterator[Found]:
         return feature
 
     plain = dataset.with_format(None)
-    for name, feature in dataset.features.items():
+    for name, feature in (dataset.features or {}).items():  # None: a stream that has not said yet
         if (as_stored := stored(feature)) != feature:
             plain = plain.cast_column(name, as_stored)
 

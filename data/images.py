@@ -20,10 +20,12 @@ import reprlib
 import shutil
 import stat
 import tempfile
+import threading
 import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import lru_cache
 from io import BytesIO
@@ -42,6 +44,8 @@ CACHE_BYTES = 256 << 20  # decoded images kept: the G rollouts of a question ask
 CACHE_IMAGES = 1024
 
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A")  # PNG JPEG GIF WEBP BMP TIFF TIFF
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
+_NO_RANGE = ("F", "LAB")
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 lie on their side
 
 Reference = dict[str, Any]
@@ -86,11 +90,7 @@ def reference(
         raise BadImage(f"expected min_pixels up to max_pixels, got {min_pixels} and {max_pixels}")
     content = path = None
     if isinstance(value, Image.Image):
-        with BytesIO() as buffer:
-            value.save(
-                buffer, format="TIFF" if value.mode in ("CMYK", "F", "LAB", "YCbCr", "PA", "La", "RGBa") else "PNG"
-            )
-            content = buffer.getvalue()
+        content = _as_png(value)
     elif isinstance(value, (bytes, bytearray)):
         content = bytes(value)
     elif isinstance(value, (str, os.PathLike)) and str(value).strip():
@@ -105,6 +105,19 @@ def reference(
         "width": None,
         "height": None,
     }
+
+
+def _as_png(image: Image.Image) -> bytes:
+    """An image in memory as a file's content, upright. Raises BadImage."""
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode not in _PNG_MODES:
+            image = to_rgb(image)
+        with BytesIO() as buffer:
+            image.save(buffer, format="PNG")
+            return buffer.getvalue()
+    except (OSError, SyntaxError, ValueError) as error:  # opened before, and broken behind its header
+        raise BadImage(f"an image of mode {image.mode} can't be used ({str(error)[:120]})") from None
 
 
 def pixels(value: Any, name: str) -> int | None:
@@ -210,7 +223,7 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
                     raise BadImage(f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS:,}")
                 if max(width, height) > MAX_ASPECT * min(width, height):
                     raise BadImage(f"{name}: {width} x {height}, expected an aspect ratio of at most {MAX_ASPECT}")
-                if image.mode in ("F", "LAB"):
+                if image.mode in _NO_RANGE:
                     raise BadImage(f"{name}: pixels of mode {image.mode} have no known range, expected 8 or 16 bits")
                 yield image
     except BadImage:
@@ -221,7 +234,7 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
         raise BadImage(f"{name} can't be read as an image; expected {', '.join(FORMATS)}") from None
     except FileNotFoundError:
         raise BadImage(f"no such file {name}") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError) as error:
         raise BadImage(f"{name} can't be read as an image ({str(error)[:120]})") from None  # Pillow's plugins raise all
 
 
@@ -233,6 +246,8 @@ def size_of(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
     if image.format == "PNG" and "exif" not in image.info:  # behind the pixels, if anywhere: not worth decoding them
+        return image.size
+    if image.format == "TIFF":  # Pillow has turned it
         return image.size
     return image.size[::-1] if image.getexif().get(_ORIENTATION, 1) > 4 else image.size
 
@@ -246,8 +261,10 @@ def check_image(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
             image.verify()
         else:
             if image.format in ("JPEG", "MPO"):  # the second is a JPEG with more pictures behind it
-                image.draft("RGB", (image.width // 8, image.height // 8))
+                image.draft("RGB", (-(-image.width // 8), -(-image.height // 8)))
             image.load()
+            if image.mode.startswith("I"):
+                to_rgb(image)  # the range of its pixels
         return size
 
 
@@ -266,13 +283,26 @@ def fetch(url: str, allow_remote: bool = False) -> bytes:
     """
     if not allow_remote or urlsplit(url).scheme not in ("http", "https"):
         raise BadImage(f"{url:.80} is remote; give --allow_remote_images to fetch it when it is used")
-    import requests
-    from urllib3 import Retry
-
     kept = _fetched() / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
     if kept.exists():
         return kept.read_bytes()
-    deadline = time.monotonic() + REMOTE_SECONDS
+    done: Future[bytes] = Future()  # in a thread: a server that sends a byte now and then holds any read for ever
+    threading.Thread(target=_download, args=(url, done, time.monotonic() + REMOTE_SECONDS), daemon=True).start()
+    try:
+        content = done.result(REMOTE_SECONDS)
+    except TimeoutError:
+        raise NotFetched(f"{url:.80}: not there after {REMOTE_SECONDS:g} s") from None
+    part = kept.with_suffix(f".{os.getpid()}")
+    part.write_bytes(content)
+    os.replace(part, kept)
+    return content
+
+
+def _download(url: str, done: Future, deadline: float) -> None:
+    """Settle `done` with the content of `url`, or with what went wrong."""
+    import requests
+    from urllib3 import Retry
+
     retry = Retry(3, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
     content = bytearray()
     try:
@@ -285,16 +315,15 @@ def fetch(url: str, allow_remote: bool = False) -> bytes:
                     content += chunk
                     if len(content) > REMOTE_BYTES:
                         raise BadImage(f"{url:.80}: expected at most {REMOTE_BYTES:,} bytes")
-                    if time.monotonic() > deadline:
-                        raise NotFetched(f"{url:.80}: not there after {REMOTE_SECONDS:.0f} s")
+                    if time.monotonic() > deadline:  # nobody waits any more
+                        return
+        done.set_result(bytes(content))
     except requests.HTTPError as error:  # what stays: no such image, no right to it
-        raise BadImage(f"{url:.80} can't be fetched ({error.response.status_code})") from None
+        done.set_exception(BadImage(f"{url:.80} can't be fetched ({error.response.status_code})"))
     except requests.RequestException as error:
-        raise NotFetched(f"{url:.80} can't be fetched ({type(error).__name__})") from None
-    part = kept.with_suffix(f".{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, kept)
-    return bytes(content)
+        done.set_exception(NotFetched(f"{url:.80} can't be fetched ({type(error).__name__})"))
+    except Exception as error:  # raised where it is waited for
+        done.set_exception(error)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -302,6 +331,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     first frame. Raises BadImage for floating-point and other pixels without a known range."""
     image.load()
     image = ImageOps.exif_transpose(image)
+    if image.mode in _NO_RANGE:
+        raise BadImage(f"pixels of mode {image.mode} have no known range, expected 8 or 16 bits")
     if image.mode.startswith("I"):
         import numpy as np
 

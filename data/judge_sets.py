@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data.images import BadImage, check_image, reference
-from data.read import Source, raw_records
+from data.read import Source, folder_of, raw_records
 from data.rows import BadInput, RowError
 
 VL_REWARDBENCH = {"query", "response", "human_ranking"}
@@ -29,8 +29,11 @@ REWARDBENCH_2 = {"prompt", "chosen", "rejected", "subset"}
 Judged = dict[str, Any]  # dataset, problem, image_path, chosen, rejected
 
 
-def vl_rewardbench(raw: dict[str, Any], name: str, images: Path) -> Judged:
-    """A pair; its image goes to `images`/`name` with the ending of its format. Raises RowError."""
+def vl_rewardbench(raw: dict[str, Any], folder: str, name: str, images: Path) -> Judged:
+    """A pair; its image (a path is relative to `folder`) goes to `images`/`name` with the ending of its format.
+
+    Raises RowError.
+    """
     responses, ranking = raw.get("response"), raw.get("human_ranking")
     if not isinstance(responses, list) or len(responses) != 2 or not all(map(_is_text, responses)):
         raise RowError("response", "expected two responses as text")
@@ -41,29 +44,29 @@ def vl_rewardbench(raw: dict[str, Any], name: str, images: Path) -> Judged:
     return {
         "dataset": f"VL-RewardBench/{raw.get('query_source') or 'all'}",
         "problem": raw["query"],
-        "image_path": None if raw.get("image") is None else _save(raw["image"], name, images),
+        "image_path": None if raw.get("image") is None else _save(raw["image"], folder, name, images),
         "chosen": responses[ranking.index(0)],
         "rejected": responses[ranking.index(1)],
     }
 
 
-def _save(image: Any, name: str, folder: Path) -> str:
-    """Write an image and return its path relative to the folder's parent. Raises RowError."""
+def _save(image: Any, folder: str, name: str, images: Path) -> str:
+    """Write an image into `images` and return its path relative to the parent of that. Raises RowError."""
     from io import BytesIO
 
     from PIL import Image
 
     try:
-        ref = reference(image, str(folder))
+        ref = reference(image, folder)
         check_image(ref)
     except BadImage as error:
         raise RowError("image", str(error)) from None
     content = ref["bytes"] if ref["bytes"] is not None else Path(ref["path"]).read_bytes()
     with Image.open(BytesIO(content)) as opened:
         ending = opened.format.lower()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.{ending}").write_bytes(content)
-    return f"{folder.name}/{name}.{ending}"
+    images.mkdir(parents=True, exist_ok=True)
+    (images / f"{name}.{ending}").write_bytes(content)
+    return f"{images.name}/{name}.{ending}"
 
 
 def rewardbench_2(raw: dict[str, Any], ties: bool) -> list[Judged]:
@@ -96,7 +99,7 @@ def convert(source: Source, images: Path, ties: bool = False) -> Iterator[tuple[
             raise BadInput(f"{source}: {raw}")
         try:
             if raw.keys() >= VL_REWARDBENCH:
-                yield [vl_rewardbench(raw, f"{row:05d}", images)], None
+                yield [vl_rewardbench(raw, folder_of(source.name), f"{row:05d}", images)], None
             elif raw.keys() >= REWARDBENCH_2:
                 found = rewardbench_2(raw, ties)
                 yield found, None if found else "several right responses (--ties takes them)"

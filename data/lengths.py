@@ -39,8 +39,9 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
 def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     """Tokens of each row's prompt in the model's chat template, those of images included.
 
-    Raises BadInput where rows have images and the model reads text alone.
+    Raises BadInput where rows have images and the model reads text alone, and where its template can't write them.
     """
+    from jinja2 import TemplateError
     from transformers import ProcessorMixin
     from trl.data_utils import prepare_multimodal_messages
 
@@ -49,16 +50,19 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
         prepare_multimodal_messages(row["prompt"], images=row["images"]) if row["images"] else row["prompt"]
         for row in rows
     ]
-    texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+    try:
+        texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:  # of a base model there is none; some take no system prompt
+        raise BadInput(f"chat template of {tokenizer.name_or_path}: {error}") from None
     lengths = map(len, tokenizer(texts)["input_ids"])  # one token stands for each image
     return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 
 
-def too_long(limit: int, processor: Any):
-    """A function of a row: why its prompt is too long, or None. Only prompts that could be are tokenised: a token is at
-    least a byte (a Chinese character or an emoji may be several), and what the template adds to a message or an image
-    is no more than the whole of it around an empty question."""
+def too_long(limit: int, processor: Any, setting: str = "max_prompt_length"):
+    """A function of a row: why its prompt is too long (by which setting), or None. Only prompts that could be are
+    tokenised: a token is at least a byte (a Chinese character or an emoji may be several), and what the template adds
+    to a message or an image is no more than the whole of it around an empty question."""
     (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor)
 
     def reason(row: dict[str, Any]) -> str | None:
@@ -66,6 +70,6 @@ def too_long(limit: int, processor: Any):
         if size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor) <= limit:
             return None
         (n,) = prompt_tokens([row], processor)
-        return f"{n} tokens, expected at most {limit} (max_prompt_length)" if n > limit else None
+        return f"{n} tokens, expected at most {limit} ({setting})" if n > limit else None
 
     return reason

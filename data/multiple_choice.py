@@ -67,9 +67,10 @@ def _options(value: Any) -> dict[str, Any]:
 def _letter(answer: Any, options: dict[str, Any]) -> str:
     labels = list(options)
     text = "" if answer is None else str(answer).strip()
-    bare = text.strip("().").upper()
-    if isinstance(answer, str) and bare in labels:
-        return bare
+    bare = text.strip("().")
+    same = [label for label in labels if label.upper() == bare.upper()]
+    if isinstance(answer, str) and same:
+        return bare if bare in same else same[0]
     same = [label for label, option in options.items() if str(option).strip() == text]
     if len(same) == 1:
         return same[0]

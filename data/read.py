@@ -54,6 +54,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     rules: Rules = field(default_factory=Rules)
+    own_columns: bool = False
 
     def __str__(self):
         return self.name if isinstance(self.name, str) else "rows"
@@ -77,6 +78,7 @@ def read_dataset(
     image_factor: int | None = None,
     config: str | None = None,
     split: str = "train",
+    own_columns: bool = False,
     fits: Callable[[Row], str | None] | None = None,
     bad_rows: list[BadRow] | None = None,
     checked: float = CHECKED,
@@ -95,6 +97,8 @@ def read_dataset(
         min_pixels, max_pixels: bounds for each image's pixels; a row's own narrower ones win.
         image_factor: pixels a side of a visual token (data/images.py), for the Qwen-VL family.
         config, split: of a hub dataset or a folder.
+        own_columns: the names are those of other data, which this stands beside; where they are not there, and the
+            layout is known, that is no error.
         fits: says why a row is not to be used (a prompt that is too long), or None.
         bad_rows: if given, rows that are left out are appended to it.
         checked: with `bad_rows`, rows that are made here; the others are when they are used.
@@ -106,8 +110,10 @@ def read_dataset(
 
     from data.row_image import RowImage
 
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
     rules = Rules(suffix, ".", image_root, allow_remote_images, min_pixels, max_pixels)
-    where = Source(source, prompt_column, solution_column, image_column, config, split, rules)
+    where = Source(source, prompt_column, solution_column, image_column, config, split, rules, own_columns)
     image = RowImage(factor=image_factor, allow_remote=allow_remote_images)
     features = Features(
         {
@@ -253,13 +259,21 @@ class Reader:
 
     def __init__(self, source: Source, judge: bool = False, look: bool = True, checked: float = math.inf):
         self.source, self.judge, self.look, self.checked = source, judge, look, checked
-        self.rules = replace(source.rules, folder=os.path.abspath(source.rules.image_root or _folder_of(source.name)))
+        rules = source.rules
+        for name in ("min_pixels", "max_pixels"):
+            try:
+                pixels(getattr(rules, name), name)
+            except BadImage as error:
+                raise BadInput(f"{name}: {error}") from None
+        if rules.image_root is not None and not os.path.isdir(rules.image_root):
+            raise BadInput(f"image_root: expected a folder, got {rules.image_root}")
+        self.rules = replace(rules, folder=os.path.abspath(rules.image_root or folder_of(source.name)))
         records = iter(raw_records(source, max(checked, _PEEK)))
         head = list(itertools.islice(records, _PEEK))
         found = [record for _, _, record in head if isinstance(record, dict)]
         if head and not found:
             raise BadInput(f"{source}: {head[0][2]}")
-        self.columns = list(dict.fromkeys(name for record in found for name in record))
+        self.columns: dict[str, None] = {}  # in order, of the rows read so far
         self.make = layout(source, found) if found else None  # None: there is no row at all
         self.records = itertools.chain(head, records)
 
@@ -267,6 +281,7 @@ class Reader:
         looked = 0
         for i, line, record in self.records:
             if isinstance(record, dict):
+                self.columns |= dict.fromkeys(record)
                 record = (_as_json(record) if i >= self.checked else None) or record
             if isinstance(record, dict):
                 try:
@@ -291,7 +306,8 @@ def _as_json(record: dict[str, Any]) -> str | None:
         return None
 
 
-def _folder_of(name: Any) -> str:
+def folder_of(name: Any) -> str:
+    """What the relative paths in a source are relative to."""
     if not isinstance(name, str):
         return "."
     return name if Path(name).is_dir() else str(Path(name).parent)
@@ -314,7 +330,7 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
         if isinstance(name, (Dataset, IterableDataset)):
             return hub.of(name)
         return ((i, None, record) for i, record in enumerate(name))
-    if Path(name).suffix in table.SUFFIXES and not Path(name).is_dir():
+    if Path(name).suffix.lower() in table.SUFFIXES and not Path(name).is_dir():
         return table.records(name, decoded)
     if Path(name).is_file():
         raise BadInput(f"{name}: expected one of {' '.join(table.SUFFIXES)}; a spreadsheet can be exported as CSV")
@@ -324,40 +340,37 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
 def layout(source: Source, head: list[dict[str, Any]]) -> Callable[[dict[str, Any]], Record]:
     """What makes a Record of each record: the named columns where they are there, else a known layout.
 
-    Raises BadInput, naming the columns there are.
+    Raises BadInput, naming the columns there are: for a name that was given and is not there, or where no layout is
+    known.
     """
     columns = set().union(*head)
     names = {"prompt": source.prompt_column, "solution": source.solution_column, "image": source.image_column}
     missing = [what for what, name in names.items() if name is not None and name not in columns]
-    images = source.image_column or next((name for name in IMAGES if name in columns), None)
-
-    def named(raw: dict[str, Any]) -> Record:
-        if any(raw.get(name) for name in multiple_choice.OPTIONS):  # a set may hold open questions as well
-            return multiple_choice.record(raw, source.prompt_column, source.solution_column)
-        return Record(raw.get(source.prompt_column), raw.get(source.solution_column))
-
-    options = any(name in columns for name in multiple_choice.OPTIONS)
-    known = next((module for module in _LAYOUTS if module.matches(columns, head)), None)
-    if "prompt" not in missing and "solution" not in missing:
-        known = None
-    if "image" in missing or (missing and known is None):
-        what = "image" if "image" in missing else missing[0]
+    known = None
+    if {"prompt", "solution"} & set(missing):
+        known = next((module for module in _LAYOUTS if module.matches(columns, head)), None)
+    given = [what for what in missing if what == "image" or names[what] != what]  # other than the default
+    if (given and not source.own_columns) or (known is None and set(missing) - {"image"}):
+        what = (given or missing)[0]
         raise BadInput(
             f"{source}: no column {names[what]!r}; name the column of the {what} with --{what}_column, "
             f"one of: {', '.join(sorted(map(str, columns)))}"
         )
-    record = known.record if known else named
-    tasks = [name for name in TASKS if name in columns]
-    budgets = bool({"min_pixels", "max_pixels"} & columns)
-    kind = known.NAME if known else multiple_choice.NAME if options else "question"
+    prompt, solution, images = source.prompt_column, source.solution_column, (source.image_column,)
+    if source.image_column is None or "image" in missing:
+        images = IMAGES
 
-    def make(raw: dict[str, Any]) -> Record:
-        found = record(raw)
-        if found.images is None and images:
-            found.images = raw.get(images)
-        found.task = found.task or next((raw[name] for name in tasks if raw.get(name)), kind)
-        if budgets:
-            found.min_pixels, found.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
+    def make(raw: dict[str, Any]) -> Record:  # a column may be there in some rows only, and not in the first ones
+        if known:
+            found, kind = known.record(raw), known.NAME
+        elif any(raw.get(name) for name in multiple_choice.OPTIONS):  # a set may hold open questions as well
+            found, kind = multiple_choice.record(raw, prompt, solution), multiple_choice.NAME
+        else:
+            found, kind = Record(raw.get(prompt), raw.get(solution)), "question"
+        if found.images is None:
+            found.images = next((raw[name] for name in images if raw.get(name) is not None), None)
+        found.task = found.task or next((raw[name] for name in TASKS if raw.get(name)), kind)
+        found.min_pixels, found.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
         return found
 
     return make

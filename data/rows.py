@@ -99,6 +99,8 @@ def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> d
             raise RowError("images", f"expected {marks}, one for each place in the prompt, got {len(found)}")
         if placed and given:
             raise RowError("images", "expected images in the prompt or in their own column, got both")
+        if not found and any(IMAGE_MARK in text for text in _texts(messages)):
+            raise RowError("images", f"expected an image for each {IMAGE_MARK} in the prompt, got none")
         messages = _simplest(messages)
     return {
         "prompt": [*messages[:-1], _with_suffix(messages[-1], rules.suffix)],
@@ -212,6 +214,11 @@ def _image_parts(messages: Sequence[dict[str, Any]]) -> int:
     return sum(p["type"] == "image" for m in messages if not isinstance(m["content"], str) for p in m["content"])
 
 
+def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
+    return [m["content"] if isinstance(m["content"], str) else " ".join(p.get("text", "") for p in m["content"])
+            for m in messages]  # fmt: skip
+
+
 def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Places for `count` images: where the messages have them, else where the text says <image> that many times, else
     in front of the first question."""
@@ -277,9 +284,7 @@ def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
 
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
-    texts = [m["content"] if isinstance(m["content"], str) else " ".join(p.get("text", "") for p in m["content"])
-             for m in prompt]  # fmt: skip
-    return " ".join(" ".join(texts).removesuffix(suffix).casefold().split())
+    return " ".join(" ".join(_texts(prompt)).removesuffix(suffix).casefold().split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

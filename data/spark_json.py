@@ -1,7 +1,7 @@
-"""Spark-Data, the training JSON of the paper's release: `message`, a conversation as a JSON string, and `answer`.
+r"""Spark-Data, the training JSON of the paper's release: `message`, a conversation as a JSON string, and `answer`.
 
-[{"message": "[{\\"role\\": \\"user\\", \\"content\\": [{\\"type\\": \\"image\\", \\"image\\": \\"file:///data/a.png\\",
-  \\"max_pixels\\": 1048576}, {\\"type\\": \\"text\\", \\"text\\": \\"Area?\\"}]}]", "answer": "12"}]
+[{"answer": "12", "message":
+  "[{\"role\":\"user\",\"content\":[{\"type\":\"image\",\"image\":\"a.png\"},{\"type\":\"text\",\"text\":\"Area?\"}]}]"}]
 """
 
 import json

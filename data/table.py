@@ -34,11 +34,12 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Found]:
     if not file.is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        if file.suffix == ".parquet":
+        suffix = file.suffix.lower()
+        if suffix == ".parquet":
             yield from _parquet(path)
-        elif file.suffix in (".csv", ".tsv"):
+        elif suffix in (".csv", ".tsv"):
             yield from _csv(path)
-        elif file.suffix == ".json" and _starts_with_list(path):
+        elif suffix == ".json" and _starts_with_list(path):
             yield from _json_list(path, decoded)
         else:
             yield from _json_lines(path, decoded)
@@ -149,30 +150,35 @@ def _object(row: int, line: int, found: Any) -> dict[str, Any] | BadRow:
 
 
 def _csv(path: str) -> Iterator[Found]:
+    """Columns without a name (an index, a spreadsheet's empty ones) are left out. A quotation mark that is not closed
+    would swallow the rows after it: refused."""
     csv.field_size_limit(MAX_ROW)
     with open(path, encoding="utf-8-sig", newline="") as file:
         header = file.readline()
         delimiter = max(",;\t|", key=header.count)  # spreadsheets write any of them
         file.seek(0)
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="")
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise BadInput(f"{path}: line 1: expected a name of its own for each column, got {', '.join(names)}")
-        rows = enumerate(reader)
-        line = 2
-        while True:
-            try:
-                row, found = next(rows)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise BadInput(f"{path}: line {line}: expected delimited text: {error}") from None
-            if found.pop("", None):
-                found = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
-            else:
-                found = {name: value or None for name, value in found.items()}
-            yield row, line, found
-            line = reader.line_num + 1
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        names: list[str] = []
+        row, line = 0, 1
+        try:
+            for fields in reader:
+                if fields and not names:
+                    names = [name.strip() for name in fields]
+                    _unique(path, [name for name in names if name])
+                elif fields:
+                    found = {name: value or None for name, value in itertools.zip_longest(names, fields) if name}
+                    if any(fields[len(names) :]):
+                        found = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
+                    yield row, line, found
+                    row += 1
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise BadInput(f"{path}: line {line}: expected delimited text: {error}") from None
+
+
+def _unique(path: str, names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise BadInput(f"{path}: expected a name of its own for each column, got {', '.join(names)}")
 
 
 def _parquet(path: str) -> Iterator[Found]:
@@ -181,10 +187,13 @@ def _parquet(path: str) -> Iterator[Found]:
 
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
+            _unique(path, file.schema_arrow.names)
             row = 0
             for batch in file.iter_batches(batch_size=256):
                 for found in batch.to_pylist():
                     yield row, None, found
                     row += 1
+    except BadInput:
+        raise
     except (pa.ArrowException, ValueError) as error:
         raise BadInput(f"{path}: expected Parquet: {str(error)[:120]}") from None

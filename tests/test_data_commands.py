@@ -1,13 +1,15 @@
 """data.check, data.filter and data.judge_sets, as commands."""
 
+import copy
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from data import check, filter, judge_sets
-from data.filter import Rates, Settings, kept_rows, measure
+from data.filter import Rates, Settings, kept_rows, measure, questions_of
 from data.read import BadInput, read_dataset
 from data.tiny_model import OUTPUT
 
@@ -75,6 +77,32 @@ def test_check_of_good_and_of_unreadable_files(files, capsys):
     assert "no column 'photo'" in error and "prompt, solution" in error
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "flags", "expected"),
+    [
+        ("x.csv", "prompt,solution\n", [], "x.csv: expected at least one row, found none"),
+        ("x.jsonl", '{"prompt": "a", "solution": ""}', [], "row 0: field solution: expected a gold answer"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--max_pixels", "-1"], "max_pixels: expected max_pixels as a"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--image_root", "no"], "image_root: expected a folder"),
+        ("x.jsonl", '{"prompt": "a", "solution": "1"}', ["--model", "{folder}"], "model: "),
+    ],
+)
+def test_check_refuses_in_one_line(name, content, flags, expected, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
+    assert check.main([str(tmp_path / name), *(flag.format(folder=tmp_path) for flag in flags)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.check: ") and expected in line
+
+
+def test_check_counts_what_it_could_not_compare(files, tmp_path, capsys):
+    """Columns of the file may not be those of the other one, and a broken row of that one is no row without overlap."""
+    other = [{"dataset": "t", "problem": "Area?", "answer": gold, "image_path": "copy.png"} for gold in ("12", None)]
+    mine = write(tmp_path / "mine.json", [{"q": "Area?", "gold": "12", "photo": "a.png"}])
+    columns = ["--prompt_column", "q", "--solution_column", "gold", "--image_column", "photo"]
+    assert check.main([mine, *columns, "--against", write(tmp_path / "other.json", other), "--workers", "1"]) == 0
+    assert "1 rows of" in (out := capsys.readouterr().out) and "(row 0 = 0); 1 of its rows are unusable" in out
+
+
 def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
     """Counted from sizes alone; the same as of the real inputs."""
     from trl.data_utils import prepare_multimodal_messages
@@ -99,6 +127,18 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
         too_long(longest - 1, processor)(counted[0])
         == f"{longest} tokens, expected at most {longest - 1} (max_prompt_length)"
     )
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no system prompt') }}"])
+def test_a_template_that_cannot_write_a_prompt_is_one_line(template, processor, tmp_path, capsys):
+    other = copy.deepcopy(processor)
+    other.chat_template = other.tokenizer.chat_template = template
+    other.save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    data = write(tmp_path / "x.json", [{"prompt": "a", "solution": "1"}])
+    assert check.main([data, "--model", str(tmp_path / "model")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.check: chat template of ")
 
 
 def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
@@ -135,7 +175,8 @@ class Fake:
 
 def test_filter_goes_on_where_it_stopped(tmp_path):
     data = read_dataset([{"prompt": f"{i}?", "solution": i} for i in range(5)])
-    path = tmp_path / "rates.jsonl"
+    path, questions = tmp_path / "rates.jsonl", questions_of(data)
+    Rates(path, replace(SETTINGS, model="a typo"), questions)  # holds no rates: in nobody's way
 
     class Stops(Fake):
         def answers(self, rows):
@@ -144,19 +185,21 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
             return super().answers(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(data, Rates(path, SETTINGS, 5), Stops(), chunk=2)
+        measure(data, Rates(path, SETTINGS, questions), Stops(), chunk=2)
     with open(path, "a") as file:
         file.write('{"row": 4, "rig')  # cut off while being written
-    rates, fake = Rates(path, SETTINGS, 5), Fake()
+    rates, fake = Rates(path, SETTINGS, questions), Fake()
     assert sorted(rates.known) == [0, 1, 2, 3]
     measure(data, rates, fake, chunk=2)
     assert fake.asked == ["4"]
-    assert kept_rows(Rates(path, SETTINGS, 5).known, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
-    from dataclasses import replace
-
-    for settings, rows, expected in ((replace(SETTINGS, n=8), 5, "another n"), (SETTINGS, 6, "another dataset")):
+    assert kept_rows(Rates(path, SETTINGS, questions).known, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
+    changed = questions_of(read_dataset([{"prompt": f"{i}?", "solution": i + (i == 4)} for i in range(5)]))
+    for settings, found, expected in (
+        (replace(SETTINGS, n=8), questions, "another n"),
+        (SETTINGS, changed, "another dataset"),
+    ):
         with pytest.raises(BadInput, match=expected):
-            Rates(path, settings, rows)
+            Rates(path, settings, found)
     assert kept_rows({0: {"row": 0, "right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
 
 
@@ -166,9 +209,24 @@ def test_filter_gives_no_row_the_rate_of_another(tmp_path):
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:50])
     rows = [{"prompt": f"{i}?", "solution": "4", "image": f"{name}.png"} for i, name in enumerate("aba")]
     data = read_dataset(rows, image_root=str(tmp_path), bad_rows=[])
-    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, 3)
+    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, questions_of(data))
     measure(data, rates, Fake())
     assert kept_rows(rates.known, 0, 1) == ([0, 2], [], [1])
+
+
+def test_filter_refuses_before_the_engine_starts(tmp_path, monkeypatch, capsys):
+    """A folder that is no model in one line; a prompt that the engine has no room for is left out and counted."""
+    path = write(tmp_path / "x.json", [{"prompt": f"{word}?", "solution": "1"} for word in ("a", "b " * 99)])
+    output = tmp_path / "kept.parquet"
+    command = ["--dataset", path, "--output", str(output), "--max_model_len", "100"]
+    assert filter.main([*command, "--model", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("data.filter: model: ")
+    monkeypatch.setattr(filter, "Sampler", lambda *args, **kwargs: Fake())
+    assert filter.main([*command, "--model", str(OUTPUT), "--n", "4"]) == 0
+    assert "1 rows left out (1 by prompt): row 1: field prompt" in (out := capsys.readouterr().out)
+    assert "expected at most 99 (max_model_len)" in out
+    assert read_dataset(str(output))["solution"][:] == ["1"]
 
 
 def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):
@@ -223,6 +281,8 @@ def test_vl_rewardbench(tmp_path):
     row = {"id": "a", "query": "What is this?", "image": image, "models": ["m", "n"], "query_source": "made up",
            "ground_truth": "", "judge": "", "rationale": ""}  # fmt: skip
     data = [{**row, "response": ["A cat.", "A dog."], "human_ranking": ranking} for ranking in ([0, 1], [1, 0])]
+    (tmp_path / "photo.jpg").write_bytes(image["bytes"])
+    data[1]["image"] = {"bytes": None, "path": "photo.jpg"}  # beside the data
     output = tmp_path / "out" / "vl.json"
     assert judge_sets.main([parquet(tmp_path / "vl.parquet", data), "--output", str(output)]) == 0
     rows = read_benchmark(str(output), "judge")

@@ -6,6 +6,7 @@ import http.server
 import io
 import os
 import threading
+import time
 import zlib
 from typing import ClassVar
 
@@ -36,16 +37,19 @@ def first_pixel(content: bytes):
 # ---- what pixels become ---------------------------------------------------------------------------------------------
 
 
-def test_exif_rotation_is_applied_and_known_from_the_header():
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_rotation_is_applied_and_known_from_the_header(format):
     picture = Image.new("RGB", (40, 20), "blue")
     picture.paste(RED, (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # the top of the scene is on the right: turn by 90 degrees clockwise
-    content = encoded(picture, "JPEG", exif=exif, quality=95)
-    upright = open_image(reference(content))
-    assert size_of(reference(content)) == upright.size == (20, 40)
-    red, _, blue = upright.getpixel((10, 2))
-    assert red > 200 and blue < 60
+    content = encoded(picture, format, exif=exif, quality=95)
+    assert size_of(reference(content)) == check_image(reference(content)) == (20, 40)
+    for value in (content, Image.open(io.BytesIO(content))):  # an image object not loaded yet has it as well
+        upright = open_image(reference(value))
+        assert upright.size == (20, 40)
+        red, _, blue = upright.getpixel((10, 2))
+        assert red > 200 and blue < 60
 
 
 def test_transparent_is_white_whatever_says_so():
@@ -73,15 +77,27 @@ def test_cmyk_is_converted_and_an_animation_is_its_first_frame():
 
 def test_pixels_without_a_range_are_refused():
     for image in (Image.new("F", (4, 4), 0.5), Image.fromarray(np.full((4, 4), 1 << 20, dtype=np.int32))):
+        for look in (check_image, open_image):
+            with pytest.raises(BadImage, match="expected 8 or 16 bits"):
+                look(reference(encoded(image, "TIFF")))
         with pytest.raises(BadImage, match="expected 8 or 16 bits"):
-            open_image(reference(encoded(image, "TIFF")))
+            reference(image)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16"])
+@pytest.mark.parametrize(
+    "mode",
+    ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "YCbCr", "I;16", "I;16B", "I;16L", "I", "HSV", "RGBX", "RGBa", "PA"],
+)
 def test_images_in_memory_keep_their_content(mode):
     """Any image object may be in a dataset: what comes back is what it looks like."""
     image = Image.new(mode, (5, 3))
     assert open_image(reference(image)).tobytes() == to_rgb(image).tobytes()
+
+
+def test_a_broken_image_object_is_refused():
+    content = encoded(Image.effect_noise((64, 64), 50))
+    with pytest.raises(BadImage, match="can't be used"):
+        reference(Image.open(io.BytesIO(content[: len(content) // 2])))
 
 
 @settings(max_examples=60, deadline=None)
@@ -117,7 +133,10 @@ def test_decompression_bombs_are_refused_by_their_header(side):
 
 def test_shapes_at_the_edge():
     assert size_of(reference(encoded(Image.new("RGB", (1, 1))))) == (1, 1)
-    assert size_of(reference(encoded(Image.new("RGB", (200, 1))))) == (200, 1)
+    for format, size in (("PNG", (200, 1)), ("JPEG", (1, 1)), ("JPEG", (1, 200)), ("JPEG", (7, 9))):
+        content = encoded(Image.new("RGB", size), format)
+        assert size_of(reference(content)) == check_image(reference(content)) == size
+        assert open_image(reference(content)).size == size
     with pytest.raises(BadImage, match="aspect ratio"):
         open_image(reference(encoded(Image.new("RGB", (201, 1)))))
 
@@ -193,7 +212,8 @@ def test_every_way_to_give_an_image(folders):
 
 @pytest.fixture
 def server():
-    """/image is one, /busy from the second time, /endless never stops, /redirect goes to a file:// URL."""
+    """/image is one, /busy from the second time, /endless never stops, /slow sends a byte now and then, /redirect goes
+    to a file:// URL."""
 
     class Address(str):
         asked: ClassVar[list] = []
@@ -208,11 +228,12 @@ def server():
             self.end_headers()
             if self.path == "/image" or Address.asked == ["/busy"] * 2:
                 self.wfile.write(encoded(Image.new("RGB", (3, 3))))
-            while self.path == "/endless":
+            while self.path in ("/endless", "/slow"):
                 try:
-                    self.wfile.write(bytes(1 << 16))
+                    self.wfile.write(bytes(1 << 16 if self.path == "/endless" else 1))
                 except OSError:
                     return
+                time.sleep(0.02 if self.path == "/slow" else 0)
 
         def log_message(self, *args):
             pass
@@ -234,9 +255,12 @@ def test_remote_images_are_fetched_only_if_allowed_and_within_limits(server, mon
     with pytest.raises(BadImage, match="expected at most 262,144 bytes"):
         open_image(reference(f"{server}/endless", allow_remote=True), allow_remote=True)
     monkeypatch.setattr(images, "REMOTE_BYTES", 1 << 40)
-    monkeypatch.setattr(images, "REMOTE_SECONDS", 0.2)
-    with pytest.raises(BadImage, match="not there after"):
-        open_image(reference(f"{server}/endless", allow_remote=True), allow_remote=True)
+    monkeypatch.setattr(images, "REMOTE_SECONDS", 0.5)
+    for path in ("endless", "slow"):
+        start = time.monotonic()
+        with pytest.raises(images.NotFetched, match="not there after"):
+            open_image(reference(f"{server}/{path}", allow_remote=True), allow_remote=True)
+        assert time.monotonic() - start < 5
     with pytest.raises(BadImage, match="can't be fetched"):
         open_image(reference(f"{server}/redirect", allow_remote=True), allow_remote=True)
 

@@ -144,7 +144,9 @@ def assert_same_run(one: dict, two: dict) -> None:
         assert any(a)
     for a, b in zip(one["metrics"], two["metrics"], strict=True):
         for name in a:
-            if not name.startswith(("clip_ratio", "entropy", "loss", "num_tokens", "step_time")):
+            # The loss's own metrics are means of each pass's mean, and with other processes passes hold other rows.
+            own = name.removeprefix("recycle/")
+            if not own.startswith(("clip_ratio", "entropy", "loss", "num_tokens", "step_time")):
                 assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-6), name
     for name, weight in one["weights"].items():  # in three steps Adam moved them by 1e-3 each
         torch.testing.assert_close(two["weights"][name], weight, rtol=0, atol=5e-6, msg=name)

@@ -90,6 +90,7 @@ def test_math(tmp_path):
         (["x", "y"], 1, "B"),
         ('["4", "7"]', "7", "B"),
         ({"A": "4", "B": "7"}, "7", "B"),
+        ({"a": "4", "b": "7"}, "(b)", "b"),
         ({"text": ["4", "7"], "label": ["1", "2"]}, "2", "2"),
         (["1", "2", "3"], 2, "B"),
         (["4", "7"], "C", None),
@@ -166,6 +167,16 @@ def test_spark_data_with_turns_budgets_and_places(folder):
     assert [row.field for row in found[2:]] == ["message", "message", "prompt"]
 
 
+def test_the_examples_of_the_documentation_are_read(folder):
+    text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
+    examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
+    assert len(examples) == 6
+    for example in examples:
+        (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
+        found = read(folder / "x.json")
+        assert found and not any(isinstance(row, BadRow) for row in found)
+
+
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +202,46 @@ def test_csv_as_spreadsheets_write_it(tmp_path):
     ]
 
 
+def test_csv_as_people_write_it(tmp_path):
+    """An index without a name, empty columns and lines, spaces in the header, an ending in capitals."""
+    path = tmp_path / "x.CSV"
+    path.write_text(",prompt, solution,,\n0,a?, 7,,\n\n\n1,b?,,,\n2,c?,8,,,\n3,d?,9,,,x\n")
+    found = read(path)
+    assert [(text_of(found[i]), found[i]["solution"]) for i in (0, 2)] == [("a?", "7"), ("c?", "8")]
+    assert [(bad.row, bad.line, bad.field) for bad in (found[1], found[3])] == [(1, 5, "solution"), (3, 7, "row")]
+
+
+def test_a_column_that_comes_late_is_read(folder):
+    """The first rows decide the layout, not which columns there are."""
+    late = {"prompt": "z?", "solution": "1", "image": "a.png", "max_pixels": 784, "task": "t"}
+    options = {"prompt": "Prime?", "solution": "7", "options": ["4", "7"]}
+    data = [{"prompt": f"{i}?", "solution": "1"} for i in range(150)]
+    path = write(folder / "x.jsonl", [*data, late, options, {**late, "images": None}], lines=True)
+    reader = Reader(Source(path))
+    *_, first, choice, second = [row for _, _, row in reader]
+    for row in (first, second):
+        assert (len(row["images"]), row["images"][0]["max_pixels"], row["task"]) == (1, 784, "t")
+    assert (choice["solution"], choice["task"]) == ("B", "multiple_choice")
+    assert list(reader.columns) == ["prompt", "solution", "image", "max_pixels", "task", "options", "images"]
+
+
+def test_a_column_that_was_named_must_be_there(tmp_path):
+    """Also where the layout is known; not in data that stand beside those whose columns were named."""
+    path = write(tmp_path / "x.json", [{"question": "6*7?", "answer": "#### 42"}])
+    assert read(path, prompt_column="question")[0]["solution"] == "42"
+    for wrong in ({"prompt_column": "qestion"}, {"solution_column": "gold"}, {"image_column": "photo"}):
+        with pytest.raises(BadInput, match=f"no column '{next(iter(wrong.values()))}'.*one of: answer, question"):
+            read(path, **wrong)
+        assert read(path, **wrong, own_columns=True)[0]["solution"] == "42"
+
+
+def test_settings_that_cannot_be(folder):
+    data = [{"prompt": "a", "solution": "1"}]
+    for wrong in ({"max_pixels": -1}, {"min_pixels": 0}, {"image_root": str(folder / "no")}):
+        with pytest.raises(BadInput, match=f"^{next(iter(wrong))}: expected"):
+            read_dataset(data, **wrong)
+
+
 def test_several_images_in_a_field_of_csv(folder):
     (folder / "x.csv").write_text('prompt,solution,images\na,1,"[""a.png"", ""b.png""]"\nb,1,"[a.png"\n')
     several, broken = read(folder / "x.csv")
@@ -207,6 +258,16 @@ def test_what_cannot_be_written_is_refused_or_replaced(folder):
     bad = []
     assert read_dataset(data, image_root=str(folder), bad_rows=bad)["task"][:] == ["?"]
     assert [row.field for row in bad] == ["image", "max_pixels"]
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [pa.array([text]) for text in ("a", "1", "2")]
+    pq.write_table(pa.Table.from_arrays(columns, ["prompt", "solution", "solution"]), tmp_path / "x.parquet")
+    with pytest.raises(BadInput, match="a name of its own for each column"):
+        read(tmp_path / "x.parquet")
 
 
 def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
@@ -229,6 +290,8 @@ def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
         ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "expected a JSON list"),
         ("a.json", b"\xff\xfe[]", "UTF-8"),
         ("a.csv", b"a,a\n1,2\n", "a name of its own"),
+        ("a.csv", b'prompt,solution\na,1\n"b,2\nc,3\n', "line 3: expected delimited text"),
+        ("a.csv", b'prompt,solution\na,1\n"b,2\nc,3\n"d",4\n', "line 3: expected delimited text"),
         ("a.csv", "prompt,solution\ncaf\u00e9?,1\n".encode("latin-1"), "UTF-8"),
         ("a.parquet", b"PAR1 no", "expected Parquet"),
         ("a.xlsx", b"PK", "exported as CSV"),
@@ -356,6 +419,8 @@ def test_conversations_survive_being_asked_about():
         ([{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], [png()], "images"),
         ([{"role": "user", "content": [{"type": "image"}]}], None, "images"),
         ([{"role": "user", "content": [{"type": "image", "image": png()}]}], [png()], "images"),
+        ("<image>Area?", None, "images"),
+        ("<image>Area?", [], "images"),
         ("a", [b"no"], "image"),
         ("a", "https://example.com/a.png", "image"),
     ],
@@ -451,6 +516,21 @@ def test_folders_and_datasets(folder):
     assert len(read_dataset(loaded)[0]["images"]) == 1
     loaded.save_to_disk(folder / "saved")
     assert read_dataset(str(folder / "saved"))["solution"][:] == ["12", "3"]
+
+
+def test_a_path_and_a_stream(folder):
+    from datasets import IterableDataset
+
+    row = {"prompt": "a", "solution": "1", "image": "a.png"}
+    assert len(read_dataset(Path(write(folder / "x.json", [row])))) == 1
+    stream = IterableDataset.from_generator(lambda: iter([row, row]))
+    assert len(read_dataset(stream, image_root=str(folder))[1]["images"]) == 1
+
+
+def test_a_folder_whose_file_is_broken_says_why(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "solution": "1"}\n{"prompt"')
+    with pytest.raises(BadInput, match="JSON parse error"):
+        read_dataset(str(tmp_path))
 
 
 def test_bad_rows_are_left_out_and_counted_or_refused(folder):

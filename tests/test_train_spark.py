@@ -298,7 +298,7 @@ def test_every_row_is_trained_exactly_once(
         processing_class=processor.tokenizer,
     )
     trainer.train()
-    passes = passes or 3  # policy rows of at most 8,192 + 24 tokens, recycled ones of 8,368: 1 + 1.02, rounded up
+    passes = 1 + (passes or 2)  # policy rows have at most 8,192 + 24 tokens, recycled ones 176 more
     assert trainer.state.global_step == 6
     assert len(trained) == 6 * accumulation * passes
     generations = 6 * accumulation // (per_generation * iterations)
@@ -330,8 +330,10 @@ def test_micro_batches_have_the_gradient_of_the_union(
     union = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(4)])
     torch.manual_seed(0)
     union["advantages"] = torch.randn(len(union["prompt_ids"]), dtype=torch.float64)
-    batches = micro_batches(union, 1, 5)
-    assert sum(len(b["prompt_ids"]) for b in batches) == len(union["prompt_ids"])
+    batches = micro_batches(union, 16, 1, 2, 3)
+    assert [b["recycled"] for b in batches] == [True] * 3 + [False] * 2
+    assert sum(len(b["prompt_ids"]) for b in batches if b["recycled"]) == len(union["prompt_ids"]) - 16
+    assert [len(b["prompt_ids"]) for b in batches if not b["recycled"]] == [8, 8]
     assert len({b["prompt_ids"].size(1) for b in batches}) > 1
     batches += [{**batches[0], "weight": 0.0}]
 
@@ -348,6 +350,26 @@ def test_micro_batches_have_the_gradient_of_the_union(
     assert parts == pytest.approx(whole, abs=1e-9)
     for a, b in zip(got, expected, strict=True):
         assert torch.allclose(a, b, atol=1e-9, rtol=0)
+
+
+def test_trl_names_mean_the_policy(tmp_path, processor, vision_model):
+    """A first step's metrics under TRL's names are plain GRPO's, whatever was recycled beside; those have their own."""
+    logged = []
+    for ratio in (0, 2):
+        arguments = config(SparkConfig, tmp_path, recycle_ratio=ratio, beta=0.01, max_steps=1)
+        trainer = SparkTrainer(
+            copy.deepcopy(vision_model), args=arguments, train_dataset=digits(20), processing_class=processor
+        )
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
+    plain, spark = logged
+    of_the_union = {"loss", "grad_norm", "num_tokens", "step_time"}
+    assert {"entropy", "kl", "clip_ratio/region_mean", "completions/mean_length", "reward"} <= plain.keys()
+    for name in plain.keys() - of_the_union:
+        assert spark[name] == pytest.approx(plain[name], abs=1e-6), name
+    assert spark["num_tokens"] > plain["num_tokens"]
+    for name in ("entropy", "completions/mean_length", "reward"):
+        assert spark[f"recycle/{name}"] != pytest.approx(spark[name], abs=1e-3)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 6))
@@ -432,6 +454,7 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "digits", "--recycle_tasks", "judging"], "recycle_tasks"),
         (["--dataset", "digits", "--model_name_or_path", "{bare}"], "has no weights"),
         (["--dataset", "{good}", "--model_name_or_path", "{text}"], "reads text alone"),
+        (["--dataset", "{good}", "--per_device_train_batch_size", "16"], "1 rows, expected at least the 2 of one"),
         (["--dataset", "digits", "--num_generations", "7"], "divisible"),
     ],
 )
