@@ -35,6 +35,7 @@ KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
 KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct", "error", "prompt_tokens",
         "completion_tokens", "first_completion_tokens", "round_num", "first_answer", "task", "label", "verdict",
         "verdict_swapped")  # fmt: skip
+AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
 MAX_ROW = 64 << 20  # characters
 
@@ -128,8 +129,13 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
     """The first field that can't be counted, and what is expected there."""
     if not isinstance(row.get("dataset"), str):
         return "dataset", "the benchmark's name"
-    if not isinstance(row.get("ground_truth", ...), (str, int, float, list, type(None))):
+    gold, plain = row.get("ground_truth", ...), (str, int, float, type(None))
+    if not isinstance(gold, plain) and not (isinstance(gold, list) and all(isinstance(g, plain) for g in gold)):
         return "ground_truth", "the gold answer"
+    for name in AMOUNTS:
+        amount = row.get(name)
+        if amount is not None and not (isinstance(amount, (int, float)) and 0 <= amount < math.inf):
+            return name, "a number, or null"
     for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
         if not isinstance(row.get(name, ...), (str, int, float, type(None))):
             return name, "the final answer as text, or null"
@@ -191,9 +197,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 found.keys.append(row["key"])
                 found.outcomes.append(-1 if outcome is None else outcome)
                 found.dataset_ids.append(dataset_id)
-    for dataset, failed in found.failed.items():  # beside the rows of its dataset that did not fail
-        kinds = [kind for name, kind in found.counts if name == dataset] or ["answer"]
-        found.counts[dataset, kinds[0]]["failed"] += failed
+    for dataset, failed in found.failed.items():  # beside the rows of its dataset, or of its file, that did not fail
+        kinds = [kind for name, kind in found.counts if name == dataset] or [kind for _, kind in found.counts]
+        found.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
     return found
 
 
@@ -454,6 +460,7 @@ def report(tallies: list[Tally]) -> Row:
         ordered = sorted(found.counts, key=lambda key: (KINDS.index(key[1]), found.datasets[key[0]]))
         benchmarks = [summary(*key, found.counts[key]) for key in ordered]
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
+        firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
         files.append({
             "path": found.path,
             "rows": sum(b["rows"] for b in benchmarks),
@@ -461,6 +468,7 @@ def report(tallies: list[Tally]) -> Row:
             "unscorable": sum(b["unscorable"] for b in benchmarks),
             "benchmarks": benchmarks,
             "means": {kind: sum(values) / len(values) for kind, values in scored.items() if values},
+            "first_mean": rate(sum(firsts), len(firsts)),
             "disagreements": {"rows": found.disagreements, "examples": found.examples},
         })  # fmt: skip
     return {"files": files, "paired": [row for other in tallies[1:] for row in compare(tallies[0], other)]}
@@ -530,7 +538,8 @@ def tables(found: Row) -> list[Table]:
         rows.sort(key=lambda row: order.index(row[0]))  # stable: the files of a benchmark stand together
         for file in files if len(order) > 1 else []:
             if kind in file["means"]:
-                cells = [shown(f, file["means"][kind]) if f == "accuracy" else "" for f in COLUMNS[kind].values()]
+                means = {"accuracy": file["means"][kind], "first_accuracy": file["first_mean"]}
+                cells = [shown(f, means[f]) if f in means else "" for f in COLUMNS[kind].values()]
                 rows.append(["mean of benchmarks", file["path"], "", *cells, "", ""])
         if rows:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
@@ -540,7 +549,10 @@ def tables(found: Row) -> list[Table]:
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
         rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
         head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
-        result.append((f"{file['path']} against {files[0]['path']}, on the rows both answered", head, rows))
+        both = rows[-1][1] if rows else "0"
+        answered = [shown("answered", sum(b["answered"] for b in f["benchmarks"])) for f in (file, files[0])]
+        title = f"{file['path']} against {files[0]['path']}, on the {both} rows both answered"
+        result.append((f"{title}, of {' and '.join(answered)}", head, rows))
     return result
 
 
@@ -548,6 +560,8 @@ def notices(found: Row) -> list[str]:
     """What must not be overlooked."""
     lines = []
     for file in found["files"]:
+        if not file["rows"]:
+            lines.append(f"empty: {file['path']} holds no row")
         if file["failed"]:
             share = f"{file['failed']:,} of {file['rows']:,} rows"
             lines.append(f"FAILED: {share} of {file['path']} are no answers and left out; run evaluate.py again")
@@ -595,6 +609,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
         tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]

@@ -20,7 +20,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httptools
@@ -77,8 +77,12 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
 
 
 def prompt_text(processor, request: Request) -> str:
-    """The request under the model's chat template."""
+    """The request under the model's chat template. Raises BadImage if the model takes none."""
+    from transformers import ProcessorMixin
+
     messages = request.messages
+    if request.images and not isinstance(processor, ProcessorMixin):
+        raise BadImage("the model takes no images")
     if request.images:
         *before, last = messages
         parts = [{"type": "image"}] * len(request.images) + [{"type": "text", "text": last["content"]}]
@@ -142,6 +146,8 @@ class TransformersEngine(BatchEngine):
             model = auto.from_pretrained(model, dtype=dtype).to(device)
         self.model, self.processor = model.eval(), processor
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        if self.tokenizer.pad_token is None:  # Llama's
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
     def batch(self, requests: list[Request], sampling: Sampling) -> list[Output]:
         import torch
@@ -150,11 +156,12 @@ class TransformersEngine(BatchEngine):
         texts, images, rows = [], [], []
         for i, request in enumerate(requests):
             try:
+                text = prompt_text(self.processor, request)
                 images += [open_image(reference(image)) for image in request.images]
             except BadImage as error:
                 outputs[i] = Output(error=str(error))
                 continue
-            texts.append(prompt_text(self.processor, request))
+            texts.append(text)
             rows.append(i)
         if not rows:
             return outputs
@@ -192,8 +199,6 @@ class TransformersEngine(BatchEngine):
 class VLLMEngine:
     """One vLLM engine, stepped by `finished`; its scheduler batches whatever has been submitted."""
 
-    capacity = 512
-
     def __init__(self, model: str, dtype: str = "auto", max_model_len: int | None = None, **engine_arguments):
         import torch
         from transformers import AutoProcessor, ProcessorMixin
@@ -204,6 +209,7 @@ class VLLMEngine:
         self.processor = AutoProcessor.from_pretrained(model)
         self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
         self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **engine_arguments)
+        self.capacity = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs + 256  # these are ready to go
         self._refused: Done = []
 
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
@@ -211,8 +217,6 @@ class VLLMEngine:
         from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
-        text = prompt_text(self.processor, request)
-        prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
         parameters = SamplingParams(
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
@@ -221,6 +225,8 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
+            text = prompt_text(self.processor, request)
+            prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
             if request.images:
                 prompt["multi_modal_data"] = {"image": [open_image(reference(image)) for image in request.images]}
             self.llm.llm_engine.add_request(str(ticket), prompt, parameters)
@@ -243,6 +249,9 @@ class VLLMEngine:
 # ---------------------------------------------------------------------------------------------------------------------
 # Servers
 
+# Those that fill in what a request leaves open from the model's generation_config.json; as /models gives their name.
+FILL_IN = {"vllm", "sglang"}
+TOGETHER = 32  # requests handed to the thread at once: each time costs its attention, and waiting costs the first ones
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
@@ -255,8 +264,9 @@ FATAL = {
 class ServerEngine:
     """OpenAI-compatible servers, called by one thread of coroutines; a request goes to the least busy server.
 
-    Retries what may pass (429, 5xx, a broken connection, half an answer) with backoff and jitter. What is left then is
-    that request's error. What no request can survive (401, 403, 404) raises BadInput.
+    Retries what may pass (429, 5xx, a broken connection, half an answer) with backoff and jitter, where there are
+    several servers on another one. What is left then is that request's error. What no request can survive (401, 403,
+    404) raises BadInput.
 
     Args:
         urls: as `http://host:8000` or `http://host:8000/v1`.
@@ -269,6 +279,7 @@ class ServerEngine:
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
         self.capacity = 2 * concurrency  # as many again are ready to go, images loaded
         self._servers = [_Server(url) for url in urls]
+        self._fill_in = False  # whether a server is one of FILL_IN
         self._submitted: list[tuple[int, bytes]] = []
         self._answered: list[tuple[int, Output | Exception]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
@@ -285,13 +296,13 @@ class ServerEngine:
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
         try:
             self._submitted.append((ticket, msgspec.json.encode(self._body(request, sampling))))
+            if len(self._submitted) == TOGETHER:
+                self._hand_over()
         except (BadImage, UnicodeEncodeError) as error:  # half a surrogate pair
             self._done.put([(ticket, Output(error=str(error)))])
 
     def finished(self) -> Done:
-        submitted, self._submitted = self._submitted, []
-        if submitted:  # handed over together: each time costs the thread's attention
-            self._loop.call_soon_threadsafe(self._start, submitted)
+        self._hand_over()
         done = self._done.get()
         while not self._done.empty():
             done += self._done.get()
@@ -306,6 +317,11 @@ class ServerEngine:
         self._thread.join()
         self._loop.close()
 
+    def _hand_over(self) -> None:
+        submitted, self._submitted = self._submitted, []
+        if submitted:
+            self._loop.call_soon_threadsafe(self._start, submitted)
+
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         *before, last = request.messages
         if request.images:
@@ -318,7 +334,9 @@ class ServerEngine:
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
         }
-        if sampling.repetition_penalty != 1.0:  # vLLM's own; other servers refuse a name they do not know
+        if self._fill_in:
+            body |= {"top_p": 1.0, "top_k": -1, "min_p": 0.0}
+        if self._fill_in or sampling.repetition_penalty != 1.0:  # other servers may refuse a name they do not know
             body["repetition_penalty"] = sampling.repetition_penalty
         if sampling.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
@@ -335,11 +353,12 @@ class ServerEngine:
                 raise BadInput(f"{server.url}: no server answers there ({_reason(error)})") from None
             if status in FATAL and status != 404:  # not every server lists its models
                 raise BadInput(f"{server.url}: answered {status}: {FATAL[status]}")
-            served = _served(body) if status == 200 else []
+            served = _served(body) if status == 200 else {}
             if served and self.model not in served:
                 raise BadInput(
-                    f"{server.url}: serves {', '.join(served)}, not {self.model}; name one by --served_model"
+                    f"{server.url}: serves {', '.join(served)[:300]}, not {self.model}; name one by --served_model"
                 )
+            self._fill_in |= not FILL_IN.isdisjoint(served.values())
         self._todo: asyncio.Queue = asyncio.Queue()
         self._tasks += [self._loop.create_task(self._work()) for _ in range(self.concurrency)]
 
@@ -377,11 +396,12 @@ class ServerEngine:
         self._answered = []
 
     async def _call(self, body: bytes) -> Output:
-        error = ""
+        error, tries = "", dict.fromkeys(self._servers, 0)
         for attempt in range(self.retries + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 0.25 * 2**attempt) * random.uniform(0.5, 1.0))
-            server = min(self._servers, key=lambda server: server.busy)
+            server = min(self._servers, key=lambda server: (tries[server], server.busy))  # a dead one is never busy
+            tries[server] += 1
             try:
                 status, answer = await server.exchange("POST", "/chat/completions", body, self.timeout)
             except OSError as failure:
@@ -513,22 +533,53 @@ class _Connection(asyncio.Protocol):
             waiting.set_exception(error)
 
 
-def _served(body: bytes) -> list[str]:
+class _Model(msgspec.Struct):
+    id: str
+    owned_by: str | None = None
+
+
+class _Models(msgspec.Struct):
+    data: list[_Model]
+
+
+class _Message(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    message: _Message
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Completion(msgspec.Struct):
+    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
+    usage: _Usage | None = None
+
+
+_decode_models = msgspec.json.Decoder(_Models).decode
+_decode_completion = msgspec.json.Decoder(_Completion).decode
+
+
+def _served(body: bytes) -> dict[str, str | None]:
+    """The names of the models in a list of them, with what serves each; none if it is no such list."""
     try:
-        return [model["id"] for model in msgspec.json.decode(body)["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
+        return {model.id: model.owned_by for model in _decode_models(body).data}
+    except msgspec.DecodeError:
+        return {}
 
 
 def _read(body: bytes) -> Output | None:
     """A chat completion; None if it is none."""
     try:
-        answer = msgspec.json.decode(body)
-        usage = answer.get("usage") or {}
-        tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-        return Output(answer["choices"][0]["message"]["content"] or "", *tokens)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        answer = _decode_completion(body)
+    except (msgspec.DecodeError, RecursionError):
         return None
+    usage = answer.usage or _Usage()
+    return Output(answer.choices[0].message.content or "", usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
 
 def data_url(image) -> bytes:

@@ -18,13 +18,18 @@ same command again evaluates only what is missing or failed. A failed row is rec
 answer, right or wrong, and the exit status is 1 while there is one.
 
 The judge prompts are recycle.py's, so a model is tested on what it was trained on. Where completions come from:
-engines.py.
+engines.py. The same in a notebook, records in and records out:
+
+    rows = [{"dataset": "sums", "problem": "1+1?", "answer": "2"}]
+    results = evaluate(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
+    print(render(report([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
 """
 
 import argparse
 import hashlib
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -34,7 +39,10 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from data.read import BadInput
+from calculate_acc import printable
+from data import table
+from data.images import BadImage, locate
+from data.rows import BadInput
 from engines import Output, Request, Sampling
 from recycle import (
     PROMPT_SUFFIX,
@@ -49,6 +57,8 @@ Row = dict[str, Any]
 MODES = ("answer", "tts", "judge")
 TTS = ("reflect", "vote", "weighted_vote", "best_of_n")
 ENGINES = ("auto", "vllm", "transformers", "server")
+LEAST = {"max_tokens": 1, "temperature": 0, "repetition_penalty": 0.01, "max_rounds": 0, "n": 1, "limit": 1,
+         "batch_size": 1, "max_model_len": 1, "concurrency": 1, "timeout": 0.1}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Settings:
 
     model: str
     mode: str
-    benchmark: tuple[str, ...]
+    benchmark: tuple[str, ...] = ()
     engine: str = "auto"
     max_tokens: int = 2048
     temperature: float = 0.0
@@ -102,7 +112,8 @@ class _Tokens:
 def _question(row: Row, suffix: str) -> tuple[list[Row], tuple]:
     problem = row["problem"]
     text = problem if problem.endswith(suffix) else problem + suffix
-    images = (row["image_path"],) if row.get("image_path") is not None else ()
+    image = row.get("image", row.get("image_path"))  # where a file's image_path was found, or a notebook's image
+    images = (image,) if image is not None else ()
     return [{"role": "user", "content": text}], images
 
 
@@ -149,8 +160,8 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     knock-out of pairwise judgements. Answers that are equal to the verifier are one answer."""
     tokens = _Tokens()
     messages, images = _question(row, settings.suffix)
-    texts = tokens.read((yield [Request(messages, images)] * settings.n))
-    first_tokens = tokens.completion // settings.n
+    outputs = yield [Request(messages, images)] * settings.n
+    texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
     groups = _same_answers([verify.extract_boxed(text) for text in texts])
     rounds = [_round(text) for text in texts]
     matches = []
@@ -224,7 +235,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     """A pair in both orders, or one response with its label."""
     tokens = _Tokens()
     messages, images = _question(row, settings.suffix)
-    if "response" in row:
+    if row.get("response") is not None:
         shown, _ = _shown(row["response"], settings.judge_source)
         question = ask(messages, pointwise_instruction(shown), settings.suffix)
         (judged,) = tokens.read((yield [Request(question, images)]))
@@ -359,49 +370,66 @@ def evaluate(rows: list[Row], engine, settings: Settings) -> list[Row]:
 
 
 def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[Row]:
-    """The rows of a benchmark file (JSON list or JSONL), image paths made absolute.
+    """The rows of a benchmark file (data/table.py has the formats); `image` is where an image was found.
 
-    Raises BadInput for a missing file, a row without a field its mode needs, an image that is not there or, where
+    Raises BadInput for a file that can't be read, a field that its mode can't use, an image that is not there or, where
     `image_root` is given, not in it.
     """
-    file = Path(path)
-    if not file.exists():
-        raise BadInput(f"{path}: no such file")
-    text = file.read_text(encoding="utf-8")
-    try:
-        rows = [json.loads(line) for line in text.splitlines() if line] if file.suffix == ".jsonl" else json.loads(text)
-    except json.JSONDecodeError as error:
-        raise BadInput(
-            f"{path}: expected {'one JSON object a line' if file.suffix == '.jsonl' else 'a JSON list'}: {error}"
-        ) from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise BadInput(f"{path}: expected a list of rows")
-    root = Path(image_root) if image_root else file.parent
-    for i, row in enumerate(rows):
+    rows = []
+    for i, _, row in table.records(path):
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}: {row}")
         where = f"{path}: row {i}"
+        if (wrong := fault(row, mode)) is not None:
+            name, expected = wrong
+            got = repr(row[name])[:60] if name in row else "nothing"
+            raise BadInput(f"{where}: field {name}: expected {expected}, got {got}")
         try:
             json.dumps(row, ensure_ascii=False).encode()
+            row["image_path"] = row.get("image_path") or None
+            row.pop("image", None)
+            if row["image_path"] is not None:
+                row["image"] = locate(row["image_path"], image_root or os.path.dirname(path), image_root)
         except UnicodeEncodeError:
             raise BadInput(f"{where}: expected text, got half of a surrogate pair") from None
-        wanted = ["problem"]
-        if mode == "judge":
-            wanted += ["response", "label"] if "response" in row else ["chosen", "rejected"]
-        else:
-            wanted += ["answer"]
-        for field in wanted:
-            if row.get(field) in (None, "", []):
-                raise BadInput(f"{where}: field {field}: expected a value for mode {mode}, got {row.get(field)!r}")
-        if "response" in row and _label(row["label"]) not in ("Yes", "No"):
-            raise BadInput(f"{where}: field label: expected Yes, No, true or false, got {row['label']!r}")
-        if row.get("image_path"):
-            image = Path(row["image_path"])
-            image = image if image.is_absolute() else root / image
-            if image_root and not image.resolve().is_relative_to(root.resolve()):
-                raise BadInput(f"{where}: field image_path: {row['image_path']} is outside --image_root {image_root}")
-            if not image.is_file():
-                raise BadInput(f"{where}: field image_path: no such file {image}")
-            row["image_path"] = str(image)
+        except BadImage as error:
+            raise BadInput(f"{where}: field image_path: {error}") from None
+        rows.append(row)
+    if not rows:
+        raise BadInput(f"{path}: expected at least one row, found none")
     return rows
+
+
+def fault(row: Row, mode: str) -> tuple[str, str] | None:
+    """The first field of a benchmark's row that `mode` can't use, and what is expected there."""
+
+    def is_text(value) -> bool:
+        return isinstance(value, str) and bool(value.strip())
+
+    def is_gold(value) -> bool:
+        return is_text(value) or isinstance(value, (int, float))
+
+    def several(value, fits) -> bool:
+        return bool(value) and all(map(fits, value)) if isinstance(value, list) else fits(value)
+
+    if not is_text(row.get("problem")):
+        return "problem", "the question as text"
+    if mode != "judge":
+        if not several(row.get("answer"), is_gold):
+            return "answer", "the gold answer, or a list of them"
+    elif row.get("response") is not None:
+        if not is_text(row["response"]):
+            return "response", "the response to be judged, as text"
+        if not isinstance(row.get("label"), (str, int)) or _label(row["label"]) not in ("Yes", "No"):
+            return "label", "Yes, No, true or false"
+    else:
+        if not is_text(row.get("chosen")):
+            return "chosen", "the better response as text (or a response with its label)"
+        if not several(row.get("rejected"), is_text):
+            return "rejected", "a response as text, or a list of them"
+    if not isinstance(row.get("image_path"), (str, type(None))):
+        return "image_path", "a path, or null"
+    return None if is_text(row.get("dataset")) else ("dataset", "the benchmark's name")
 
 
 def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> list[Row]:
@@ -411,31 +439,14 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
     """
     from tqdm.auto import tqdm
 
-    part = output.with_name(output.name + ".part")
-    header = json.loads(
-        json.dumps({"settings": asdict(settings), "rows": len(rows), "contents": contents(settings, rows)})
-    )
-    done: dict[int, Row] = {}
-    if part.exists():
-        lines = part.read_text(encoding="utf-8").split("\n")
-        made = json.loads(lines[0])
-        if made != header:
-            changed = [k for k in header["settings"] if made["settings"].get(k) != header["settings"][k]]
-            changed += [name for name, content in header["contents"].items() if made["contents"].get(name) != content]
-            changed = changed or ["number of rows"]
-            raise BadInput(f"{part}: made with another {', '.join(changed)}; give another --output or remove it")
-        for line in lines[1:-1]:  # what follows the last newline was cut off while being written
-            entry = json.loads(line)
-            if entry["result"]["error"] is None:
-                done[entry["index"]] = entry["result"]
-        kept = [json.dumps(header)] + [json.dumps({"index": i, "result": r}) for i, r in done.items()]
-        write_atomically(part, "\n".join(kept) + "\n")
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(part, json.dumps(header) + "\n")
+    part, header, done = resume(rows, settings, output)
+    kept = [json.dumps(header)] + [json.dumps({"index": i, "result": r}) for i, r in done.items()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(part, "\n".join(kept) + "\n")
 
     todo = [i for i in range(len(rows)) if i not in done]
-    with open(part, "a", encoding="utf-8") as log, tqdm(total=len(rows), initial=len(done), desc=settings.mode) as bar:
+    bar = tqdm(total=len(rows), initial=len(done), desc=settings.mode, disable=None)  # on a terminal only
+    with open(part, "a", encoding="utf-8") as log, bar:
         synced = time.monotonic()
         for finished in run(((i, rows[i]) for i in todo), engine, settings):
             done.update(finished)
@@ -451,20 +462,44 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
     return results
 
 
+def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row, dict[int, Row]]:
+    """OUTPUT.part, the header that it has for this run, and what it holds already: results without an error by row.
+
+    Raises BadInput if it, or `output`, is of another run.
+    """
+    part = output.with_name(output.name + ".part")
+    header = json.loads(json.dumps({**asdict(settings), "number of rows": len(rows), **contents(settings, rows)}))
+    way_out = "give another --output or remove it"
+    if output.is_dir():
+        raise BadInput(f"{output}: expected a file, got a folder")
+    if not part.exists():
+        if output.exists():
+            raise BadInput(f"{output}: exists, and has no {part.name} that says what made it; {way_out}")
+        return part, header, {}
+    try:
+        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # the last one was cut off while being written
+        made, *entries = map(json.loads, lines)
+        changed = [name for name in header if made.get(name) != header[name]]
+        done = {entry["index"]: entry["result"] for entry in entries if entry["result"]["error"] is None}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise BadInput(f"{part}: expected what an evaluation has written; {way_out}") from None
+    if changed:
+        raise BadInput(f"{part}: made with another {', '.join(changed)}; {way_out}")
+    return part, header, done
+
+
 def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     """Digests of the questions and, for a model in a folder, of its files: the same name may hold another model."""
-    digests = {
-        "benchmark": hashlib.blake2b(
-            json.dumps(rows, default=lambda image: "image").encode(), digest_size=8
-        ).hexdigest()
-    }
+    asked = [{name: value for name, value in row.items() if name != "image"} for row in rows]  # wherever they lie
+    text = json.dumps(asked, default=lambda image: "image")
+    digests = {"benchmark contents": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
         for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin")):
             with open(file, "rb") as opened:
                 digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
-        digests["model"] = digest.hexdigest()
+        digests["model contents"] = digest.hexdigest()
     return digests
 
 
@@ -498,12 +533,14 @@ def make_engine(args: argparse.Namespace):
 
 def choose_engine(args: argparse.Namespace) -> str:
     """`auto`: servers if there are any; vLLM where it is installed beside a GPU; else transformers."""
+    from importlib.util import find_spec
+
+    if args.engine == "vllm" and not find_spec("vllm"):
+        raise BadInput("--engine vllm: expected vLLM to be installed (requirements.txt has its version)")
     if args.engine != "auto":
         return args.engine
     if args.server:
         return "server"
-    from importlib.util import find_spec
-
     if find_spec("vllm"):
         import torch
 
@@ -529,32 +566,47 @@ def main() -> int:
     parser.add_argument("--image_root", help="folder that image paths are relative to and may not leave")
     parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", help="vllm, transformers: auto is the model's own, float32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="vllm, transformers: auto is the model's own, float32 on a CPU",
+    )
     parser.add_argument("--batch_size", type=int, default=128, help="transformers")
     parser.add_argument("--max_model_len", type=int, help="vllm: longest prompt and completion together")
     parser.add_argument("--server", nargs="+", default=[], help="server: URLs; the key is read from OPENAI_API_KEY")
     parser.add_argument("--served_model", help="server: the name the model has there (default: --model)")
     parser.add_argument("--concurrency", type=int, default=64, help="server: requests under way, over all URLs")
     parser.add_argument("--timeout", type=float, default=600.0, help="server: seconds for one try")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
+        for name, least in LEAST.items():
+            if (value := getattr(args, name)) is not None and not least <= value < math.inf:
+                raise BadInput(f"--{name}: expected a number from {least} on, got {value}")
         args.engine = choose_engine(args)
         if args.engine == "server" and not args.server:
             raise BadInput("--engine server: expected --server URL")
-        if args.mode == "tts" and args.tts != "reflect" and (args.temperature <= 0 or args.n < 1):
-            raise BadInput(f"--tts {args.tts}: expected --n 1 or more and a --temperature above 0, or all are the same")
+        if args.mode == "tts" and args.tts != "reflect" and args.temperature == 0:
+            raise BadInput(f"--tts {args.tts}: expected a --temperature above 0, or all answers are the same")
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name in args})
         settings = replace(settings, benchmark=tuple(args.benchmark))
         rows = [
             row for path in args.benchmark for row in read_benchmark(path, args.mode, args.image_root)[: args.limit]
         ]
-        engine = make_engine(args)
+        resume(rows, settings, args.output)  # refused now, and not when the model is loaded
+        try:
+            engine = make_engine(args)
+        except BadInput:
+            raise
+        except ValueError as error:  # transformers' and vLLM's, about a model that they can't load
+            raise BadInput(f"--model {args.model}: {error}") from error
         try:
             results = run_to_file(rows, engine, settings, args.output)
         finally:
             engine.close()
     except (BadInput, OSError) as error:
-        print(f"evaluate.py: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"evaluate.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)

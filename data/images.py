@@ -47,6 +47,7 @@ _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A"
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 _NO_RANGE = ("F", "LAB")
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 lie on their side
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"com.adobe.xmp")  # a PNG with an orientation has one of these
 
 Reference = dict[str, Any]
 
@@ -349,12 +350,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def as_file(ref: Reference) -> tuple[bytes, str]:
     """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
     so, else a PNG. Raises BadImage."""
-    check_image(ref)
     with _opened(ref) as image:
         kind = f"image/{image.format.lower()}"
         plain = kind in ("image/png", "image/jpeg", "image/webp") and image.mode in ("L", "RGB")
-        if plain and not image.has_transparency_data and image.getexif().get(_ORIENTATION, 1) == 1:
-            return ref["bytes"] or Path(ref["path"]).read_bytes(), kind
+        if plain and not image.has_transparency_data:
+            content = ref["bytes"] or Path(ref["path"]).read_bytes()
+            if image.format == "PNG" and not any(name in content for name in _PNG_EXIF):
+                image.verify()
+                return content, kind
+            # Of a PNG the orientation may stand behind the pixels: Pillow decodes them all to look for it.
+            if image.getexif().get(_ORIENTATION, 1) == 1:
+                image.draft("RGB", (image.width // 8, image.height // 8))  # enough of a JPEG to see that it is whole
+                image.load()
+                return content, kind
     with BytesIO() as buffer:
         open_image(ref).save(buffer, format="PNG")
         return buffer.getvalue(), "image/png"

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -83,6 +84,16 @@ def test_failed_rows_are_no_answers_and_unscorable_ones_neither():
     assert found["tokens"] == 20
 
 
+def test_failed_rows_stand_beside_the_others_of_their_file():
+    failed = [row(None, error="time-out"), row(None, dataset="n", error="time-out")]
+    found = report([tally("f", rows=[*failed, judged("pointwise", "Yes", "Yes")])])["files"][0]["benchmarks"]
+    assert {(b["dataset"], b["kind"], b["answered"], b["failed"]) for b in found} == {
+        ("m", "pointwise", 1, 1),
+        ("n", "pointwise", 0, 1),
+    }
+    assert one(failed[:1])["kind"] == "answer"
+
+
 def test_rescored_and_disagreement_is_said():
     rows = [
         row(r"\frac{8}{2}", is_correct=False),
@@ -117,6 +128,16 @@ def test_flips_of_test_time_scaling():
     assert found["flip_p"] == pytest.approx(2 * (1 + 4) / 16)
     assert found["reflections"] == 7 / 6
     assert found["tokens"] == pytest.approx(1300 / 6)
+
+
+def test_the_first_and_the_final_answer_have_a_mean_of_benchmarks_each():
+    def tts(first, final, dataset):
+        return row(final, dataset=dataset, first_answer=first, rounds=[], round_num=0)
+
+    found = report([tally("f", rows=[tts("5", "4", "m"), tts("5", "5", "m"), tts("4", "4", "n"), tts("4", "4", "n")])])
+    (file,) = found["files"]
+    assert (file["first_mean"], file["means"]["tts"]) == (0.5, 0.75)
+    assert render(found, "table").splitlines()[-1].split() == ["mean", "of", "benchmarks", "50.0", "75.0"]
 
 
 def judged(task, label, verdict, swapped=None, **more):
@@ -231,7 +252,7 @@ def test_seed_files_pair_without_problems(tmp_path):
 def test_nothing_in_common_is_no_error():
     tallies = [tally(name, pair=True, rows=[row("4", problem=name)]) for name in "ab"]
     assert report(tallies)["paired"] == []
-    assert "against a" in render(report(tallies), "table")
+    assert "b against a, on the 0 rows both answered, of 1 and 1\n" in render(report(tallies), "table")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -301,6 +322,10 @@ def test_broken_json_names_the_row(tmp_path, text, said):
     [
         ({"dataset": None}, "field dataset: expected the benchmark's name, got None"),
         ({"ground_truth": {}}, "field ground_truth: expected the gold answer, got {}"),
+        ({"ground_truth": ["4", {}]}, "field ground_truth: expected the gold answer, got ['4', {}]"),
+        ({"completion_tokens": "12"}, "field completion_tokens: expected a number, or null, got '12'"),
+        ({"prompt_tokens": math.nan}, "field prompt_tokens: expected a number, or null, got nan"),
+        ({"round_num": [1]}, "field round_num: expected a number, or null, got [1]"),
         ({"extracted_answer": ["4"]}, "field extracted_answer: expected the final answer as text, or null, got ['4']"),
         ({"task": "pairwise", "verdict": 3}, "field verdict: expected a verdict, or null, got 3"),
         ({"task": "best_of_n", "verdict": ["A"], "verdict_swapped": []}, "field verdict_swapped: expected a list"),
@@ -335,6 +360,14 @@ def test_the_command_shows_failures_and_exits_0(tmp_path):
     assert done.returncode == 0
     assert done.stdout.startswith("FAILED: 1 of 3 rows")
     assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["m", "n", "mean"]
+
+
+def test_an_empty_file_and_a_bad_flag_are_said_in_one_line(tmp_path):
+    done = command("--result_path", write(tmp_path / "e.json", []))
+    assert (done.returncode, done.stdout) == (0, f"empty: {tmp_path / 'e.json'} holds no row\n")
+    done = command("--result_path", tmp_path / "e.json", "--format", "xml")
+    assert done.returncode == 2
+    assert re.fullmatch("calculate_acc.py: argument --format: invalid choice: 'xml' .*\n", done.stderr)
 
 
 def test_text_of_a_file_stays_in_its_cell():

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import socketserver
@@ -94,7 +95,17 @@ SETTINGS = Settings("small", "answer", (), "server")
 
 @pytest.mark.parametrize(
     "fault",
-    [(429, b"slow down"), (500, b"oops"), (503, b""), (200, b'{"choices": [{"mess'), (200, b"[]"), (None, b"")],
+    [
+        (429, b"slow down"),
+        (500, b"oops"),
+        (503, b""),
+        (200, b'{"choices": [{"mess'),
+        (200, b"[]"),
+        (200, b'{"choices": []}'),
+        (200, b'{"choices": [{"message": {"content": 5}}]}'),
+        (200, b'{"choices": [{"message": {"content": "5"}}], "usage": {"prompt_tokens": "many"}}'),
+        (None, b""),
+    ],
 )
 def test_what_may_pass_is_tried_again(fault, server):
     server.plan["What is 1+1?"] = [fault, fault]
@@ -280,6 +291,42 @@ def test_several_servers_share_the_work(server):
     assert min(len(server.seen), len(second.seen)) >= 10
 
 
+def test_a_server_that_has_died_is_left_for_the_others(server):
+    """It is never busy: by that alone every request would go there."""
+    dead = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    dead.models = server.models
+    threading.Thread(target=dead.serve_forever, daemon=True).start()
+    engine = ServerEngine([f"http://127.0.0.1:{dead.server_port}", server.url], "small", concurrency=2, retries=1)
+    dead.shutdown()
+    dead.server_close()
+    assert [r["error"] for r in evaluate.evaluate(ROWS, engine, SETTINGS)] == [None] * 4
+    engine.close()
+
+
+def test_usage_that_is_missing_is_no_tokens(server):
+    server.plan["What is 1+1?"] = [
+        (200, b'{"choices": [{"message": {"content": null}}], "usage": {"prompt_tokens": null}}')
+    ]
+    engine = ServerEngine([server.url], "small")
+    (row,) = evaluate.evaluate(ROWS[1:2], engine, SETTINGS)
+    engine.close()
+    assert (row["error"], row["vlm_output"], row["prompt_tokens"], row["completion_tokens"]) == (None, "", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("owner", "expected"),
+    [("vllm", {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}), ("somebody", {})],
+)
+def test_a_server_that_would_fill_in_the_model_s_own_sampling_is_told_all_of_it(owner, expected, server):
+    server.models = 200, json.dumps({"data": [{"id": "small", "owned_by": owner}]}).encode()
+    engine = ServerEngine([server.url], "small")
+    evaluate.evaluate(ROWS[:1], engine, SETTINGS)
+    engine.close()
+    ((_, body),) = server.seen
+    assert body.keys() - {"model", "messages", "max_tokens", "temperature"} == expected.keys()
+    assert expected.items() <= body.items()
+
+
 def awkward_images(folder) -> dict:
     """Names of files and what is wrong with them: None for one that is only on its side."""
     picture, exif = Image.new("RGB", (56, 28), "blue"), Image.Exif()
@@ -404,14 +451,25 @@ def digits(n, folder):
 
 
 @pytest.fixture(scope="session")
-def vllm_server(tmp_path_factory):
-    """A real `vllm serve` of the shipped model on the CPU, in float32."""
+def small_model(tmp_path_factory):
+    """The shipped model, with sampling settings of its own, as published models have them."""
+    folder = tmp_path_factory.mktemp("model") / "small"
+    shutil.copytree(OUTPUT, folder)
+    own = json.loads((folder / "generation_config.json").read_text())
+    own |= {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(own))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tmp_path_factory, small_model):
+    """A real `vllm serve` of the small model on the CPU, in float32."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = "--dtype float32 --max-model-len 512 --enforce-eager --served-model-name small"
-    command = [*SERVE, str(OUTPUT), "--port", str(port)]
+    command = [*SERVE, small_model, "--port", str(port)]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
             [*command, *flags.split()],
@@ -435,7 +493,7 @@ def vllm_server(tmp_path_factory):
     process.wait(60)
 
 
-def test_every_engine_gives_the_same_rows(vllm_server, tmp_path, monkeypatch):
+def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, monkeypatch):
     """Answer, judge and reflect at temperature 0, text and images: transformers, vLLM in process, and vllm serve."""
     from engines import TransformersEngine, VLLMEngine
 
@@ -445,10 +503,11 @@ def test_every_engine_gives_the_same_rows(vllm_server, tmp_path, monkeypatch):
     assert {r["image_path"] is None for r in rows} == {True, False}
     settings = Settings("small", "tts", (), max_tokens=64)
     engines = {
-        "transformers": TransformersEngine(str(OUTPUT), batch_size=7),
-        "vllm": VLLMEngine(str(OUTPUT), max_model_len=512, enforce_eager=True),
+        "transformers": TransformersEngine(small_model, batch_size=7),
+        "vllm": VLLMEngine(small_model, max_model_len=512, enforce_eager=True, max_num_seqs=40),
         "server": ServerEngine([vllm_server], "small", concurrency=16),
     }
+    assert engines["vllm"].capacity == 40 + 256
     found = {}
     for name, engine in engines.items():
         found[name] = evaluate.evaluate(rows, engine, settings)
@@ -475,7 +534,10 @@ def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch,
     assert evaluate.main() == 0
     first = json.loads((tmp_path / "r.json").read_text())
     assert all(len(r["rounds"]) == 4 for r in first)
-    (tmp_path / "r.json.part").unlink()
+    outputs = [[round["output"] for round in row["rounds"]] for row in first]
+    assert any(len(set(texts)) > 1 for texts in outputs)  # drawn, whatever the model's own top_k
+    for name in ("r.json", "r.json.part"):
+        (tmp_path / name).unlink()
     assert evaluate.main() == 0  # sampled, and the same again: every call has its own seed
     second = json.loads((tmp_path / "r.json").read_text())
     same = sum(a["vlm_output"] == b["vlm_output"] for a, b in zip(first, second, strict=True))

@@ -1,6 +1,10 @@
 """The modes against a scripted model, resume, and the real engine on the shipped model."""
 
+import copy
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 
@@ -116,6 +120,18 @@ def test_vote_takes_the_most_frequent_answer_and_equal_answers_are_one():
     assert (row["completion_tokens"], row["first_completion_tokens"]) == (30, 5)
 
 
+def test_the_first_answer_s_tokens_are_its_own():
+    class Longer(Scripted):
+        """Each answer of a row is longer than the last one."""
+
+        def batch(self, requests, sampling):
+            return [Output("\\boxed{1}", 1, 2 + i) for i in range(len(requests))]
+
+    how = settings("tts", tts="vote", n=4, temperature=1.0)
+    (row,) = evaluate.evaluate(QUESTIONS[:1], Longer(None), how)
+    assert (row["first_completion_tokens"], row["completion_tokens"]) == (2, 2 + 3 + 4 + 5)
+
+
 def test_weighted_vote_believes_the_judge():
     def judge(text):
         return "\\boxed{Yes}" if "\\boxed{3}" in text else "\\boxed{No}"
@@ -211,27 +227,173 @@ def test_a_model_or_a_benchmark_that_changed_under_its_name_is_refused(tmp_path)
         run_to_file(QUESTIONS, Scripted(lambda t: ""), how, output)
 
 
+def test_what_is_no_evaluation_of_this_run_is_not_overwritten(tmp_path):
+    output, part = tmp_path / "r.json", tmp_path / "r.json.part"
+    run_to_file(QUESTIONS, Scripted(lambda t: "\\boxed{1}"), settings("answer"), output)
+    kept, header = output.read_text(), part.read_text().split("\n")[0]
+    row = json.dumps({"index": 0, "result": {}})
+    for text in ("", "[1, 2]\n", header[:9], f"{header}\n{row}\n", f"{header}\n{row[:9]}\n{row}\n", f"{row}\n"):
+        part.write_text(text)
+        with pytest.raises(BadInput, match=r"r.json.part: .*give another --output or remove it"):
+            run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), output)
+        assert part.read_text() == text
+    part.unlink()
+    with pytest.raises(BadInput, match=r"r.json: exists, and has no r.json.part"):
+        run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), output)
+    assert output.read_text() == kept
+    with pytest.raises(BadInput, match="expected a file, got a folder"):
+        run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), tmp_path)
+
+
+def refusal(monkeypatch, capsys, benchmark, *flags) -> str:
+    """The one line with which the command refuses."""
+    command = ["evaluate.py", "--model", "none", "--benchmark", str(benchmark), "--output", "x.json", *flags]
+    monkeypatch.setattr("sys.argv", command)
+    try:
+        status = evaluate.main()
+    except SystemExit as ended:  # argparse
+        status = ended.code
+    assert status == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("evaluate.py: ")
+    return line
+
+
+ROW = {"dataset": "d", "problem": "a", "answer": "1"}
+PAIR = {"dataset": "d", "problem": "a", "chosen": "b", "rejected": "c"}
+POINT = {"dataset": "d", "problem": "a", "response": "b", "label": "Yes"}
+
+
 @pytest.mark.parametrize(
-    ("rows", "mode", "expected"),
+    ("row", "mode", "expected"),
     [
-        ([{"problem": "a"}], "answer", "row 0: field answer"),
-        ([{"answer": "1"}], "tts", "row 0: field problem"),
-        ([{"problem": "a", "chosen": "b"}], "judge", "row 0: field rejected"),
-        ([{"problem": "a", "response": "b", "label": "perhaps"}], "judge", "field label: expected Yes, No"),
-        ([{"problem": "a", "answer": "1", "image_path": "no.png"}], "answer", "field image_path: no such file"),
-        ([{"problem": "a \ud800", "answer": "1"}], "answer", "row 0: expected text, got half of a surrogate pair"),
-        ({"problem": "a"}, "answer", "expected a list"),
+        ({"problem": "a"}, "answer", "field answer: expected the gold answer, or a list of them, got nothing"),
+        ({**ROW, "answer": []}, "answer", "field answer"),
+        ({**ROW, "answer": {"a": 1}}, "answer", "field answer"),
+        ({"answer": "1"}, "tts", "field problem"),
+        ({**ROW, "problem": 5}, "tts", "field problem: expected the question as text, got 5"),
+        ({"problem": "a", "answer": "1", "datset": "d"}, "answer", "field dataset: expected the benchmark's name"),
+        ({**ROW, "dataset": None}, "answer", "field dataset"),
+        ({**ROW, "image_path": "no.png"}, "answer", "field image_path: no such file"),
+        ({**ROW, "image_path": 5}, "answer", "field image_path: expected a path, or null, got 5"),
+        ({**ROW, "image_path": "a\0b"}, "answer", "field image_path: .*null byte"),
+        ({**ROW, "image_path": "\x1b[2J\n"}, "answer", r"field image_path: no such file .*/\\x1b\[2J"),
+        ({**ROW, "problem": "a \ud800"}, "answer", "expected text, got half of a surrogate pair"),
+        ({**PAIR, "rejected": None}, "judge", "field rejected"),
+        (
+            {**PAIR, "rejected": ["c", 3]},
+            "judge",
+            r"field rejected: expected .* as text, or a list of them, got \['c', 3",
+        ),
+        ({**PAIR, "chosen": 2}, "judge", "field chosen"),
+        ({**POINT, "label": "perhaps"}, "judge", "field label: expected Yes, No"),
+        ({**POINT, "label": ["Yes"]}, "judge", "field label"),
+        ({**POINT, "response": 3}, "judge", "field response"),
+        ("a", "answer", "field row: expected a JSON object"),
     ],
 )
-def test_bad_benchmarks_are_named(rows, mode, expected, tmp_path, monkeypatch, capsys):
+def test_bad_rows_are_named(row, mode, expected, tmp_path, monkeypatch, capsys):
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps(rows))
-    with pytest.raises(BadInput, match=expected):
-        read_benchmark(str(path), mode)
-    command = ["evaluate.py", "--model", "none", "--benchmark", str(path), "--mode", mode, "--output", "x.json"]
-    monkeypatch.setattr("sys.argv", command)
-    assert evaluate.main() == 2
-    assert "\n" not in capsys.readouterr().err.strip()
+    path.write_text(json.dumps([PAIR if mode == "judge" else ROW, row]))
+    line = refusal(monkeypatch, capsys, path, "--mode", mode)
+    assert re.search(f"bench.json: row 1: {expected}", line)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, "no such file"),
+        (b"[]", "expected at least one row"),
+        (b"hello", "expected a JSON list"),
+        (b'[{"dataset": "d", "prob', "row 0: "),
+        (b"[" * 100_000, "row 0: maximum recursion"),
+        (b'[{"a": ' + b"9" * 5000 + b"}]", "row 0: Exceeds the limit"),
+        ('[{"a": "é"}]'.encode("latin-1"), "expected text in UTF-8"),
+    ],
+)
+def test_bad_files_are_named(content, expected, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "bench.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert re.search(f"bench.json: .*{expected}", refusal(monkeypatch, capsys, path))
+
+
+def test_benchmarks_as_they_come(tmp_path):
+    """Lines with a byte-order mark, a blank line and a line separator within a text; images relative to the file."""
+    (tmp_path / "a.png").write_bytes(b"looked at later")
+    rows = [{**ROW, "problem": "a\u2028b"}, {**ROW, "image_path": ""}, {**ROW, "image_path": "a.png"}]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    found = read_benchmark(str(path), "answer")
+    assert [row["problem"] for row in found] == ["a\u2028b", "a", "a"]
+    assert [row["image_path"] for row in found] == [None, None, "a.png"]
+    assert found[2]["image"] == str(tmp_path / "a.png")
+
+
+def test_images_stay_within_the_image_root(tmp_path):
+    root, path = tmp_path / "images", tmp_path / "bench.json"
+    root.mkdir()
+    for image in (tmp_path / "out.png", root / "in.png"):
+        image.write_bytes(b"looked at later")
+    (root / "link.png").symlink_to(tmp_path / "out.png")
+    for name in ("../out.png", "link.png", str(tmp_path / "out.png")):
+        path.write_text(json.dumps([{**ROW, "image_path": name}]))
+        with pytest.raises(BadInput, match=r"row 0: field image_path: .* is outside the image root"):
+            read_benchmark(str(path), "answer", str(root))
+    path.write_text(json.dumps([{**ROW, "image_path": "in.png"}]))
+    assert read_benchmark(str(path), "answer", str(root))[0]["image"] == str(root / "in.png")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--limit -1", "--limit: expected a number from 1 on, got -1"),
+        ("--concurrency 0", "--concurrency: expected a number from 1 on"),
+        ("--temperature nan", "--temperature: expected a number from 0 on"),
+        ("--timeout 0", "--timeout: expected a number from 0.1 on"),
+        ("--engine server", "--engine server: expected --server URL"),
+        ("--mode tts --tts vote", "expected a --temperature above 0"),
+        ("--mode guess", "argument --mode: invalid choice: 'guess'"),
+    ],
+)
+def test_bad_flags_are_named(flags, expected, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.json").write_text(json.dumps([ROW]))
+    assert expected in refusal(monkeypatch, capsys, tmp_path / "bench.json", *flags.split())
+
+
+def test_another_run_s_output_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.json").write_text(json.dumps([ROW]))
+    (tmp_path / "r.json").write_text("[]")
+    flags = ("--engine", "transformers", "--output", str(tmp_path / "r.json"))
+    monkeypatch.setattr(evaluate, "make_engine", lambda args: pytest.fail("the model is loaded"))
+    assert "r.json: exists" in refusal(monkeypatch, capsys, tmp_path / "bench.json", *flags)
+
+
+def test_a_folder_without_a_model_and_a_missing_vllm_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench.json").write_text(json.dumps([ROW]))
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    line = refusal(monkeypatch, capsys, "bench.json", "--engine", "transformers", "--model", "empty")
+    assert line.startswith("evaluate.py: --model empty: ")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "expected vLLM to be installed" in refusal(monkeypatch, capsys, "bench.json", "--engine", "vllm")
+
+
+def test_a_text_model_takes_text_and_pads_with_what_it_has(processor, text_model):
+    """An image is that row's error; a tokenizer without a padding token (Llama's) is no reason to end."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.pad_token = None
+    engine = TransformersEngine(text_model, tokenizer)
+    rows = [QUESTIONS[0], {**QUESTIONS[1], "image_path": "a.png"}, {**QUESTIONS[2], "problem": "longer " * 9}]
+    found = evaluate.evaluate(rows, engine, settings("answer", max_tokens=4))
+    assert [row["error"] for row in found] == [None, "the model takes no images", None]
+    assert all(row["completion_tokens"] > 0 for row in found if row["error"] is None)
+
+
+def test_nothing_heavy_for_help():
+    code = "import sys, evaluate; print([m for m in ('torch', 'numpy', 'datasets', 'sympy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_the_engine_on_the_shipped_model(processor, vision_model):

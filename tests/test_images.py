@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import images
-from data.images import BadImage, check_image, fit, fitted_size, locate, open_image, reference, size_of, to_rgb
+from data.images import BadImage, as_file, check_image, fit, fitted_size, locate, open_image, reference, size_of, to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -50,6 +50,44 @@ def test_exif_rotation_is_applied_and_known_from_the_header(format):
         assert upright.size == (20, 40)
         red, _, blue = upright.getpixel((10, 2))
         assert red > 200 and blue < 60
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """Of a PNG."""
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+def test_a_png_on_its_side_is_sent_upright_wherever_it_says_so():
+    picture, exif = Image.new("RGB", (40, 20), "blue"), Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'XML:com.adobe.xmp\0\0\0\0\0<rdf tiff:Orientation="6"/>'
+    profile = b"Raw profile type exif\0\nexif\n%d\n" % len(exif.tobytes()) + exif.tobytes().hex().encode()
+    plain = encoded(picture)
+    head, pixels, end = plain[:33], plain[33:-12], plain[-12:]
+    for said in (chunk(b"eXIf", exif.tobytes()[6:]), chunk(b"iTXt", xmp), chunk(b"tEXt", profile)):
+        for content in (head + said + pixels + end, head + pixels + said + end):
+            sent, kind = as_file(reference(content))
+            assert kind == "image/png"
+            assert Image.open(io.BytesIO(sent)).size == open_image(reference(content)).size == (20, 40)
+    exif[0x0112] = 1
+    upright = head + pixels + chunk(b"eXIf", exif.tobytes()[6:]) + end
+    assert as_file(reference(upright)) == (upright, "image/png")
+
+
+def test_a_plain_image_is_sent_as_it_is_without_decoding_a_png(monkeypatch, tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    for format in ("JPEG", "WEBP"):
+        content = encoded(noise, format)
+        assert as_file(reference(content)) == (content, f"image/{format.lower()}")
+        with pytest.raises(BadImage, match="can't be read as an image"):
+            as_file(reference(content[: len(content) // 2]))
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", lambda image: pytest.fail("decoded"))
+    content = encoded(noise)
+    (tmp_path / "a.png").write_bytes(content)
+    assert as_file(reference(tmp_path / "a.png")) == (content, "image/png")
+    for broken in (content[: len(content) // 2], content.replace(content[-40:-20], bytes(20))):
+        with pytest.raises(BadImage, match="can't be read as an image"):
+            as_file(reference(broken))
 
 
 def test_transparent_is_white_whatever_says_so():
