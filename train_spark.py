@@ -104,8 +104,9 @@ class SparkConfig(RecycleConfig, GRPOConfig):
             self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
         super().__post_init__()
         self.check_recycling()
-        if self.max_prompt_length < 1:
-            raise ValueError(f"max_prompt_length: expected 1 or more tokens, got {self.max_prompt_length}")
+        for name in ("max_prompt_length", "max_completion_length"):
+            if (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name}: expected 1 or more tokens, got {getattr(self, name)}")
         if self.recycle_micro_steps is None:
             policy, recycled = self.longest_rows
             self.recycle_micro_steps = math.ceil(self.recycle_ratio * recycled / policy) or 1
@@ -136,8 +137,10 @@ class NotSaved(Exception):
 class SparkTrainer(GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    The only change is in `_generate_and_score_completions`; `_calculate_rewards` is overridden to look, not to touch,
-    and `log` to write what was recycled. Everything else is inherited.
+    What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super(), serves that:
+    `_prepare_inputs`, `_get_dataloader` and `compute_loss` give recycled rows passes of their own; `_calculate_rewards`
+    looks, `log` writes a table; `_generate` and `_get_per_token_logps_and_entropies` take rows with and without images
+    together; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.

@@ -433,6 +433,10 @@ def test_reward_functions_meet_judge_rows():
 
 
 def test_settings_are_checked_and_have_one_source(tmp_path):
+    for name in ("max_prompt_length", "max_completion_length"):
+        for wrong in (0, None):
+            with pytest.raises(ValueError, match=f"{name}: expected 1 or more tokens"):
+                config(SparkConfig, tmp_path, **{name: wrong})
     with pytest.raises(ValueError, match="recycle_source"):
         SparkConfig(str(tmp_path), recycle_source="everything", bf16=False)
     defaults = SparkConfig(str(tmp_path), bf16=False)

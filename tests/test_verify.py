@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import verify
+from equality import decide
 
 _FILE = Path(__file__).parent / "data" / "verify_pairs.jsonl"
 PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
@@ -150,7 +151,7 @@ def test_labelled_pairs():
 
 
 def test_most_pairs_never_reach_a_worker():
-    results = [verify._decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)]
+    results = [decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)]
     assert sum(r.reason == "open" for r in results) < 0.15 * len(results)
 
 
@@ -225,15 +226,14 @@ def test_a_batch_keeps_its_order():
 
 def test_results_are_cached_within_bounds(monkeypatch):
     calls = Counter()
-    decide = verify._decide
-    monkeypatch.setattr(verify, "_decide", lambda p, g: calls.update([(p, g)]) or decide(p, g))
+    monkeypatch.setattr(verify, "decide", lambda p, g: calls.update([(p, g)]) or decide(p, g))
     assert verify.verify_many([("17/34", "0.5"), ("17/34", "0.5")]) == [True, True]
     assert verify.is_equal("17/34", "0.5") is True
     assert calls == {("17/34", "0.5"): 1}
     monkeypatch.setattr(verify, "CACHE_BYTES", 20_000)
     verify.verify_many([(f"{i}/7", "1") for i in range(200)])
-    assert verify._cache_bytes <= 20_000
-    assert verify._cache_bytes == sum(400 + len(p) + len(g) for p, g in verify._cache)
+    assert verify._cache.bytes <= 20_000
+    assert verify._cache.bytes == sum(400 + len(p) + len(g) for p, g in verify._cache.results)
 
 
 # --------------------------------------------------------------------------- rewards

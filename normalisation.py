@@ -1,0 +1,229 @@
+r"""One spelling for one thing, and texts cut up outside their brackets.
+
+    clean("½")                      # \frac{1}{2}, and so for \dfrac12 and $\tfrac{1}{2}$.
+    split("(1,2),3", {","})         # (["(1,2)", "3"], [","])
+
+Unicode becomes LaTeX, synonyms become one command, decoration goes. What the text means is not asked here.
+"""
+
+import re
+import unicodedata
+from functools import lru_cache
+
+from calculator import FUNCTIONS, MAX_DEPTH, TooBig
+
+_UNICODE = r"""
+    −–—‐‑‒﹣－ -  ⋅·∙• \cdot  ×✕ \times  ⁄∕÷ /  √ \sqrt  ∞ \infty  ± \pm  ∓ \mp  ≤⩽ \leq  ≥⩾ \geq
+    ≠ \neq  ≈ \approx  ∪ \cup  ∩ \cap  ∈ \in  ∅ \emptyset  °º ^\circ  ∠ \angle  ∆ \Delta  ℝ \mathbb{R}
+    ⟨ \langle  ⟩ \rangle  “”„‟ "  ‘’′ '  ，、 ,  。 .  ∶ :  ∣ |  ％ %  ￥ ¥  ￡ £
+""".split()
+_UNICODE_TABLE = {
+    ord(c): latex + " " * ("\\" in latex)
+    for characters, latex in zip(_UNICODE[::2], _UNICODE[1::2], strict=True)
+    for c in characters
+}
+for _c in "αβγδεζηθικλμνξοπρστυφχψωΓΔΘΛΞΠΣΦΨΩ":
+    _name = unicodedata.name(_c).split()[-1].lower().replace("lamda", "lambda")
+    _UNICODE_TABLE[ord(_c)] = f"\\{_name if _c.islower() else _name.capitalize()} "
+ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad"))
+ROW = "\u240a"  # stands for the \\ between the rows of a matrix
+
+TEXT_COMMANDS = r"""\textbf \textit \textrm \textsf \texttt \textsc \textnormal \textmd \textup \mathrm \mathbf \mathit
+    \mathsf \mathtt \mbox \hbox"""
+_SPELLINGS = {  # one command for its synonyms, or what a command of layout leaves
+    r"\frac": r"\dfrac \tfrac \cfrac",
+    r"\binom": r"\dbinom \tbinom",
+    r"\text": TEXT_COMMANDS + r" \operatorname \operatorname*",
+    r"\leq ": r"\le \leq \leqslant \leqq",
+    r"\geq ": r"\ge \geq \geqslant \geqq",
+    r"\neq ": r"\ne \neq",
+    r"\emptyset ": r"\varnothing \O",
+    r"\ldots ": r"\cdots \dots",
+    r"^\circ ": r"\degree",
+    r"\{": r"\lbrace \lcurly",
+    r"\}": r"\rbrace \rcurly",
+    "|": r"\lvert \rvert \vert \mid",
+    "[": r"\lbrack",
+    "]": r"\rbrack",
+    "<": r"\lt",
+    ">": r"\gt",
+    ":": r"\colon",
+    "%": r"\%",
+    "#": r"\#",
+    " ": r"\ \, \; \: \> \( \) \[ \] \quad \qquad \thinspace \rm \bf \it \cal \underline",
+    "": r"""\! \left \right \displaystyle \textstyle \limits \big \Big \bigg \Bigg \bigl \Bigl \biggl \Biggl \bigr
+        \Bigr \biggr \Biggr \bigm \Bigm""",
+}
+_COMMANDS = {name: latex for latex, names in _SPELLINGS.items() for name in names.split()}
+_COMMAND = re.compile(r"\\(?:[A-Za-z]+\*?(?:\s+(?=\{))?|.)", re.DOTALL)
+
+
+def _rewrites(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
+    return [(re.compile(pattern), replacement) for pattern, replacement in rules]
+
+
+_BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
+    (r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow)\s*\{\s*(\\?[a-zA-Z]+|\d)\s*\}(?<![a-z]{2}\})", r"\1 "),
+    (r"\\(?:text)?color\s*\{\w+\}", " "),
+)
+_AFTER_COMMANDS = _rewrites(
+    (  # x = 2k + 1, k \in \mathbb{Z}
+        r"(?<=.)[,;]?\s*\(?\s*(?:\\text\{\s*(?:where|for|with)\s*\})?\s*[a-zA-Z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?"
+        r"[+*^]*\s*\)?$",
+        "",
+    ),
+    (r"\\text\{\s*(" + FUNCTIONS + r")\s*\}", r"\\\1 "),
+    (r"\\text\{\s*([:;,.%$])?\s*\}", r"\1"),
+    (r"\\frac\s*\{\\text\{([^{}]*)\}\}\s*\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
+    (r"\}\s*/\s*\\text\{", "/"),
+    (r"\\overline\s*\{([A-Z]{2,})\}|\\(?:hat|widehat)\s*\{?\s*\\?([a-z])(?:math)?\s*\}?", r"\1\2 "),
+    (r"\^\s*\{?\s*(?:\\circ|\^\\circ)(?![a-z])\s*\}?", r"^\\circ "),
+    (r"(?<=[\d}])\s*\\Omega$", r"\\text{ohm}"),
+)
+_PLAIN = _rewrites(
+    (r"~|\s", " "),
+    (r"\{,\}", ","),
+    (r"<=", r"\\leq "),
+    (r">=", r"\\geq "),
+    (r"!=", r"\\neq "),
+    (r"\.\.\.|…", r"\\ldots "),
+    (r"\*\*", "^"),
+    (r"(?<![A-Za-z\\])(" + FUNCTIONS + r"|pi|infty|theta|alpha|beta)(?![A-Za-z])", r"\\\1 "),
+    (r"(?i)(?<![A-Za-z\\])(?:infinity|inf)(?![A-Za-z])", r"\\infty "),
+    (r"\+\s*\\infty", r"\\infty"),
+    (r"\\sqrt\s+(?=[\d({\[])", r"\\sqrt"),
+    (r"(?<=[\d ])([cdkm]?m|ft)([23])$", r"\1^\2"),
+    (r"\s+", " "),
+)
+_ANSWER_IS = re.compile(
+    r"(?:\\text\{\s*)?(?:the )?(?:final )?(?:correct )?answer(?: is\b|\s*:)\s*:?\s*\}?|\\approx|\\therefore", re.I
+)
+
+
+@lru_cache(maxsize=4096)  # a gold comes once for each of its rollouts
+def clean(text: str) -> str:
+    """One spelling for one thing: Unicode to LaTeX, synonyms to one command, decoration away."""
+    text = text.translate(ZERO_WIDTH)
+    text = (text if text.isascii() else _from_unicode(text)).strip()
+    if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
+        text = bold[2]
+    text = text.replace(r"\$", "\uff04")
+    if text.count("$") % 2 == 0:
+        text = text.replace("$", " ")  # math mode
+    text = text.replace("\uff04", "$")
+    if r"\begin{cases}" in text:  # a system of equations is a list of them
+        text = text.replace(r"\begin{cases}", "").replace(r"\end{cases}", "").replace(r"\\", ", ").replace("&", " ")
+    if r"\begin" in text:
+        text = text.replace(r"\\", ROW)
+    elif "\\" in text:  # doubled by somebody's escaping, or a line break
+        text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
+    if "\\" in text:
+        text = _apply(_BEFORE_COMMANDS, text)
+        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0].strip(), m[0].strip() if len(m[0]) > 2 else m[0]), text)
+        text = _apply(_AFTER_COMMANDS, text)
+    text = strip_braces(_apply(_PLAIN, text).strip())
+    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and closing_bracket(text, box.end()) == len(text) - 1:
+        text = text[box.end() + 1 : -1].strip()
+    text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
+    text = re.sub(r"^=(?=.)", "", text.strip())
+    text = re.sub(r"[.,;:\s]+\\?$|\\$", "", text).strip()
+    if scientific := re.fullmatch(r"([+-]?\d*\.?\d+)[eE]([+-]?\d+)", text):
+        return f"{scientific[1]} \\times 10^{{{int(scientific[2])}}}"
+    whole = re.fullmatch(r"\\text\{([^{}]*)\}", text)
+    return re.sub(r"[.,;:\s]+$", "", whole[1]).strip() if whole else text
+
+
+def _from_unicode(text: str) -> str:
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda m: rf"\frac{{{unicodedata.normalize('NFKC', m[0])}}}".replace("⁄", "}{"), text)
+    text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    return unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
+
+
+def _apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
+    for pattern, replacement in rules:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def strip_braces(text: str) -> str:
+    """Without invisible outer braces; around a list they were meant as the braces of a set."""
+    for _ in range(MAX_DEPTH):
+        if text[:1] != "{" or closing_bracket(text, 0) != len(text) - 1:
+            break
+        inner = text[1:-1].strip()
+        if len(split(inner, {","})[0]) > 1:
+            return rf"\{{{inner}\}}"
+        text = inner
+    return text
+
+
+_OPEN = {"(", "[", "{", r"\{", r"\langle"}
+_CLOSE = {")", "]", "}", r"\}", r"\rangle"}
+_BRACKETS = re.compile(r"\\[{}]|\\[lr]angle|\\.|[(\[{}\])]")
+_SPLIT_TOKENS = re.compile(
+    r"\\begin\{\w+\*?\}|\\end\{\w+\*?\}|\\[{}]|\\text\{\s*(?:and|or)\s*\}|\\[A-Za-z]+|\\.|[(\[{}\])]|"
+    r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])|.",
+    re.DOTALL,
+)
+
+
+def closing_bracket(text: str, start: int) -> int:
+    """Index of the bracket that closes the one at `start` (of any kind), or -1."""
+    depth = 0
+    for token in _BRACKETS.finditer(text, start):
+        depth += (token.group() in _OPEN) - (token.group() in _CLOSE)
+        if depth == 0 and token.group() in _CLOSE:
+            return token.end() - 1
+    return -1
+
+
+def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
+    """Pieces between separators that stand outside every bracket, and those separators."""
+    if not any(separator in text for separator in separators):
+        return [text], []
+    pieces, found, depth, start = [], [], 0, 0
+    for token in _SPLIT_TOKENS.finditer(text):
+        symbol = token.group()
+        if symbol in _OPEN or symbol.startswith(r"\begin"):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise TooBig("nested too deeply")
+        elif symbol in _CLOSE or symbol.startswith(r"\end{"):
+            depth -= 1
+        elif depth == 0:
+            word = symbol[6:-1].strip() if symbol.startswith(r"\text{") else symbol
+            if word in separators:
+                pieces.append(text[start : token.start()].strip())
+                found.append(word)
+                start = token.end()
+    pieces.append(text[start:].strip())
+    return pieces, found
+
+
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")
+
+
+@lru_cache(maxsize=4096)
+def unwrap_text(text: str) -> str:
+    r"""Without the commands around words: 5 \text{ cm} -> 5 cm."""
+    return " ".join(re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).split())
+
+
+def has_words(text: str) -> bool:
+    return _WORD.search(unwrap_text(text)) is not None
+
+
+@lru_cache(maxsize=4096)
+def as_words(text: str) -> str:
+    """A textual answer for comparison: case, punctuation, articles and spacing removed."""
+    text = re.sub(r"[^\w+\-/^=<>\\]+", " ", unwrap_text(text).casefold())
+    return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
+
+
+@lru_cache(maxsize=4096)
+def squeeze(text: str) -> str:
+    """Without the spaces that carry no meaning (a space between digits does)."""
+    text = re.sub(r"\{(\w)\}(?!\w)", r" \1", text)  # x^{2} is x^2
+    return re.sub(r"(?<![\dA-Za-z]) | (?![\dA-Za-z])|(?<=[a-z]) (?=\d)", "", text)
