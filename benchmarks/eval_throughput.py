@@ -360,7 +360,8 @@ def main() -> None:
         run = subprocess.run(
             [*command, "--worker", "vllm"], check=True, stdout=subprocess.PIPE, text=True, env=environment
         )
-        found["vllm"] = json.loads(run.stdout.splitlines()[-1])
+        (printed,) = (line for line in run.stdout.splitlines() if line.startswith('{"questions"'))  # vLLM says more
+        found["vllm"] = json.loads(printed)
     if args.accuracy_rows:
         found["calculate_acc"] = million_rows(args.accuracy_rows)
         print(json.dumps(found["calculate_acc"], indent=1), flush=True)

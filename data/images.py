@@ -26,7 +26,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -350,11 +350,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def as_file(ref: Reference) -> tuple[bytes, str]:
     """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
     so, else a PNG. Raises BadImage."""
+    if ref["bytes"] is None:
+        with suppress(OSError):  # `_opened` says what is wrong
+            ref = {**ref, "bytes": Path(ref["path"]).read_bytes()}  # once; Pillow would, in a dozen small pieces
     with _opened(ref) as image:
         kind = f"image/{image.format.lower()}"
         plain = kind in ("image/png", "image/jpeg", "image/webp") and image.mode in ("L", "RGB")
         if plain and not image.has_transparency_data:
-            content = ref["bytes"] or Path(ref["path"]).read_bytes()
+            content = ref["bytes"]
             if image.format == "PNG" and not any(name in content for name in _PNG_EXIF):
                 image.verify()
                 return content, kind
