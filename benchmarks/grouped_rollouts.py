@@ -39,7 +39,7 @@ def main() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    llm = LLM(args.model, max_model_len=4096, max_num_batched_tokens=4096, max_num_seqs=args.groups * args.generations)
+    llm = LLM(args.model, max_model_len=1024, max_num_batched_tokens=4096, max_num_seqs=args.groups * args.generations)
     processor = AutoProcessor.from_pretrained(args.model)
     rows = [r for r in digit_rows("train", 4 * args.groups, 0) if r["images"]][: args.groups]
     images = [r["images"][0].resize((args.size, args.size)) for r in rows]
