@@ -288,7 +288,7 @@ def test_vl_rewardbench(tmp_path):
     rows = read_benchmark(str(output), "judge")
     assert [(r["chosen"], r["rejected"]) for r in rows] == [("A cat.", "A dog."), ("A dog.", "A cat.")]
     assert {r["dataset"] for r in rows} == {"VL-RewardBench/made up"}
-    assert all(Image.open(r["image_path"]).size == (8, 8) for r in rows)
+    assert all(Image.open(r["image"]).size == (8, 8) for r in rows)
     assert check.main([str(output)]) == 0
 
 
