@@ -32,6 +32,7 @@ class ColocatedGeneration(VLLMGeneration):
         if self.accelerator.device.type == "cpu":
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.reload_weights(weights_iterator=self._iter_named_params())
+            self._repack_embeddings(runner.model)
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()
@@ -39,6 +40,15 @@ class ColocatedGeneration(VLLMGeneration):
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
+
+    @staticmethod
+    def _repack_embeddings(model) -> None:
+        """An output layer tied to the embeddings computes with a packed copy of them, which the reload leaves old."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for layer in model.modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
 
     def sleep(self) -> None:
         """Free the engine's memory for the optimizer step (level 2: the weights are sent anew in the next step)."""
