@@ -162,7 +162,6 @@ def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypat
         return sum(abs(a - b) for a, b in pairs) / len(pairs)
 
     same = [a == b for a, (_, best) in zip(tokens, new_weights, strict=True) for a, b in zip(a, best, strict=True)]
-    print("DIST", part, distance(new_weights), distance(old_weights), sum(same) / len(same), flush=True)
     assert distance(new_weights) < 0.02
     assert distance(old_weights) > 5 * distance(new_weights)
     assert sum(same) / len(same) > 0.97  # greedy; a near tie may fall either way in the engine's precision
