@@ -15,7 +15,11 @@ from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 
 class ColocatedGeneration(VLLMGeneration):
-    """VLLMGeneration of a colocated engine; `adopt` turns TRL's own object into one (TRL offers no other way)."""
+    """VLLMGeneration of a colocated engine; `adopt` turns TRL's own object into one (TRL offers no other way).
+
+    Attributes:
+        read: token ids (b, P) of the last prompts as the engine saw them, images filled in.
+    """
 
     @classmethod
     def adopt(cls, generation: VLLMGeneration) -> "ColocatedGeneration":
@@ -63,12 +67,14 @@ class ColocatedGeneration(VLLMGeneration):
         first = self.accelerator.process_index * len(prompts)
         whole = first % num_generations == 0 and len(prompts) % num_generations == 0
         if not whole or self.tensor_parallel_size > 1:  # across a tensor-parallel group TRL slices by row
-            return super().generate(prompts, images, num_generations, profiler)
+            self.read, *rollouts = super().generate(prompts, images, num_generations, profiler)
+            return self.read, *rollouts
         with self._asking(num_generations):
-            _, *rollouts = super().generate(
+            read, *rollouts = super().generate(
                 prompts[::num_generations], images and images[::num_generations], num_generations, profiler
             )
-        return prompts, *rollouts
+        self.read = [ids for ids in read for _ in range(num_generations)]
+        return self.read, *rollouts
 
     @contextmanager
     def _asking(self, n: int):

@@ -44,6 +44,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_flash_attn_2_available
 from trl import GRPOConfig, GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 from trl.import_utils import is_vllm_available
 
 import verify
@@ -140,7 +141,8 @@ class SparkTrainer(GRPOTrainer):
     What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super(), serves that:
     `_prepare_inputs`, `_get_dataloader` and `compute_loss` give recycled rows passes of their own; `_calculate_rewards`
     looks, `log` writes a table; `_generate` and `_get_per_token_logps_and_entropies` take rows with and without images
-    together; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
+    together; `_tokenize_prompts` and `_generate_single_turn` show a colocated engine each image once, and no image that
+    a rollout made up; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
@@ -261,6 +263,46 @@ class SparkTrainer(GRPOTrainer):
         if is_training:  # TRL's product of rows and micro-steps counts the passes added for recycling
             batch_size = self.args.generation_batch_size // self.accelerator.num_processes
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def _tokenize_prompts(self, prompts):
+        """Beside TRL's prompts, in which an image is as many tokens as the model sees of it, the same ones with a
+        placeholder for each. A colocated engine fills these in itself; TRL 1.16 hands it the first, and it fills in the
+        first token of an image again (TRL's issue 6294)."""
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None and self.use_vllm and self.vllm_mode == "colocate":
+            texts = self.processing_class.apply_chat_template(
+                [prepare_multimodal_messages(prompt) for prompt in prompts],
+                tools=self.tools or None,
+                chat_template=self.chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                **self.chat_template_kwargs,
+            )
+            bos = self._tokenizer.bos_token
+            written = bos is not None and texts[0].startswith(bos)  # by the template, as processors see it too
+            fields["placeholders"] = self._tokenizer(texts, add_special_tokens=not written)["input_ids"]
+        return prompt_ids, images, fields
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        """As TRL's, by `_tokenize_prompts`' prompts. A rollout ends before the token of an image that it makes up: the
+        forward pass would look for that image, and fail."""
+        asked = multimodal_fields.pop("placeholders", prompt_ids)
+        completion_ids, logprobs = super()._generate_single_turn(asked, images, multimodal_fields, *args, **kwargs)
+        if asked is not prompt_ids and self.vllm_generation.read != prompt_ids:
+            read, own = (sum(map(len, ids)) for ids in (self.vllm_generation.read, prompt_ids))
+            raise BadInput(
+                f"vLLM read {read} prompt tokens where the trainer has {own}: {self.model.config.model_type} fills in "
+                "images otherwise there; expected the processor's files beside the model's weights, or use_vllm: false"
+            )
+        config = self.model.config
+        visual = {getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)}
+        for row, ids in enumerate(completion_ids):
+            if not visual.isdisjoint(ids):
+                end = next(i for i, token in enumerate(ids) if token in visual)
+                completion_ids[row] = ids[:end] or [self._tokenizer.eos_token_id]
+                if logprobs is not None:
+                    logprobs[row] = logprobs[row][: max(end, 1)]
+        return completion_ids, logprobs
 
     def _generate(self, prompts):
         """TRL marks a row without images by None beside rows that have some; processors take an empty list for that."""

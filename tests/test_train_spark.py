@@ -386,6 +386,37 @@ def test_cuts_are_the_best_possible(lengths, parts):
         assert largest(cuts) == min(largest([0, *other, len(lengths)]) for other in others)
 
 
+def test_a_rollout_that_makes_up_an_image_ends_there(tmp_path, processor, vision_model, monkeypatch):
+    """The forward pass would look for an image behind the token, and end the run."""
+    image_token, eos = vision_model.config.image_token_id, processor.tokenizer.eos_token_id
+    generate, made_up = GRPOTrainer._generate_single_turn, []
+
+    def with_images_made_up(self, prompt_ids, *args, **kwargs):
+        ids, logprobs = generate(self, prompt_ids, *args, **kwargs)
+        ids[0][2] = ids[1][0] = image_token
+        made_up.append((ids[0][:2], ids[2]))
+        return ids, logprobs
+
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", with_images_made_up)
+    seen = capture_join(monkeypatch)
+    trainer = SparkTrainer(
+        vision_model,
+        reward_funcs=coin,
+        args=config(SparkConfig, tmp_path, max_steps=1),
+        train_dataset=digits(8, {"sum"}),
+        processing_class=processor,
+    )
+    trainer.train()
+    ((policy, recycled, *_),) = seen
+    for part, (cut, whole) in zip((policy, recycled), made_up, strict=True):
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(part["completion_ids"], part["completion_mask"], strict=True)
+        ]
+        assert rows[0] == cut
+        assert rows[1] == [eos]
+        assert rows[2] == whole
+
+
 def test_evaluation_does_not_recycle(tmp_path, processor, text_model, monkeypatch):
     seen = capture_join(monkeypatch)
     trainer = SparkTrainer(
