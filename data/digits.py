@@ -16,6 +16,7 @@ the same kind of image, so the question must be read; every gold is exact.
     >>> rows[0]["prompt"], rows[0]["images"], rows[0]["solution"], rows[0]["dataset"]
 """
 
+import math
 import random
 from functools import cache
 from typing import Any, Literal
@@ -57,10 +58,26 @@ def _digits(split: Split) -> dict[int, np.ndarray]:
 
 
 def draw(values: tuple[int, ...], split: Split, rng: random.Random) -> Image.Image:
-    """The digits side by side, each a random real one of its value, as an RGB image of 28 x 28 a digit."""
+    """The digits side by side, each a random real one of its value, as an RGB image of 28 x 28 a digit.
+
+    Training digits are written a little askew each time: there are only 1,258, and they are to be read, not known.
+    """
     pool = _digits(split)
     tiles = [Image.fromarray(rng.choice(pool[v])).resize((TILE, TILE), Image.Resampling.BICUBIC) for v in values]
+    if split == "train":
+        tiles = [_askew(tile, rng) for tile in tiles]
     return Image.fromarray(np.concatenate([np.asarray(tile) for tile in tiles], axis=1)).convert("RGB")
+
+
+def _askew(tile: Image.Image, rng: random.Random) -> Image.Image:
+    """Turned by up to 10 degrees, moved by up to 2 pixels, up to a tenth larger or smaller, in either direction."""
+    angle, centre = math.radians(rng.uniform(-10, 10)), (TILE - 1) / 2
+    wide, high = rng.uniform(0.9, 1.1), rng.uniform(0.9, 1.1)
+    a, b = math.cos(angle) / wide, math.sin(angle) / wide
+    d, e = -math.sin(angle) / high, math.cos(angle) / high
+    x = centre - (a + b) * centre + rng.uniform(-2, 2)
+    y = centre - (d + e) * centre + rng.uniform(-2, 2)
+    return tile.transform(tile.size, Image.Transform.AFFINE, (a, b, x, d, e, y), Image.Resampling.BICUBIC)
 
 
 def solve(kind: str, values: tuple[int, ...]) -> int:

@@ -67,9 +67,9 @@ SPECIAL_TOKENS = [
 class Noise:
     """What the warm start gets wrong on purpose, as probabilities."""
 
-    misread: float = 0.44  # a result is wrong, mostly by a misread digit
-    reflect: float = 0.95  # the same when reflecting: at the start, looking again does more harm than good
-    flip: float = 0.15  # a verdict contradicts the comparison before it
+    misread: float = 0.5  # a result is wrong, mostly by a misread digit
+    reflect: float = 1.0  # the same when reflecting: at the start, looking again does more harm than good
+    flip: float = 0.17  # a verdict contradicts the comparison before it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def batches(processor, rng: random.Random, noise: Noise, batch_size: int = 32, p
             yield batch(drawn[start : start + batch_size], processor)
 
 
-def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss: float = 0.05, noisy_steps: int = 500):
+def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss: float = 0.05, noisy_steps: int = 800):
     """Supervised training. Yields (step, loss, loss of the comparisons alone), means of 50 steps.
 
     A verdict follows from one token, `same` or `differs`, which is 2 % of what there is to learn and the hardest of it:
