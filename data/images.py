@@ -351,8 +351,8 @@ def as_file(ref: Reference) -> tuple[bytes, str]:
     """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
     so, else a PNG. Raises BadImage."""
     if ref["bytes"] is None:
-        with suppress(OSError):  # `_opened` says what is wrong
-            ref = {**ref, "bytes": Path(ref["path"]).read_bytes()}  # once; Pillow would, in a dozen small pieces
+        with suppress(OSError), open(ref["path"], "rb", buffering=0) as file:  # `_opened` says what is wrong
+            ref = {**ref, "bytes": file.read()}  # at once: Pillow would read a dozen small pieces
     with _opened(ref) as image:
         kind = f"image/{image.format.lower()}"
         plain = kind in ("image/png", "image/jpeg", "image/webp") and image.mode in ("L", "RGB")
