@@ -501,6 +501,9 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     rows = digits(24, tmp_path)
     assert {r["image_path"] is None for r in rows} == {True, False}
+    for a, b in ((11, 13), (27, 13), (38, 45), (27, 45)):  # numbers that it has never seen: it doubts its answers
+        problems = (f"What is {a}+{b}?", f"Which number times {a} is {b}?")
+        rows += [{"dataset": "unseen", "problem": p, "answer": str(a + b), "image_path": None} for p in problems]
     settings = Settings("small", "tts", (), max_tokens=64)
     engines = {
         "transformers": TransformersEngine(small_model, batch_size=7),
@@ -519,7 +522,7 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
         check_awkward_images(engine, tmp_path)
         engine.close()
     assert all(r["error"] is None for r in found["transformers"])
-    assert {r["round_num"] for r in found["transformers"]} != {0}  # some rows did reflect
+    assert {r["round_num"] for r in found["transformers"]} == {0, 1, 2}  # some rows did reflect
     assert found["vllm"] == found["transformers"]
     assert found["server"] == found["transformers"]
 
