@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import httptools
 import msgspec
 
-from data.images import BadImage, as_file, open_image, reference
+from data.images import BadImage, as_file, loaded, reference
 from data.read import BadInput
 
 
@@ -157,7 +157,7 @@ class TransformersEngine(BatchEngine):
         for i, request in enumerate(requests):
             try:
                 text = prompt_text(self.processor, request)
-                images += [open_image(reference(image)) for image in request.images]
+                images += [loaded(image) for image in request.images]
             except BadImage as error:
                 outputs[i] = Output(error=str(error))
                 continue
@@ -228,7 +228,7 @@ class VLLMEngine:
             text = prompt_text(self.processor, request)
             prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
             if request.images:
-                prompt["multi_modal_data"] = {"image": [open_image(reference(image)) for image in request.images]}
+                prompt["multi_modal_data"] = {"image": [loaded(image) for image in request.images]}
             self.llm.llm_engine.add_request(str(ticket), prompt, parameters)
         except (ValueError, VLLMClientError) as error:  # a broken image; a prompt longer than the model takes
             self._refused.append((ticket, Output(error=" ".join(str(error).split())[:300])))

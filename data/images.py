@@ -219,11 +219,7 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
             elif source.startswith(("http://", "https://")):
                 source = BytesIO(fetch(source, allow_remote))
             with Image.open(source, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise BadImage(f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS:,}")
-                if max(width, height) > MAX_ASPECT * min(width, height):
-                    raise BadImage(f"{name}: {width} x {height}, expected an aspect ratio of at most {MAX_ASPECT}")
+                _check_shape(image, name)
                 if image.mode in _NO_RANGE:
                     raise BadImage(f"{name}: pixels of mode {image.mode} have no known range, expected 8 or 16 bits")
                 yield image
@@ -237,6 +233,14 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
         raise BadImage(f"no such file {name}") from None
     except (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError) as error:
         raise BadImage(f"{name} can't be read as an image ({str(error)[:120]})") from None  # Pillow's plugins raise all
+
+
+def _check_shape(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{name}: {width} x {height} pixels, expected at most {MAX_PIXELS:,}")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{name}: {width} x {height}, expected an aspect ratio of at most {MAX_ASPECT}")
 
 
 def size_of(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
@@ -394,6 +398,19 @@ def open_image(ref: Reference, factor: int | None = None, allow_remote: bool = F
     ):
         _cache.popitem(last=False)
     return image
+
+
+def loaded(value: Any) -> Image.Image:
+    """`open_image` of what `reference` takes; an image in memory does not go by way of a file. Raises BadImage."""
+    if not isinstance(value, Image.Image):
+        return open_image(reference(value))
+    _check_shape(value, "image in memory")
+    try:
+        return to_rgb(value)
+    except BadImage:
+        raise
+    except (OSError, SyntaxError, ValueError) as error:  # opened before, and broken behind its header
+        raise BadImage(f"an image of mode {value.mode} can't be used ({str(error)[:120]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import images
-from data.images import BadImage, as_file, check_image, fit, fitted_size, locate, open_image, reference, size_of, to_rgb
+from data.images import (
+    BadImage,
+    as_file,
+    check_image,
+    fit,
+    fitted_size,
+    loaded,
+    locate,
+    open_image,
+    reference,
+    size_of,
+    to_rgb,
+)
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -98,6 +110,24 @@ def test_transparent_is_white_whatever_says_so():
     assert first_pixel(encoded(Image.new("LA", (8, 8), (0, 0)))) == WHITE
     assert first_pixel(encoded(palette)) == RED
     assert first_pixel(encoded(palette, transparency=0)) == WHITE
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_an_image_in_memory_is_what_its_file_is(mode):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
+    picture = (
+        Image.fromarray(noise).convert(mode) if mode != "I;16" else Image.fromarray(noise[..., 0] * np.uint16(257))
+    )
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned
+    assert np.array_equal(loaded(picture), open_image(reference(picture)))
+    assert loaded(picture).size == (6, 9)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("F", (8, 8)), ("RGB", (2, 1000))])
+def test_an_image_in_memory_that_is_no_use(mode, size):
+    with pytest.raises(BadImage, match="expected"):
+        loaded(Image.new(mode, size))
 
 
 def test_sixteen_bits_keep_their_upper_eight():
