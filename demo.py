@@ -1,4 +1,4 @@
-"""The demo: SPARK on real handwritten digits, measured before and after on held-out ones. No GPU, about 10 minutes.
+"""The demo: SPARK on real handwritten digits, measured before and after on held-out ones. No GPU, about 5 minutes.
 
     make demo                      set-up, then this file
     python demo.py [--output runs/demo] [--steps 42] [--questions 300]

@@ -4,7 +4,7 @@
 
 Every run starts from the shipped checkpoint and is measured on the same held-out digits: SPARK (16 prompts x 8 rollouts
 and at most 1.5 times as many recycled ones a step), and plain GRPO with that number of rollouts (40 prompts x 8) or of
-prompts (16 x 8). Temperature 1 (mean of 4 samples) and greedy. About 25 minutes on two cores; finished runs are kept.
+prompts (16 x 8). Temperature 1 (mean of 4 samples) and greedy. About 20 minutes on two cores; finished runs are kept.
 Writes benchmarks/results/demo_learning.json: the table, and of every run the outcome of each question and sample.
 """
 
