@@ -170,7 +170,16 @@ class SparkTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         if self.use_vllm and self.vllm_mode == "colocate":
             ColocatedGeneration.adopt(self.vllm_generation)
-        self._longest_prompt = longest_sequence(self.model, args) - self.max_completion_length
+        longest = longest_sequence(self.model, args)
+        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
+            client = self.vllm_generation.vllm_client
+            served = client.get_server_info()["model_config"]["max_model_len"]
+            if served < longest:
+                raise ValueError(
+                    f"{client.base_url}: takes {served} tokens, expected {longest}; restart it with --max-model-len "
+                    f"{longest}, or set vllm_max_model_length: {served} (longer recycled prompts are skipped)"
+                )
+        self._longest_prompt = longest - self.max_completion_length
         self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
         self.add_callback(Watch())
         self._scored: Scored | None = None

@@ -469,6 +469,7 @@ def vllm_server(tmp_path_factory, small_model):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = "--dtype float32 --max-model-len 512 --enforce-eager --served-model-name small"
+    flags += " --logprobs-mode processed_logprobs --enable-scale-out"  # as training wants them
     command = [*SERVE, small_model, "--port", str(port)]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
@@ -476,7 +477,7 @@ def vllm_server(tmp_path_factory, small_model):
             stdout=log,
             stderr=log,
             start_new_session=True,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"},
         )
     import urllib.request
 
@@ -525,6 +526,43 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     assert {r["round_num"] for r in found["transformers"]} == {0, 1, 2}  # some rows did reflect
     assert found["vllm"] == found["transformers"]
     assert found["server"] == found["transformers"]
+
+
+def test_training_by_the_real_server(vllm_server, tmp_path, monkeypatch, processor):
+    """TRL's client and the real server, text and images. Weights go by NCCL, which a CPU has not: they are counted."""
+    import torch
+    from datasets import concatenate_datasets
+    from test_train_spark import config
+    from test_train_spark import digits as training_digits
+    from transformers import Qwen2_5_VLForConditionalGeneration
+    from trl.generation.vllm_client import VLLMClient
+
+    from train_spark import SparkConfig, SparkTrainer
+
+    sent = []
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda self, device: None)
+    monkeypatch.setattr(VLLMClient, "update_named_params", lambda self, metadata, named: sent.append(dict(named)))
+
+    def trainer_of(**changes):
+        server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": vllm_server}
+        lengths = {"max_prompt_length": 256, "max_completion_length": 48, "max_steps": 2}
+        return SparkTrainer(
+            Qwen2_5_VLForConditionalGeneration.from_pretrained(OUTPUT, dtype=torch.float32),
+            args=config(SparkConfig, tmp_path, **server, **lengths, **changes),
+            train_dataset=concatenate_datasets([training_digits(8, {"sum"}), training_digits(8, {"plus"})]),
+            processing_class=processor,
+        )
+
+    with pytest.raises(ValueError, match=f"{vllm_server}: takes 512 tokens, expected 912; .*--max-model-len 912"):
+        trainer_of()
+    trainer = trainer_of(vllm_max_model_length=512)
+    trainer.train()
+    first, second = [h for h in trainer.state.log_history if "loss" in h]
+    assert len(sent) == 2  # once a step, for the policy and the recycled prompts
+    assert len(sent[0]) == len(list(trainer.model.parameters()))
+    assert first["recycle/items"] > 0
+    for name in ("sampling", "recycle/sampling"):  # the server's weights are those of the first step
+        assert first[f"{name}/sampling_logp_difference/mean"] < 1e-5 < second[f"{name}/sampling_logp_difference/mean"]
 
 
 def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch, capsys):
