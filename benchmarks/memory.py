@@ -4,7 +4,7 @@
 
 The demo's model and task, each run in a process of its own. Peak: on a GPU what torch allocated at most, elsewhere the
 process's resident memory (with an allocator that gives freed tensors back at once), both less what was there before
-training. Three runs each, the median counts.
+training. Three runs each, the median counts (a quarter of an hour; --repeats 1: five minutes).
 Writes benchmarks/results/memory.json.
 """
 
