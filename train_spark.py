@@ -67,6 +67,7 @@ from recycle import (
 from rollout import ColocatedGeneration
 
 TRL = "1.16.0"  # the seams overridden here are private methods of this version
+SERVER_LACKS = "The vLLM server at"  # what TRL's RuntimeErrors about a server started without a flag begin with
 RECYCLED = {"pointwise", "pairwise", "reflection"}
 JUDGE_VERDICTS = {"Yes": ("Yes", "No"), "No": ("Yes", "No"), "A": ("A", "B"), "B": ("A", "B")}
 
@@ -817,6 +818,10 @@ def main() -> None:
         )
     except (OSError, ValueError) as error:  # no weights, a server that does not answer, numbers that do not divide
         raise SystemExit(refuse(error)) from None
+    except RuntimeError as error:
+        if SERVER_LACKS not in str(error):
+            raise
+        raise SystemExit(refuse(error)) from None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
@@ -828,6 +833,10 @@ def main() -> None:
     try:
         trainer.train(resume_from_checkpoint=resume)
     except BadInput as error:  # found when it is used: a broken image, a batch that the model can't take
+        raise SystemExit(refuse(error)) from None
+    except RuntimeError as error:
+        if SERVER_LACKS not in str(error):
+            raise
         raise SystemExit(refuse(error)) from None
     except (NotSaved, FloatingPointError) as error:
         refuse(error)

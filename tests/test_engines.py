@@ -565,6 +565,21 @@ def test_training_by_the_real_server(vllm_server, tmp_path, monkeypatch, process
         assert first[f"{name}/sampling_logp_difference/mean"] < 1e-5 < second[f"{name}/sampling_logp_difference/mean"]
 
 
+def test_a_server_that_can_not_take_weights_is_one_line(vllm_server, tmp_path, monkeypatch, capsys):
+    import train_spark
+
+    flags = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", vllm_server]
+    recipe = ["--config", "recipes/demo.yaml", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 32)
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *recipe, *flags])
+    with pytest.raises(SystemExit) as exited:
+        train_spark.main()
+    assert exited.value.code == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message.startswith(f"train_spark.py: The vLLM server at {vllm_server} has no weight-transfer engine")
+    assert "--weight-transfer-config" in message
+
+
 def test_the_command_against_the_real_server(vllm_server, tmp_path, monkeypatch, capsys):
     rows = digits(6, tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps(rows))
