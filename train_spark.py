@@ -67,7 +67,6 @@ from recycle import (
 from rollout import ColocatedGeneration
 
 TRL = "1.16.0"  # the seams overridden here are private methods of this version
-SERVER_LACKS = "The vLLM server at"  # what TRL's RuntimeErrors about a server started without a flag begin with
 RECYCLED = {"pointwise", "pairwise", "reflection"}
 JUDGE_VERDICTS = {"Yes": ("Yes", "No"), "No": ("Yes", "No"), "A": ("A", "B"), "B": ("A", "B")}
 
@@ -819,9 +818,7 @@ def main() -> None:
     except (OSError, ValueError) as error:  # no weights, a server that does not answer, numbers that do not divide
         raise SystemExit(refuse(error)) from None
     except RuntimeError as error:
-        if SERVER_LACKS not in str(error):
-            raise
-        raise SystemExit(refuse(error)) from None
+        raise SystemExit(refuse_server(error)) from None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
@@ -835,9 +832,7 @@ def main() -> None:
     except BadInput as error:  # found when it is used: a broken image, a batch that the model can't take
         raise SystemExit(refuse(error)) from None
     except RuntimeError as error:
-        if SERVER_LACKS not in str(error):
-            raise
-        raise SystemExit(refuse(error)) from None
+        raise SystemExit(refuse_server(error)) from None
     except (NotSaved, FloatingPointError) as error:
         refuse(error)
         raise SystemExit(1) from None
@@ -898,6 +893,13 @@ def refuse(error: Exception) -> int:
     """One line on stderr instead of a traceback, and the exit status of bad input."""
     print(f"train_spark.py: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+def refuse_server(error: RuntimeError) -> int:
+    """`refuse`, where TRL says that a vLLM server lacks a flag that training needs; any other error is raised."""
+    if not str(error).startswith("The vLLM server at"):
+        raise error
+    return refuse(error)
 
 
 if __name__ == "__main__":

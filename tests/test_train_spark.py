@@ -556,6 +556,24 @@ def test_a_vllm_server_that_is_not_there_is_one_line(tmp_path, monkeypatch, caps
     assert "http://127.0.0.1:9" in message
 
 
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [("The vLLM server at X does not serve Y: restart it with Z.", SystemExit), ("out of memory", RuntimeError)],
+)
+def test_what_a_server_turns_out_to_lack_is_one_line(message, raised, tmp_path, monkeypatch, capsys):
+    def failing(self, **kwargs):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(SparkTrainer, "train", failing)
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 32)
+    monkeypatch.setattr("sys.argv", ["train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(tmp_path)])
+    with pytest.raises(raised) as exited:
+        train_spark.main()
+    if raised is SystemExit:
+        assert exited.value.code == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1] == f"train_spark.py: {message}"
+
+
 def test_flash_attention_where_it_can_run(tmp_path, monkeypatch):
     args = SparkConfig(str(tmp_path), bf16=False, use_cpu=True)
     assert train_spark.attention(args) is None
