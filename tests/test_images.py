@@ -83,7 +83,7 @@ def test_a_png_on_its_side_is_sent_upright_wherever_it_says_so():
             assert Image.open(io.BytesIO(sent)).size == open_image(reference(content)).size == (20, 40)
     exif[0x0112] = 1
     upright = head + pixels + chunk(b"eXIf", exif.tobytes()[6:]) + end
-    assert as_file(reference(upright)) == (upright, "image/png")
+    assert Image.open(io.BytesIO(as_file(reference(upright))[0])).size == (40, 20)
 
 
 def test_a_plain_image_is_sent_as_it_is_without_decoding_a_png(monkeypatch, tmp_path):
@@ -100,6 +100,40 @@ def test_a_plain_image_is_sent_as_it_is_without_decoding_a_png(monkeypatch, tmp_
     for broken in (content[: len(content) // 2], content.replace(content[-40:-20], bytes(20))):
         with pytest.raises(BadImage, match="can't be read as an image"):
             as_file(reference(broken))
+
+
+def png_variants():
+    """(PNG, whether it goes out as it is)"""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    plain = encoded(Image.fromarray(noise))
+    head, rest = plain[:33], plain[33:]
+    yield plain, True
+    yield encoded(Image.fromarray(noise[..., 0])), True
+    yield head + chunk(b"tEXt", b"Software\0none") + rest + b"behind the end", True
+    yield head + chunk(b"tRNS", b"\0\1\0\2\0\3") + rest, False
+    yield encoded(Image.fromarray(noise[..., 0] & 1).convert("P")), False
+    yield encoded(Image.fromarray(noise[..., 0].astype(np.uint16))), False
+    yield encoded(Image.fromarray(noise).convert("RGBA")), False
+
+
+@pytest.mark.parametrize("variant", range(7))
+def test_what_is_said_of_a_png_is_what_pillow_says_also_where_a_byte_is_wrong(variant):
+    content, as_it_is = list(png_variants())[variant]
+    assert (as_file(reference(content))[0] == content) is as_it_is
+    broken = 0
+    for place in range(len(content)):
+        changed = content[:place] + bytes([content[place] ^ 0x20]) + content[place + 1 :]
+        for ref in (reference(changed), reference(content[:place])) if place else (reference(changed),):
+            try:
+                check_image(ref)
+                expected = open_image(ref)
+            except BadImage:
+                broken += 1
+                with pytest.raises(BadImage):
+                    as_file(ref)
+            else:
+                assert np.array_equal(Image.open(io.BytesIO(as_file(ref)[0])).convert("RGB"), expected)
+    assert broken > len(content)
 
 
 def test_transparent_is_white_whatever_says_so():
