@@ -440,9 +440,14 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
     from tqdm.auto import tqdm
 
     part, header, done = resume(rows, settings, output)
-    kept = [json.dumps(header)] + [json.dumps({"index": i, "result": r}) for i, r in done.items()]
+    texts: dict[int, str] = {}  # each result is written as JSON once, for both files
+
+    def line(index: int, result: Row) -> str:
+        texts[index] = json.dumps(result, ensure_ascii=False)
+        return f'{{"index": {index}, "result": {texts[index]}}}\n'
+
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(part, "\n".join(kept) + "\n")
+    write_atomically(part, "".join([json.dumps(header) + "\n", *itertools.starmap(line, done.items())]))
 
     todo = [i for i in range(len(rows)) if i not in done]
     bar = tqdm(total=len(rows), initial=len(done), desc=settings.mode, disable=None)  # on a terminal only
@@ -450,16 +455,15 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
         synced = time.monotonic()
         for finished in run(((i, rows[i]) for i in todo), engine, settings):
             done.update(finished)
-            log.writelines(json.dumps({"index": i, "result": result}) + "\n" for i, result in finished)
+            log.writelines(itertools.starmap(line, finished))
             log.flush()
             bar.update(len(finished))
             if time.monotonic() - synced > 1.0:
                 os.fsync(log.fileno())
                 synced = time.monotonic()
-    results = [done[i] for i in range(len(rows))]
-    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    lines = ",\n".join(texts[i] for i in range(len(rows)))
     write_atomically(output, f"[\n{lines}\n]\n")
-    return results
+    return [done[i] for i in range(len(rows))]
 
 
 def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row, dict[int, Row]]:
