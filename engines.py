@@ -19,7 +19,7 @@ import random
 import threading
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import httptools
@@ -31,8 +31,7 @@ from data.images import BadImage, as_file, loaded, reference
 from data.read import BadInput
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """One call of the model: chat messages, with the images that stand before the last one's text."""
 
     messages: list[dict[str, Any]]
@@ -40,8 +39,7 @@ class Request:
     seed: int | None = None  # of this request's sampling, where the engine can
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What came back, or why nothing did."""
 
     text: str = ""

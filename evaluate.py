@@ -332,7 +332,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
             if sampling.temperature > 0:
-                request = replace(request, seed=_seed(settings.seed, running.index, running.calls))
+                request = request._replace(seed=_seed(settings.seed, running.index, running.calls))
             ticket = next(tickets)
             out[ticket] = running, place
             engine.submit(ticket, request, sampling)
@@ -440,10 +440,11 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
     from tqdm.auto import tqdm
 
     part, header, done = resume(rows, settings, output)
+    encode = json.JSONEncoder(ensure_ascii=False).encode
     texts: dict[int, str] = {}  # each result is written as JSON once, for both files
 
     def line(index: int, result: Row) -> str:
-        texts[index] = json.dumps(result, ensure_ascii=False)
+        texts[index] = encode(result)
         return f'{{"index": {index}, "result": {texts[index]}}}\n'
 
     output.parent.mkdir(parents=True, exist_ok=True)

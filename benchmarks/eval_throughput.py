@@ -326,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=4000)
     parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 0.25, 1.0], help="of the stub, seconds")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vllm_questions", type=int, default=400, help="0: without vLLM")
     parser.add_argument("--accuracy_rows", type=int, default=1_000_000, help="0: without calculate_acc.py")
     parser.add_argument("--worker", choices=("ours", "pool", "vllm"), help=argparse.SUPPRESS)

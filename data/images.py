@@ -358,8 +358,8 @@ def as_file(ref: Reference) -> tuple[bytes, str]:
     """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
     so, else a PNG. Raises BadImage."""
     if ref["bytes"] is None:
-        with suppress(OSError), open(ref["path"], "rb", buffering=0) as file:  # `_opened` says what is wrong
-            ref = {**ref, "bytes": file.read()}  # at once: Pillow would read a dozen small pieces
+        with suppress(OSError):  # `_opened` says what is wrong
+            ref = {**ref, "bytes": _content(ref["path"])}  # at once: Pillow would read a dozen small pieces
     if ref["bytes"] is not None and _is_plain_png(ref["bytes"]):
         return ref["bytes"], "image/png"
     with _opened(ref) as image:
@@ -377,6 +377,19 @@ def as_file(ref: Reference) -> tuple[bytes, str]:
     with BytesIO() as buffer:
         open_image(ref).save(buffer, format="PNG")
         return buffer.getvalue(), "image/png"
+
+
+def _content(path: str) -> bytes:
+    """What a file holds. A file object would make twice the system calls, and each lets another thread take over."""
+    file, parts = os.open(path, os.O_RDONLY), []
+    try:
+        left = os.fstat(file).st_size
+        while left > 0 and (part := os.read(file, left)):
+            parts.append(part)
+            left -= len(part)
+    finally:
+        os.close(file)
+    return b"".join(parts)
 
 
 def _is_plain_png(content: bytes) -> bool:
