@@ -242,8 +242,8 @@ def vllm_ratio(n: int) -> dict:
     sampling = Sampling(max_tokens=48)
     complete(engine, requests[:8], sampling)
     times = {"engine": [], "direct": []}
-    for turn in range(4):
-        part = requests[(turn % 2) * n :][:n]
+    for turn in range(8):
+        part = requests[turn % 2 * n :][:n]
         for how in ("engine", "direct") if turn % 2 else ("direct", "engine"):
             engine.llm.reset_prefix_cache()
             engine.llm.llm_engine.reset_mm_cache()
@@ -262,7 +262,7 @@ def vllm_ratio(n: int) -> dict:
                 ]
                 engine.llm.generate(prompts, SamplingParams(max_tokens=48, temperature=0.0), use_tqdm=False)
             times[how].append(time.perf_counter() - start)
-    ratio = sum(times["direct"]) / sum(times["engine"])
+    ratio = statistics.median(times["direct"]) / statistics.median(times["engine"])
     return {"questions": n, "seconds": times, "throughput_ratio": ratio}
 
 
@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=4000)
     parser.add_argument("--latency", type=float, nargs="+", default=[0.05, 0.25, 1.0], help="of the stub, seconds")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--vllm_questions", type=int, default=400, help="0: without vLLM")
+    parser.add_argument("--vllm_questions", type=int, default=1000, help="0: without vLLM")
     parser.add_argument("--accuracy_rows", type=int, default=1_000_000, help="0: without calculate_acc.py")
     parser.add_argument("--worker", choices=("ours", "pool", "vllm"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
