@@ -482,7 +482,7 @@ def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row
             raise BadInput(f"{output}: exists, and has no {part.name} that says what made it; {way_out}")
         return part, header, {}
     try:
-        lines = part.read_text(encoding="utf-8").split("\n")[:-1]  # the last one was cut off while being written
+        lines = part.read_bytes().split(b"\n")[:-1]  # the last one was cut off while being written, maybe in a letter
         made, *entries = map(json.loads, lines)
         changed = [name for name in header if made.get(name) != header[name]]
         done = {entry["index"]: entry["result"] for entry in entries if entry["result"]["error"] is None}

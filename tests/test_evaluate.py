@@ -11,7 +11,7 @@ import pytest
 import evaluate
 from data.digits import digit_rows
 from engines import BatchEngine, Output, Request, TransformersEngine
-from evaluate import BadInput, Settings, read_benchmark, run_to_file
+from evaluate import BadInput, Settings, read_benchmark, resume, run_to_file
 from recycle import PROMPT_SUFFIX
 
 
@@ -211,6 +211,18 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
     with pytest.raises(BadInput, match="another temperature"):
         run_to_file(QUESTIONS, Scripted(reply), settings("answer", temperature=1.0), output)
+
+
+def test_a_file_cut_off_anywhere_keeps_its_whole_lines(tmp_path):
+    output, part = tmp_path / "r.json", tmp_path / "r.json.part"
+    kept = run_to_file(QUESTIONS, Scripted(lambda t: "两个 → \\boxed{2}"), settings("answer"), output)
+    content = part.read_bytes()
+    assert "两".encode() in content
+    for end in range(content.index(b"\n") + 1, len(content) + 1):
+        part.write_bytes(content[:end])
+        done = resume(QUESTIONS, settings("answer"), output)[2]
+        assert len(done) == content[:end].count(b"\n") - 1
+        assert all(result == kept[index] for index, result in done.items())
 
 
 def test_a_model_or_a_benchmark_that_changed_under_its_name_is_refused(tmp_path):

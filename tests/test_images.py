@@ -136,6 +136,23 @@ def test_what_is_said_of_a_png_is_what_pillow_says_also_where_a_byte_is_wrong(va
     assert broken > len(content)
 
 
+@pytest.mark.parametrize(
+    ("size", "data", "expected"),
+    [
+        ((8, 8), None, "can't be read as an image"),  # no pixels
+        ((0, 0), b"", "can't be read as an image"),
+        ((2, 1000), b"", "aspect ratio"),
+        ((1 << 16, 1 << 16), b"", "expected at most"),
+    ],
+)
+def test_a_whole_png_of_no_use_is_not_sent(size, data, expected):
+    header = b"".join(side.to_bytes(4) for side in size) + b"\x08\0\0\0\0"  # 8 bits, grey
+    pixels = b"" if data is None else chunk(b"IDAT", zlib.compress(data))
+    content = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+    with pytest.raises(BadImage, match=expected):
+        as_file(reference(content))
+
+
 def test_transparent_is_white_whatever_says_so():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     palette = Image.new("P", (8, 8), 0)
