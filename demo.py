@@ -24,7 +24,7 @@ from typing import Any
 
 from engines import Request, TransformersEngine, complete
 from evaluate import Settings, evaluate, write_atomically
-from recycle import PROMPT_SUFFIX, ask, neutralise, reflection_instruction
+from prompts import PROMPT_SUFFIX, ask, neutralise, reflection_instruction
 
 START = Path("data/tiny_qwen2_5_vl")
 SAMPLES = 4  # at temperature 1

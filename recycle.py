@@ -2,161 +2,56 @@
 
 A group is one question with its G rollouts, each already scored by the verifier:
 
-    all right              -> pointwise   "is this correct?"         label: it is
-    all wrong              -> pointwise                              label: it is not
     some right, some wrong -> pairwise    "which one is correct?"    with probability recycle_pairwise_prob,
-                              else pointwise on a right or a wrong one, whichever balances the labels
+                              else pointwise, twice: "is it correct?" of a right rollout and of a wrong one
     at least one wrong     -> reflection  "solve it again"           label: the question's own gold
 
 The current policy then answers each of these prompts G times, and 0/1 rewards against the labels train it by the same
 GRPO update. No reward model, no teacher, no preference data.
 
 Where this departs from the paper's released code:
-1. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" takes over
-   as the policy gets better. What balance leaves over waits `recycle_max_age` steps, then expires, and is counted.
-2. Items are rewritten from this step's rollouts, not from a cache one update old.
-3. Every template asks for `\\boxed{}`, which is what the verifier reads.
-4. What a rollout wrote is quoted, never obeyed: control tokens and closing quotes in it are broken up.
+1. The question says nothing about the label. There, a group that is all right or all wrong becomes a pointwise item
+   too, so a judge earns its reward by knowing which questions are easy, without reading the answer. Here a pointwise
+   question is asked of a right and of a wrong rollout, or not at all (`recycle_matched`, the paper's way: false).
+2. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" takes over
+   as the policy gets better.
+3. Items are rewritten from this step's rollouts, never from a cache one update old.
+4. Every template asks for `\\boxed{}`, which is what the verifier reads, and quotes rollouts safely (prompts.py).
 
 Everything here is a pure function of its arguments: no torch, no trainer, no files, no global random state. Try it:
 
     >>> rollouts = (Rollout("1+1=2 so \\\\boxed{2}", "2", True), Rollout("\\\\boxed{3}", "3", False))
-    >>> items, counts = recycle([Group("q0", "What is 1+1?", rollouts)], step=0, config=RecycleConfig())
+    >>> groups = [Group(f"q{i}", "What is 1+1?", rollouts) for i in range(4)]
+    >>> items, counts = recycle(groups, step=0, config=RecycleConfig())
     >>> [item.task for item in items]
-    ['pairwise', 'reflection']
+    ['pairwise', 'pairwise', 'reflection', 'reflection']
 """
 
 import random
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from prompts import (
+    PAIRWISE,
+    POINTWISE_A_B,
+    POINTWISE_YES_NO,
+    PROMPT_SUFFIX,
+    REFLECT_ON_ANSWER,
+    REFLECT_ON_COT,
+    Form,
+    Prompt,
+    ask,
+    neutralise,
+    pairwise_instruction,
+    pointwise_instruction,
+    reflection_instruction,
+)
 from verify import verify_many
 
 Task = Literal["pointwise", "pairwise", "reflection"]
-Form = Literal["answer", "cot"]
-Prompt = str | list[dict[str, Any]]  # plain text, or chat messages
-
-JUDGE_TASKS: tuple[Task, ...] = ("pointwise", "pairwise")
-TASKS: tuple[Task, ...] = (*JUDGE_TASKS, "reflection")
-
-# The released models were trained with this at the end of every question. It is an interface, not a style.
-PROMPT_SUFFIX = (
-    "\nPlease first conduct reasoning, and then answer the question. Repeat the final answer using a '\\boxed{}'."
-)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Templates. The question comes first and the candidate after it, so that everything asked about one question shares
-# its prefix (image included) in the engine's cache. {response}, {first} and {second} are quoted rollouts; {if_a} and
-# {if_b} are "correct" and "incorrect" in either order, so that no letter is tied to a verdict.
-
-TEMPLATE_TOKENS = 128  # room for any of them, without what it quotes
-
-POINTWISE_YES_NO = (
-    "Proposed solution:\n{response}\nIs it correct? Work it out, then put Yes or No in \\boxed{}.",
-    "Somebody answered:\n{response}\nDid they get it right? Reason first and end with Yes or No in \\boxed{}.",
-    "Check this attempt:\n{response}\nSolve the question yourself, compare, and write Yes or No in \\boxed{}.",
-    "{response}\nIs the answer above right? Give your reasons, then Yes or No in \\boxed{}.",
-    "Here is a student's work:\n{response}\nIs the final answer correct? Conclude with Yes or No in \\boxed{}.",
-    "Attempt:\n{response}\nWould you accept this answer? Think first. Verdict, Yes or No, in \\boxed{}.",
-    "Grade this:\n{response}\nDoes it reach the correct result? Finish with \\boxed{} holding Yes or No.",
-    "One answer was:\n{response}\nDoes it agree with your own result? Show your work and put Yes or No in \\boxed{}.",
-    "Candidate:\n{response}\nVerify it step by step. Is it correct? Reply Yes or No inside \\boxed{}.",
-    "A model replied:\n{response}\nCan this reply be trusted? Recompute it, then box Yes or No with \\boxed{}.",
-    "Read this solution:\n{response}\nIs the result true? Explain shortly and put Yes or No in \\boxed{}.",
-    "Given answer:\n{response}\nJudge whether it is correct. The last line must hold Yes or No in \\boxed{}.",
-    "{response}\nThis may be right or wrong. Which is it? Yes if right, No if wrong, in \\boxed{}.",
-)
-
-POINTWISE_A_B = (
-    "Proposed solution:\n{response}\nA: {if_a}. B: {if_b}. Work it out, then put the letter in \\boxed{}.",
-    "Somebody answered:\n{response}\nA: {if_a}. B: {if_b}. Reason first and end with A or B in \\boxed{}.",
-    "Check this attempt:\n{response}\nA: {if_a}. B: {if_b}. Solve it yourself, compare, and box a letter: \\boxed{}.",
-    "{response}\nThe answer above is A: {if_a}. B: {if_b}. Give your reasons, then one letter in \\boxed{}.",
-    "Here is a student's work:\n{response}\nA: {if_a}. B: {if_b}. Conclude with the fitting letter in \\boxed{}.",
-    "Attempt:\n{response}\nChoose A: {if_a}. B: {if_b}. Think first. Your letter goes in \\boxed{}.",
-    "Grade this:\n{response}\nA: {if_a}. B: {if_b}. Finish with \\boxed{} holding one letter.",
-    "One answer was:\n{response}\nIt is A: {if_a}. B: {if_b}. Show your work and put A or B in \\boxed{}.",
-    "Candidate:\n{response}\nVerify it step by step. A: {if_a}. B: {if_b}. Reply with the letter inside \\boxed{}.",
-    "A model replied:\n{response}\nRecompute it, then decide. A: {if_a}. B: {if_b}. Box the letter with \\boxed{}.",
-    "Read this solution:\n{response}\nA: {if_a}. B: {if_b}. Explain shortly and put the letter in \\boxed{}.",
-    "Given answer:\n{response}\nJudge it. A: {if_a}. B: {if_b}. The last line must hold the letter in \\boxed{}.",
-    "{response}\nWhich label fits? A: {if_a}. B: {if_b}. Answer with A or B in \\boxed{}.",
-)
-
-PAIRWISE = (
-    "Two solutions:\n{first}\n{second}\nWhich one is correct? Work it out, then put A or B in \\boxed{}.",
-    "{first}\n{second}\nOnly one of these is right. Solve the question and put its letter in \\boxed{}.",
-    "Compare two attempts:\n{first}\n{second}\nWhich answer do you trust? End with A or B in \\boxed{}.",
-    "Two students answered:\n{first}\n{second}\nWho is right, A or B? Reason first, then \\boxed{}.",
-    "Candidates:\n{first}\n{second}\nCheck both, then name the correct one with A or B in \\boxed{}.",
-    "Here are two answers:\n{first}\n{second}\nPick the correct one. Conclude with A or B in \\boxed{}.",
-    "{first}\n{second}\nOne is wrong. Find the other one and write its letter in \\boxed{}.",
-    "Look at both replies:\n{first}\n{second}\nWhich reply holds the true result? Put A or B in \\boxed{}.",
-    "Decide between:\n{first}\n{second}\nSolve it yourself and see which agrees. Letter in \\boxed{}.",
-    "Attempt A and attempt B:\n{first}\n{second}\nWhich attempt is right? Box the letter: \\boxed{}.",
-    "A model answered twice:\n{first}\n{second}\nWhich time was it correct, A or B? Verdict in \\boxed{}.",
-    "Grade the pair:\n{first}\n{second}\nGive your reasons, then the better one's letter in \\boxed{}.",
-    "{first}\n{second}\nThese disagree. Who is correct? Show your work and put A or B in \\boxed{}.",
-    "Read both solutions:\n{first}\n{second}\nExplain shortly which is true, then A or B in \\boxed{}.",
-    "Which of these would you hand in?\n{first}\n{second}\nThink first. A or B goes in \\boxed{}.",
-    "Verify each:\n{first}\n{second}\nThe last line must hold the correct one's letter in \\boxed{}.",
-    "Two results were proposed:\n{first}\n{second}\nRecompute, then choose A or B in \\boxed{}.",
-    "Settle this:\n{first}\n{second}\nFinish with \\boxed{} holding the letter of the right answer.",
-    "Somebody wrote A and somebody wrote B:\n{first}\n{second}\nWhose answer holds? Reply A or B in \\boxed{}.",
-    "Examine:\n{first}\n{second}\nOne matches the question, one does not. Put the matching letter in \\boxed{}.",
-    "{first}\n{second}\nJudge step by step which is correct. Answer with A or B inside \\boxed{}.",
-)
-
-# Half of these say that the attempt is wrong, which is known in training; half ask to check, which is all that is
-# known at test time, when only the model's own verdict speaks against it.
-REFLECT_ON_COT = (
-    "An earlier attempt:\n{response}\nIt is wrong. Find the mistake, solve again and box the answer with \\boxed{}.",
-    "An earlier attempt:\n{response}\nCheck each step and give the answer you believe in \\boxed{}.",
-    "You wrote:\n{response}\nThat was not right. Start over and put the new answer in \\boxed{}.",
-    "You wrote:\n{response}\nLook again, step by step. Put your final answer in \\boxed{}.",
-    "This reasoning failed:\n{response}\nSay where, then solve it correctly. Answer in \\boxed{}.",
-    "This reasoning may have a slip:\n{response}\nVerify it and write the right answer in \\boxed{}.",
-    "Rejected solution:\n{response}\nDo it again with more care and end with \\boxed{}.",
-    "Draft solution:\n{response}\nReview it, mend it if needed, and end with the answer in \\boxed{}.",
-    "{response}\nThe result above is incorrect. Work it out anew. Final answer in \\boxed{}.",
-    "{response}\nThe result above is doubtful. Work it out yourself. Final answer in \\boxed{}.",
-    "A student's wrong work:\n{response}\nCorrect it and put the answer in \\boxed{}.",
-    "A student's work:\n{response}\nGo through it, then give the correct answer in \\boxed{}.",
-    "The grader marked this as wrong:\n{response}\nTry again. Box the answer with \\boxed{}.",
-    "A reader asked you to check this:\n{response}\nSolve the question once more and box the answer with \\boxed{}.",
-    "There is an error in:\n{response}\nAvoid it this time and answer in \\boxed{}.",
-    "There may be an error in:\n{response}\nRecompute everything and answer in \\boxed{}.",
-    "First try, wrong:\n{response}\nSecond try: reason first, then \\boxed{}.",
-    "First try:\n{response}\nSecond try, without trusting the first: reason first, then \\boxed{}.",
-    "Learn from this failed solution:\n{response}\nThen solve the question and put the result in \\boxed{}.",
-    "Reflect on this solution:\n{response}\nThen solve the question and put the result in \\boxed{}.",
-)
-
-REFLECT_ON_ANSWER = (
-    "An earlier answer:\n{response}\nIt is wrong. Solve the question again and box the answer with \\boxed{}.",
-    "An earlier answer:\n{response}\nCheck it and give the answer you believe in \\boxed{}.",
-    "You answered:\n{response}\nThat was not right. Start over and put the new answer in \\boxed{}.",
-    "You answered:\n{response}\nLook again, step by step. Put your final answer in \\boxed{}.",
-    "This answer failed:\n{response}\nSolve it correctly this time. Answer in \\boxed{}.",
-    "This answer may be a slip:\n{response}\nVerify it and write the right answer in \\boxed{}.",
-    "Rejected answer:\n{response}\nDo it again with more care and end with \\boxed{}.",
-    "Draft answer:\n{response}\nReview it, mend it if needed, and end with the answer in \\boxed{}.",
-    "{response}\nThe answer above is incorrect. Work it out anew. Final answer in \\boxed{}.",
-    "{response}\nThe answer above is doubtful. Work it out yourself. Final answer in \\boxed{}.",
-    "A student's wrong answer:\n{response}\nFind the correct one and put it in \\boxed{}.",
-    "A student's answer:\n{response}\nTest it, then give the correct answer in \\boxed{}.",
-    "The grader marked this answer as wrong:\n{response}\nTry again. Box the answer with \\boxed{}.",
-    "A reader asked you to check this answer:\n{response}\nSolve it once more and box the answer with \\boxed{}.",
-    "The answer is not this one:\n{response}\nReason first and put the right one in \\boxed{}.",
-    "The answer may not be this one:\n{response}\nRecompute everything and answer in \\boxed{}.",
-    "First try, wrong:\n{response}\nSecond try: reason first, then \\boxed{}.",
-    "First try:\n{response}\nSecond try, without trusting the first: reason first, then \\boxed{}.",
-    "Set this wrong result aside:\n{response}\nSolve the question and put your result in \\boxed{}.",
-    "Think twice about this result:\n{response}\nSolve the question and put your result in \\boxed{}.",
-)
+TASKS: tuple[Task, ...] = ("pointwise", "pairwise", "reflection")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +60,7 @@ REFLECT_ON_ANSWER = (
 
 @dataclass
 class RecycleConfig:
-    """What recycling can be told. SparkConfig inherits these fields, so either may be passed to `recycle`."""
+    """The settings of recycling. SparkConfig inherits these fields, so either may be passed to `recycle`."""
 
     recycle_ratio: float = field(
         default=1.0,
@@ -184,19 +79,30 @@ class RecycleConfig:
     )
     recycle_pairwise_prob: float = field(
         default=0.7,
-        metadata={"help": "Probability that a mixed group gives a pairwise rather than a pointwise item."},
+        metadata={"help": "Probability that a mixed group gives a pairwise item instead of pointwise ones."},
     )
     recycle_balance: bool = field(
         default=True,
-        metadata={"help": "Emit as many right as wrong candidates, so that no verdict pays by itself."},
+        metadata={"help": "Pointwise items show as many right as wrong rollouts in each step."},
+    )
+    recycle_matched: bool = field(
+        default=True,
+        metadata={
+            "help": "Pointwise items come in twos, a right and a wrong rollout of one question, so that the question "
+            "does not give the label away. false: one item a question, also where all rollouts are right or wrong."
+        },
     )
     recycle_max_age: int = field(
         default=1,
-        metadata={"help": "Steps a surplus item may wait for its counterpart before it expires."},
+        metadata={"help": "Steps an unused candidate may wait for room or for its counterpart before it expires."},
     )
     recycle_seed: int = field(
         default=0,
-        metadata={"help": "Seed of the choices made in recycling; the step is added to it."},
+        metadata={"help": "Seed of the choices made in recycling, together with the step."},
+    )
+    prompt_suffix: str = field(
+        default=PROMPT_SUFFIX,
+        metadata={"help": "What policy prompts end with; removed before the judge is asked about the question."},
     )
 
     def check_recycling(self) -> None:
@@ -216,7 +122,7 @@ class RecycleConfig:
 
 @dataclass(frozen=True)
 class Rollout:
-    """One scored completion: `answer` is what it boxed (None: nothing), `correct` is None where it can't be scored."""
+    """One scored completion. `answer` is what it boxed (None: nothing), `correct` is None where it can't be scored."""
 
     text: str
     answer: str | None
@@ -238,10 +144,16 @@ class Group:
     rollouts: tuple[Rollout, ...]
     row: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    @property
+    def pass_rate(self) -> float:
+        """Share of right rollouts among the scored ones."""
+        scored = [r.correct for r in self.rollouts if r.correct is not None]
+        return sum(scored) / len(scored)
+
 
 @dataclass(frozen=True)
-class Shown:
-    """A rollout as a judge will see it (`text`, in `form`), what it boxed, and whether that was right."""
+class Response:
+    """A rollout as a judge sees it: `text` in `form`, what it boxed, and whether that is right."""
 
     text: str
     form: Form
@@ -251,13 +163,14 @@ class Shown:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A group's chance of one item: which rollouts it would show. `born` is the step of its rollouts."""
+    """What a group can be asked: one task, and the right and the wrong rollout there are for it. `born` is the step of
+    its rollouts."""
 
     task: Task
     group: Group
     born: int
-    right: Shown | None = None
-    wrong: Shown | None = None
+    right: Response | None = None
+    wrong: Response | None = None
 
 
 @dataclass(frozen=True)
@@ -268,8 +181,7 @@ class Item:
     prompt: Prompt
     label: str | None
     group: Group
-    born: int
-    shown: tuple[Shown, ...]
+    responses: tuple[Response, ...]  # in the order of the prompt
 
 
 @dataclass(frozen=True)
@@ -279,108 +191,24 @@ class Counts:
     emitted: int
     waiting: int
     expired: int
-    skipped: Mapping[str, int]  # reason -> candidates
+    skipped: Mapping[str, int]  # reason -> candidates that can't be used
     surplus: tuple[Candidate, ...]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
+@dataclass(frozen=True)
+class Limits:
+    """What the model and the launch impose on items; by default nothing.
 
-
-def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:
-    """The question without the policy's instruction on how to answer, which is not the judge's."""
-    return question.removesuffix(suffix).rstrip() if suffix else question.rstrip()
-
-
-# What common chat templates use for control. The trainer adds the tokens of its own tokenizer.
-_CONTROL = re.compile(
-    r"<(?=[|｜])|<(?=/?(?:s|bos|eos|pad|unk|image|img|video|audio|end_of_utterance|fake_token_around_image|row_\d+_col_\d+"
-    r"|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|start_header_id|end_header_id|eot_id)>)"
-    r"|<(?=/?SYS>|<SYS|</SYS|IMG_CONTEXT)|\[(?=/?INST\])|\[(?=/?(?:IMG|IMG_BREAK|IMG_END|SYSTEM_PROMPT)\])",
-    re.IGNORECASE,
-)
-_QUOTE = re.compile(r"<(?=\s*/?\s*response)", re.IGNORECASE)
-
-
-def neutralise(text: str, control_tokens: Iterable[str] = ()) -> str:
-    """Break up, with a space, whatever in a rollout would act as a control token or close its quote.
-
-    Only inserts, so nothing new can be formed by what is left, and a reader still sees what the rollout wrote.
+    control_tokens: the tokenizer's special tokens, broken up where a rollout spells one.
+    multiple_of: emit a multiple of this many items, so that their rollouts divide over the processes.
+    equal: tells which (prediction, gold) answers are the same to the verifier; None (unknown) counts as the same.
+    fits: tells which (group, text) prompts are short enough for the model.
     """
-    for token in control_tokens:
-        if len(token) > 1:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
-    text = _CONTROL.sub(lambda match: match[0] + " ", text)
-    return _QUOTE.sub("< ", text)
 
-
-def quote(shown: str, letter: str = "") -> str:
-    """A rollout between marks that it can't close itself (see `neutralise`); `letter` is "" or the side of a pair."""
-    name = f"response_{letter.lower()}" if letter else "response"
-    return f"<{name}>\n{shown.strip()}\n</{name}>"
-
-
-_SLOT = re.compile(r"\{(response|first|second|if_a|if_b)\}")
-
-
-def fill(template: str, **slots: str) -> str:
-    """Fill a template in one pass, so that braces or slot names inside a rollout stay text."""
-    return _SLOT.sub(lambda match: slots[match[1]], template)
-
-
-def ask(prompt: Prompt, instruction: str, suffix: str = PROMPT_SUFFIX) -> Prompt:
-    """The policy's prompt with `instruction` after the question, instead of the suffix.
-
-    System prompt, earlier turns and images stay as they are; only the last text of the last user turn changes.
-    Raises ValueError if there is no user turn with text.
-    """
-    if isinstance(prompt, str):
-        return f"{strip_suffix(prompt, suffix)}\n\n{instruction}"
-    for turn in range(len(prompt) - 1, -1, -1):
-        message = prompt[turn]
-        if message["role"] != "user":
-            continue
-        content = message["content"]
-        if isinstance(content, str):
-            asked = f"{strip_suffix(content, suffix)}\n\n{instruction}"
-        else:
-            last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
-            if last is None:
-                break
-            text = f"{strip_suffix(content[last]['text'], suffix)}\n\n{instruction}"
-            asked = [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
-        return [*prompt[:turn], {**message, "content": asked}, *prompt[turn + 1 :]]
-    raise ValueError(f"prompt: expected a user message with text, got roles {[m['role'] for m in prompt]}")
-
-
-def pointwise_instruction(response: str, template: int = 0, right_letter: str | None = None) -> str:
-    """Ask whether `response` is correct: Yes or No, or by letter, `right_letter` ("A" or "B") standing for correct."""
-    if right_letter is None:
-        return fill(POINTWISE_YES_NO[template], response=quote(response))
-    words = ("correct", "incorrect") if right_letter == "A" else ("incorrect", "correct")
-    return fill(POINTWISE_A_B[template], response=quote(response), if_a=words[0], if_b=words[1])
-
-
-def pairwise_instruction(first: str, second: str, template: int = 0) -> str:
-    """Ask which of two responses is correct, A (`first`) or B (`second`)."""
-    return fill(PAIRWISE[template], first=quote(first, "A"), second=quote(second, "B"))
-
-
-def reflection_instruction(response: str, form: Form, template: int = 0) -> str:
-    """Ask to solve the question again after `response`, shown as `form`."""
-    templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
-    return fill(templates[template], response=quote(response))
-
-
-def instructions() -> list[str]:
-    """Every instruction there is, with nothing shown: what the wording of a prompt costs in tokens."""
-    return [
-        *(pointwise_instruction("", i) for i in range(len(POINTWISE_YES_NO))),
-        *(pointwise_instruction("", i, "A") for i in range(len(POINTWISE_A_B))),
-        *(pairwise_instruction("", "", i) for i in range(len(PAIRWISE))),
-        *(reflection_instruction("", "cot", i) for i in range(len(REFLECT_ON_COT))),
-        *(reflection_instruction("", "answer", i) for i in range(len(REFLECT_ON_ANSWER))),
-    ]
+    control_tokens: Sequence[str] = ()
+    multiple_of: int = 1
+    equal: Callable[[list[tuple[str, str]]], list[bool | None]] = verify_many
+    fits: Callable[[list[tuple[Group, str]]], list[bool]] = lambda shown: [True] * len(shown)
 
 
 def to_json(candidate: Candidate) -> dict[str, Any]:
@@ -392,7 +220,7 @@ def from_json(found: Mapping[str, Any], row: Mapping[str, Any]) -> Candidate:
     """The candidate of `to_json`, with its row again."""
     group = found["group"]
     rollouts = tuple(Rollout(**rollout) for rollout in group["rollouts"])
-    sides = {side: Shown(**found[side]) if found[side] else None for side in ("right", "wrong")}
+    sides = {side: Response(**found[side]) if found[side] else None for side in ("right", "wrong")}
     return Candidate(found["task"], Group(group["key"], group["prompt"], rollouts, row), found["born"], **sides)
 
 
@@ -404,13 +232,8 @@ def recycle(
     groups: Sequence[Group],
     step: int,
     config: RecycleConfig,
+    limits: Limits | None = None,
     waiting: Sequence[Candidate] = (),
-    *,
-    suffix: str = PROMPT_SUFFIX,
-    control_tokens: Sequence[str] = (),
-    multiple_of: int = 1,
-    equal: Callable[[list[tuple[str, str]]], list[bool | None]] = verify_many,
-    fits: Callable[[list[tuple[Group, str]]], list[bool]] = lambda shown: [True] * len(shown),
 ) -> tuple[tuple[Item, ...], Counts]:
     """Rewrite one step's scored groups into judge and reflection prompts (paper, section 3.2).
 
@@ -418,44 +241,33 @@ def recycle(
         groups: this step's questions, in the same order on every process.
         step: seeds the choices together with `config.recycle_seed`; also the clock of `recycle_max_age`.
         waiting: the last step's `counts.surplus`.
-        suffix: what the policy prompts end with and the judge's must not.
-        control_tokens: the tokenizer's special tokens, to be broken up where a rollout spells one.
-        multiple_of: emit a multiple of this many items, so that their rollouts divide over processes and micro-steps.
-        equal: tells which pairs of answers are the same to the verifier; None (unknown) counts as the same.
-        fits: tells of which groups a prompt that also shows this text is short enough for the model.
 
     Returns:
         At most `recycle_ratio * len(groups)` items, half judge and half reflection where both can fill their half,
-        and the counts of what became of everything.
+        and the counts of what became of every candidate.
     """
     config.check_recycling()
+    limits = limits or Limits()
     rng = random.Random(f"{config.recycle_seed}/{step}")
     skipped: Counter[str] = Counter()
 
-    fresh = _candidates(groups, step, config, control_tokens, rng, skipped)
-    fresh = _drop_overlong(_drop_equal_pairs(fresh, equal, skipped), fits, skipped)
-    expired = [c for c in waiting if step - c.born > config.recycle_max_age]
-    keys = {c.group.key for c in fresh}
-    again = [c for c in waiting if step - c.born <= config.recycle_max_age and c.group.key in keys]
-    skipped["duplicate"] += len(again)  # the question came back: its new rollouts replace the old ones
-    still = [c for c in waiting if step - c.born <= config.recycle_max_age and c.group.key not in keys]
+    candidates = _candidates(groups, step, config, limits.control_tokens, rng, skipped)
+    candidates = _drop_equal_answers(candidates, limits.equal, skipped)
+    candidates = _drop_overlong(candidates, limits.fits, skipped)
+    expired = sum(step - c.born > config.recycle_max_age for c in waiting)
+    young = [c for c in waiting if step - c.born <= config.recycle_max_age]
+    fresh_keys = {c.group.key for c in candidates}
+    candidates += [c for c in young if c.group.key not in fresh_keys]
+    skipped["duplicate"] += sum(c.group.key in fresh_keys for c in young)  # new rollouts replace the old ones
+    quotas = _quotas(candidates, int(config.recycle_ratio * len(groups) + 1e-9), limits.multiple_of, config)
+    chosen = _select(candidates, quotas, config, rng)
 
-    # Fresh before waiting: a waiting item only fills a gap, so what is judged is on-policy wherever it can be.
-    chosen, surplus = _choose(
-        [*fresh, *still], int(config.recycle_ratio * len(groups) + 1e-9), multiple_of, config, rng
-    )
-    surplus = [c for c in surplus if step + 1 - c.born <= config.recycle_max_age]
-    lost = len(fresh) + len(still) - len(chosen) - len(surplus)
-
-    items = _word(chosen, config, suffix, rng)
-    counts = Counts(
-        emitted=len(items),
-        waiting=len(surplus),
-        expired=len(expired) + lost,
-        skipped={reason: n for reason, n in sorted(skipped.items()) if n},
-        surplus=tuple(surplus),
-    )
-    return items, counts
+    used = {(task, group.key) for task, group, _ in chosen}
+    unused = [c for c in candidates if (c.task, c.group.key) not in used]
+    surplus = tuple(c for c in unused if step + 1 - c.born <= config.recycle_max_age)
+    reasons = {reason: n for reason, n in sorted(skipped.items()) if n}
+    counts = Counts(len(chosen), len(surplus), expired + len(unused) - len(surplus), reasons, surplus)
+    return _word(chosen, config.prompt_suffix, rng), counts
 
 
 def _candidates(groups, step, config, control_tokens, rng, skipped) -> list[Candidate]:
@@ -473,160 +285,172 @@ def _candidates(groups, step, config, control_tokens, rng, skipped) -> list[Cand
             skipped["duplicate"] += 1
             continue
         seen.add(group.key)
-        judge = _judge_candidate(group, right, wrong, step, config, forms, control_tokens, rng)
-        can_judge = "pointwise" in config.recycle_tasks or ("pairwise" in config.recycle_tasks and right and wrong)
-        if can_judge and judge is None:
+
+        task = _judge_task(bool(right and wrong), config, rng)
+        # The form is drawn before anything is known of the sides: it must not give the label away.
+        order = rng.sample(forms, len(forms))
+        sides = _both_sides(right, wrong, order, control_tokens, rng)
+        if task is not None and any(sides):
+            candidates.append(Candidate(task, group, step, *sides))
+        elif task is not None:
             skipped["unboxed"] += 1
-        reflection = None
+
         if wrong and "reflection" in config.recycle_tasks:
-            judged = {judge.wrong.text} if judge and judge.task == "pointwise" and judge.wrong else set()
-            order = rng.sample(forms, len(forms))
-            shown = _show(wrong, order, control_tokens, rng, judged) or _show(wrong, order, control_tokens, rng)
-            if shown is None:
+            shown = _show(wrong, rng.sample(forms, len(forms)), control_tokens, rng)
+            if shown:
+                candidates.append(Candidate("reflection", group, step, wrong=shown))
+            else:
                 skipped["unboxed"] += 1
-            elif shown.text in judged and judge.right and rng.random() < 0.5:
-                judge = replace(judge, wrong=None)  # one wrong rollout for two: the judge takes a right one
-            elif shown.text in judged:
-                skipped["duplicate"] += 1
-                shown = None
-            reflection = Candidate("reflection", group, step, wrong=shown) if shown else None
-        candidates += [c for c in (judge, reflection) if c]
     return candidates
 
 
-def _judge_candidate(group, right, wrong, step, config, forms, control_tokens, rng) -> Candidate | None:
-    """Pairwise with probability `recycle_pairwise_prob` for a mixed group, else pointwise with the sides there are."""
-    # The form is drawn before anything is known of the sides: it must not give the label away.
-    forms = rng.sample(forms, len(forms))
-    mixed = right and wrong and "pairwise" in config.recycle_tasks
-    if mixed and ("pointwise" not in config.recycle_tasks or rng.random() < config.recycle_pairwise_prob):
-        for form in forms:  # both sides of a pair in one form
-            shown_right = _show(right, (form,), control_tokens, rng)
-            shown_wrong = _show(wrong, (form,), control_tokens, rng)
-            if shown_right and shown_wrong:
-                return Candidate("pairwise", group, step, shown_right, shown_wrong)
-    if "pointwise" in config.recycle_tasks:
-        shown_right = _show(right, forms, control_tokens, rng)
-        shown_wrong = _show(wrong, forms, control_tokens, rng)
-        if shown_right or shown_wrong:
-            return Candidate("pointwise", group, step, shown_right, shown_wrong)
-    return None
+def _judge_task(mixed: bool, config, rng) -> Task | None:
+    """Pairwise with probability `recycle_pairwise_prob` for a mixed group, else pointwise."""
+    pointwise = "pointwise" in config.recycle_tasks
+    if mixed and "pairwise" in config.recycle_tasks:
+        return "pairwise" if not pointwise or rng.random() < config.recycle_pairwise_prob else "pointwise"
+    return "pointwise" if pointwise else None
 
 
-def _show(rollouts, forms, control_tokens, rng, taken=frozenset()) -> Shown | None:
-    """A random rollout in the first of `forms` that has one not in `taken`; unboxed ones have no answer form."""
+def _both_sides(right, wrong, forms, control_tokens, rng) -> tuple[Response | None, Response | None]:
+    """A right and a wrong rollout in one form, the first of `forms` that both have; of a pure group, its one side."""
+    sides: tuple[Response | None, Response | None] = (None, None)
+    for form in forms:
+        sides = _show(right, (form,), control_tokens, rng), _show(wrong, (form,), control_tokens, rng)
+        if bool(sides[0]) == bool(right) and bool(sides[1]) == bool(wrong):
+            return sides
+    return sides if not (right and wrong) else (None, None)
+
+
+def _show(rollouts, forms, control_tokens, rng) -> Response | None:
+    """A random rollout in the first of `forms` that any has; unboxed ones have no answer form."""
     for form in forms:
         for rollout in rng.sample(rollouts, len(rollouts)):
             text = rollout.answer if form == "answer" else rollout.text
-            if text is None or not text.strip():
-                continue
-            text = neutralise(text.strip(), control_tokens)
-            if text not in taken:
-                return Shown(text, form, rollout.answer, rollout.correct)
+            if text is not None and text.strip():
+                return Response(neutralise(text.strip(), control_tokens), form, rollout.answer, rollout.correct)
     return None
 
 
-def _drop_equal_pairs(candidates, equal, skipped) -> list[Candidate]:
-    """A pair whose two answers are the same to the verifier has no correct side. One batched call for all pairs."""
-    both_boxed = [
-        c.task == "pairwise" and c.right.answer is not None and c.wrong.answer is not None for c in candidates
-    ]
-    pairs = [(c.wrong.answer, c.right.answer) for c, both in zip(candidates, both_boxed, strict=True) if both]
+def _drop_equal_answers(candidates, equal, skipped) -> list[Candidate]:
+    """Two rollouts whose answers are the same to the verifier can't be right and wrong. One batched call for all."""
+    comparable = [c.right and c.wrong and None not in (c.right.answer, c.wrong.answer) for c in candidates]
+    pairs = [(c.wrong.answer, c.right.answer) for c, both in zip(candidates, comparable, strict=True) if both]
     verdicts = iter(equal(pairs) if pairs else [])
-    kept = [c for c, both in zip(candidates, both_boxed, strict=True) if not both or next(verdicts) is False]
+    kept = [c for c, both in zip(candidates, comparable, strict=True) if not both or next(verdicts) is False]
     skipped["equal_pair"] += len(candidates) - len(kept)
     return kept
 
 
 def _drop_overlong(candidates, fits, skipped) -> list[Candidate]:
     """A prompt too long for the model is left out whole, never cut. One batched call for all."""
-    shown = [(c.group, "\n".join(side.text for side in (c.right, c.wrong) if side)) for c in candidates]
-    kept = [c for c, short in zip(candidates, fits(shown), strict=True) if short]
+    texts = [[side.text for side in (c.right, c.wrong) if side] for c in candidates]
+    texts = [["\n".join(t)] if c.task == "pairwise" else t for c, t in zip(candidates, texts, strict=True)]
+    verdicts = iter(fits([(c.group, text) for c, prompts in zip(candidates, texts, strict=True) for text in prompts]))
+    fitting = [[next(verdicts) for _ in prompts] for prompts in texts]
+    kept = [c for c, fits_all in zip(candidates, map(all, fitting), strict=True) if fits_all]
     skipped["overlong"] += len(candidates) - len(kept)
     return kept
 
 
-def _choose(candidates, capacity, multiple_of, config, rng) -> tuple[list[Candidate], list[Candidate]]:
-    """Which candidates become items, and the surplus. A chosen pointwise candidate has one side left."""
-    pairs = [c for c in candidates if c.task == "pairwise"]
-    points = [c for c in candidates if c.task == "pointwise"]
-    reflections = [c for c in candidates if c.task == "reflection"]
-    either = [c for c in points if c.right and c.wrong]
+def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig) -> dict[Task, int]:
+    """How many items of each task: half judge and half reflection, either filling what the other can't."""
+    n = Counter(c.task for c in candidates)
+    points = [(bool(c.right), bool(c.wrong)) for c in candidates if c.task == "pointwise"]
+    mixed = points.count((True, True))
+    balanced = 2 * (mixed + min(points.count((True, False)), points.count((False, True))))
+    most, usable, unit = len(points), len(points), 1
+    if config.recycle_balance and config.recycle_matched:
+        # Pure groups count towards the pointwise share, as in the paper, but mixed groups take their places.
+        most, usable, unit = balanced, 2 * mixed, 2
+    elif config.recycle_balance:
+        most = usable = min(len(points), balanced)
+
+    n_judge = min(most + n["pairwise"], capacity - min(n["reflection"], capacity // 2))
+    share = unit * round(n_judge * most / max(most + n["pairwise"], 1) / unit)
+    n_pairs = min(n["pairwise"], n_judge - min(share, usable))
+    n_points = min(usable, (n_judge - n_pairs) // unit * unit)
+    quotas: dict[Task, int] = {"pointwise": n_points, "pairwise": n_pairs}
+    quotas["reflection"] = min(n["reflection"], capacity - n_points - n_pairs)
+    while sum(quotas.values()) % multiple_of:
+        task = max(quotas, key=lambda t: (quotas[t] > 0, t != "pointwise", quotas[t]))
+        quotas[task] -= unit if task == "pointwise" else 1
+    return quotas
+
+
+def _select(candidates, quotas, config, rng) -> list[tuple[Task, Group, tuple[Response, ...]]]:
+    """The responses that each item will show; pointwise ones first, the right before the wrong."""
+
+    def of(task: Task) -> list[Candidate]:
+        return [c for c in candidates if c.task == task]
+
+    right, wrong = _select_pointwise(of("pointwise"), quotas["pointwise"], config, rng)
+    chosen = [("pointwise", c.group, (c.right,)) for c in right] + [("pointwise", c.group, (c.wrong,)) for c in wrong]
+    chosen += [("pairwise", c.group, (c.right, c.wrong)) for c in of("pairwise")[: quotas["pairwise"]]]
+    return chosen + [("reflection", c.group, (c.wrong,)) for c in of("reflection")[: quotas["reflection"]]]
+
+
+def _select_pointwise(points, n: int, config, rng) -> tuple[list[Candidate], list[Candidate]]:
+    """`n` pointwise items: the candidates that show their right rollout, and those that show their wrong one."""
+    mixed = [c for c in points if c.right and c.wrong]
+    if config.recycle_balance and config.recycle_matched:
+        return mixed[: n // 2], mixed[: n // 2]
+    if not config.recycle_balance:
+        by_side = [(c, bool(c.right) and (not c.wrong or rng.random() < 0.5)) for c in points[:n]]
+        return [c for c, shows_right in by_side if shows_right], [c for c, shows_right in by_side if not shows_right]
     only_right = [c for c in points if not c.wrong]
     only_wrong = [c for c in points if not c.right]
-
-    # How many of each: half judge and half reflection, either filling what the other can't.
-    most_points = len(points)
-    if config.recycle_balance:
-        most_points = min(most_points, 2 * (min(len(only_right), len(only_wrong)) + len(either)))
-    most_judge = len(pairs) + most_points
-    n_judge = min(most_judge, capacity - min(len(reflections), capacity // 2))
-    n = {"reflection": min(len(reflections), capacity - n_judge)}
-    n["pointwise"] = min(most_points, round(n_judge * most_points / max(most_judge, 1)))
-    n["pairwise"] = min(len(pairs), n_judge - n["pointwise"])
-    n["pointwise"] = n_judge - n["pairwise"]
-    while sum(n.values()) % multiple_of:
-        n[max(n, key=n.get)] -= 1
-
-    if config.recycle_balance:
-        n_right, n_wrong = n["pointwise"] // 2, n["pointwise"] // 2
-        if n["pointwise"] % 2:  # the odd one falls on either side, where it can
-            odd_right = len(only_right) + len(either) > n_right
-            odd_wrong = len(only_wrong) + len(either) > n_wrong
-            to_right = rng.random() < 0.5 if odd_right and odd_wrong else odd_right
-            n_right, n_wrong = n_right + to_right, n_wrong + (not to_right)
-        free = iter(either)
-        right = only_right[:n_right] + [next(free) for _ in range(n_right - len(only_right))]
-        wrong = only_wrong[:n_wrong] + [next(free) for _ in range(n_wrong - len(only_wrong))]
-    else:
-        coins = {id(c): rng.random() < 0.5 for c in either}
-        drawn = points[: n["pointwise"]]
-        right = [c for c in drawn if not c.wrong or coins.get(id(c), False)]
-        wrong = [c for c in drawn if not c.right or not coins.get(id(c), True)]
-
-    reflected = reflections[: n["reflection"]]
-    taken = {id(c) for c in (*right, *wrong, *pairs[: n["pairwise"]], *reflected)}
-    surplus = [c for c in candidates if id(c) not in taken]
-    chosen = [replace(c, wrong=None) for c in right] + [replace(c, right=None) for c in wrong]
-    return [*chosen, *pairs[: n["pairwise"]], *reflected], surplus
+    n_right = n // 2
+    if n % 2:  # the odd one falls on either side, where it can
+        can_right, can_wrong = (len(only) + len(mixed) > n_right for only in (only_right, only_wrong))
+        n_right += rng.random() < 0.5 if can_right and can_wrong else can_right
+    free = iter(mixed)
+    right = only_right[:n_right] + [next(free) for _ in range(n_right - len(only_right))]
+    n_wrong = n - n_right
+    return right, only_wrong[:n_wrong] + [next(free) for _ in range(n_wrong - len(only_wrong))]
 
 
-def _word(chosen, config, suffix, rng) -> tuple[Item, ...]:
-    """Give each chosen candidate its wording, its order and its label, each balanced to within one."""
-    points = [c for c in chosen if c.task == "pointwise"]  # right ones first: alternating balances within each label
-    pairs = [c for c in chosen if c.task == "pairwise"]
-    reflections = [c for c in chosen if c.task == "reflection"]
-
+def _word(chosen, suffix: str, rng) -> tuple[Item, ...]:
+    """Give each item its wording, its order and its label, each balanced to within one."""
+    n_of: Counter[Task] = Counter()
+    by_letter, letter, position = rng.randrange(2), rng.randrange(2), rng.randrange(2)
     items = []
-    by_letter = rng.randrange(2)
-    letter = rng.randrange(2)
-    for i, candidate in enumerate(points):
-        shown = candidate.right or candidate.wrong
-        if (i + by_letter) % 2:
+    for task, group, responses in chosen:
+        i = n_of[task]
+        n_of[task] += 1
+        label = None
+        if task == "pairwise":
+            label = "AB"[(i + position) % 2]
+            responses = responses if label == "A" else responses[::-1]
+            instruction = pairwise_instruction(responses[0].text, responses[1].text, rng.randrange(len(PAIRWISE)))
+        elif task == "reflection":
+            form = responses[0].form
+            templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
+            instruction = reflection_instruction(responses[0].text, form, rng.randrange(len(templates)))
+        elif (i + by_letter) % 2:  # right responses come first, so alternating balances within each label
             label = "AB"[(i // 2 + letter) % 2]
-            right_letter = label if shown.correct else "BA"["AB".index(label)]
-            template = rng.randrange(len(POINTWISE_A_B))
+            right_letter = label if responses[0].correct else "BA"["AB".index(label)]
+            instruction = pointwise_instruction(responses[0].text, rng.randrange(len(POINTWISE_A_B)), right_letter)
         else:
-            label = "Yes" if shown.correct else "No"
-            right_letter = None
-            template = rng.randrange(len(POINTWISE_YES_NO))
-        instruction = pointwise_instruction(shown.text, template, right_letter)
-        items.append((candidate, instruction, label, (shown,)))
+            label = "Yes" if responses[0].correct else "No"
+            instruction = pointwise_instruction(responses[0].text, rng.randrange(len(POINTWISE_YES_NO)))
+        items.append(Item(task, ask(group.prompt, instruction, suffix), label, group, responses))
+    return tuple(items)
 
-    position = rng.randrange(2)
-    for i, candidate in enumerate(pairs):
-        label = "AB"[(i + position) % 2]
-        shown = (candidate.right, candidate.wrong) if label == "A" else (candidate.wrong, candidate.right)
-        instruction = pairwise_instruction(shown[0].text, shown[1].text, rng.randrange(len(PAIRWISE)))
-        items.append((candidate, instruction, label, shown))
 
-    for candidate in reflections:
-        form = candidate.wrong.form
-        templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
-        instruction = reflection_instruction(candidate.wrong.text, form, rng.randrange(len(templates)))
-        items.append((candidate, instruction, None, (candidate.wrong,)))
+# ---------------------------------------------------------------------------------------------------------------------
+# What gives a label away
 
-    return tuple(
-        Item(c.task, ask(c.group.prompt, instruction, suffix), label, c.group, c.born, shown)
-        for c, instruction, label, shown in items
-    )
+
+def question_only(items: Iterable[Item]) -> float | None:
+    """Accuracy on the pointwise items of a judge that never reads the response: it says correct where the question's
+    pass rate is at least some threshold, the best one for these items. 0.5 is no leak; None without pointwise items."""
+    points = sorted(((i.group.pass_rate, i.responses[0].correct) for i in items if i.task == "pointwise"), reverse=True)
+    if not points:
+        return None
+    hits = best = sum(not correct for _, correct in points)  # a threshold above all: "incorrect" throughout
+    for i, (rate, correct) in enumerate(points):
+        hits += 1 if correct else -1
+        if i + 1 == len(points) or points[i + 1][0] != rate:  # a threshold can't fall between equal pass rates
+            best = max(best, hits)
+    return best / len(points)

@@ -51,16 +51,16 @@ import verify
 from batch import IMAGE_FIELDS, PER_ROW, join, micro_batches
 from callbacks import Progress, StopOnSignal, Watch
 from data.rows import BadInput
+from prompts import TEMPLATE_TOKENS, instructions
 from recycle import (
-    PROMPT_SUFFIX,
-    TEMPLATE_TOKENS,
     Candidate,
     Group,
     Item,
+    Limits,
     RecycleConfig,
     Rollout,
     from_json,
-    instructions,
+    question_only,
     recycle,
     to_json,
 )
@@ -74,11 +74,6 @@ JUDGE_VERDICTS = {"Yes": ("Yes", "No"), "No": ("Yes", "No"), "A": ("A", "B"), "B
 @dataclass
 class SparkConfig(RecycleConfig, GRPOConfig):
     """GRPOConfig, and what recycling can be told (recycle.RecycleConfig: the `recycle_*` fields)."""
-
-    prompt_suffix: str = field(
-        default=PROMPT_SUFFIX,
-        metadata={"help": "What policy prompts end with; taken off a question before the judge is asked about it."},
-    )
 
     use_vllm: bool | None = field(
         default=None, metadata={"help": "Generate with vLLM; default: where it is installed and there is a GPU."}
@@ -212,12 +207,13 @@ class SparkTrainer(GRPOTrainer):
             groups,
             self._step // (self.args.steps_per_generation * self.num_iterations),  # counts generations
             self.args,
+            Limits(
+                self._control_tokens,
+                self._item_multiple,
+                self._equal,
+                functools.partial(self._fits, self._prompt_lengths(policy, groups)),
+            ),
             self._waiting,
-            suffix=self.args.prompt_suffix,
-            control_tokens=self._control_tokens,
-            multiple_of=self._item_multiple,
-            equal=self._equal,
-            fits=functools.partial(self._fits, self._prompt_lengths(policy, groups)),
         )
         self._waiting = counts.surplus
         seconds = time.perf_counter() - start
@@ -557,13 +553,15 @@ class SparkTrainer(GRPOTrainer):
             if item.task == "pairwise":
                 means["judge/pairwise/first_rate"] += [verdict == "A"] * parsed
             else:
-                right = item.shown[0].correct
+                right = item.responses[0].correct
                 means["judge/pointwise/label_rate"].append(right)
                 means["judge/pointwise/positive_rate"] += [(verdict == item.label) == right] * parsed
                 means[f"pointwise, right {right}"].append(reward)
         sides = [means.pop(f"pointwise, right {right}", []) for right in (True, False)]
         if all(sides):
             means["judge/pointwise/balanced_accuracy"] = [sum(sum(side) / len(side) for side in sides) / 2]
+        if (blind := question_only(items)) is not None:
+            means["judge/pointwise/question_only"] = [blind]
         self._log_means(means, "train")
 
         if self.log_completions and self.accelerator.is_main_process:
@@ -575,7 +573,7 @@ class SparkTrainer(GRPOTrainer):
                     "label": item.label,
                     "reward": reward,
                     "advantage": advantage,
-                    "shown_correct": [shown.correct for shown in item.shown],
+                    "shown_correct": [response.correct for response in item.responses],
                     "images": [thumbnail(image) for image in images_of(item.group.row)]
                     if i % self.num_generations == 0
                     else [],

@@ -23,6 +23,7 @@ from pathlib import Path
 RESULTS = Path("benchmarks/results/demo_learning.json")
 VARIANTS = {
     "spark": {},
+    "spark_nothing_waits": {"recycle_max_age": 0},
     "grpo_same_rollouts": {"recycle_ratio": 0, "per_device_train_batch_size": 320},
     "grpo_same_prompts": {"recycle_ratio": 0},
 }

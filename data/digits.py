@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 Split = Literal["train", "test"]
 

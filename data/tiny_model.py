@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.digits import IMAGE_KINDS, TEXT_KINDS, draw, question, solve
-from recycle import (
+from prompts import (
     PAIRWISE,
     POINTWISE_A_B,
     POINTWISE_YES_NO,

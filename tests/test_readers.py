@@ -16,7 +16,7 @@ from PIL import Image
 from data import table
 from data.read import BadInput, Reader, Source, read_dataset, report, summary
 from data.rows import BadRow, Record, RowError, Rules, build_row, gold, question_text
-from recycle import PROMPT_SUFFIX, ask, strip_suffix
+from prompts import PROMPT_SUFFIX, ask, strip_suffix
 
 
 def png(width=56, height=28) -> bytes:

@@ -9,29 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recycle import (
+from prompts import (
     PAIRWISE,
     POINTWISE_A_B,
     POINTWISE_YES_NO,
     PROMPT_SUFFIX,
     REFLECT_ON_ANSWER,
     REFLECT_ON_COT,
-    TASKS,
-    Group,
-    RecycleConfig,
-    Rollout,
     ask,
     neutralise,
-    recycle,
 )
+from recycle import TASKS, Group, Limits, RecycleConfig, Rollout, question_only, recycle
 from verify import parse_verdict
 
 GOLD = "987654321"
 
 
-def same_text(pairs):
-    """A verifier that knows text only, so that these tests do not depend on verify.py."""
-    return [a == b for a, b in pairs]
+TEXT_ONLY = Limits(equal=lambda pairs: [a == b for a, b in pairs])  # a verifier that compares text, not verify.py
 
 
 def group(key, outcomes, seed=0, question=None):
@@ -55,7 +49,8 @@ configs = st.builds(
     recycle_tasks=st.lists(st.sampled_from(TASKS), min_size=1, unique=True),
     recycle_source=st.sampled_from(["both", "answer", "cot"]),
     recycle_pairwise_prob=st.sampled_from([0.0, 0.5, 1.0]),
-    recycle_max_age=st.integers(0, 2),
+    recycle_balance=st.booleans(),
+    recycle_matched=st.booleans(),
     recycle_seed=st.integers(0, 3),
 )
 
@@ -66,10 +61,10 @@ def text_of(item):
 
 @settings(max_examples=300, deadline=None)
 @given(groups_of, configs, st.integers(0, 5), st.sampled_from([1, 2, 3, 4]))
-def test_invariants(groups, config, step, multiple_of):
-    items, counts = recycle(groups, step, config, multiple_of=multiple_of, equal=same_text)
-    again = recycle(groups, step, config, multiple_of=multiple_of, equal=same_text)
-    assert (items, counts) == again  # a function of its arguments
+def test_items_are_balanced_quoted_and_deterministic(groups, config, step, multiple_of):
+    limits = replace(TEXT_ONLY, multiple_of=multiple_of)
+    items, counts = recycle(groups, step, config, limits)
+    assert (items, counts) == recycle(groups, step, config, limits)  # a function of its arguments
 
     assert len(items) == counts.emitted <= config.recycle_ratio * len(groups)
     assert len(items) % multiple_of == 0
@@ -77,14 +72,20 @@ def test_invariants(groups, config, step, multiple_of):
 
     points = [item for item in items if item.task == "pointwise"]
     pairs = [item for item in items if item.task == "pairwise"]
-    right = sum(item.shown[0].correct for item in points)
-    assert abs(right - (len(points) - right)) <= 1
+    if config.recycle_balance:
+        right = sum(item.responses[0].correct for item in points)
+        assert abs(right - (len(points) - right)) <= 1
+    if config.recycle_balance and config.recycle_matched:
+        sides = [(item.group.key, item.responses[0].correct) for item in points]
+        assert len(set(sides)) == len(sides)
+        assert {(key, not correct) for key, correct in sides} == set(sides)  # each question once for either label
+        assert question_only(items) in (None, 0.5)
     by_letter = sum(item.label in "AB" for item in points)
     assert abs(by_letter - (len(points) - by_letter)) <= 1
     first = sum(item.label == "A" for item in pairs)
     assert abs(first - (len(pairs) - first)) <= 1
 
-    seen = [(item.group.key, tuple(sorted(s.text for s in item.shown))) for item in items]
+    seen = [(item.task, item.group.key, *(r.text for r in item.responses)) for item in items]
     assert len(set(seen)) == len(seen)
     for item in items:
         text = text_of(item)
@@ -92,42 +93,35 @@ def test_invariants(groups, config, step, multiple_of):
         assert PROMPT_SUFFIX not in text
         assert GOLD not in text
         assert "\\boxed{}" in text
-        assert all(s.text in text for s in item.shown)
-        assert all(s.form == "cot" or s.answer is not None for s in item.shown)
+        assert all(r.text in text for r in item.responses)
+        assert all(r.form == "cot" or r.answer is not None for r in item.responses)
         if config.recycle_source != "both":
-            assert {s.form for s in item.shown} == {config.recycle_source}
+            assert {r.form for r in item.responses} == {config.recycle_source}
         if item.task == "pairwise":
-            assert sorted(s.correct for s in item.shown) == [False, True]
-            assert item.shown["AB".index(item.label)].correct
+            assert sorted(r.correct for r in item.responses) == [False, True]
+            assert len({r.form for r in item.responses}) == 1
+            assert item.responses["AB".index(item.label)].correct
             assert text.index("<response_a>") < text.index("<response_b>")
         elif item.task == "pointwise" and item.label in ("Yes", "No"):
-            assert (item.label == "Yes") == item.shown[0].correct
+            assert (item.label == "Yes") == item.responses[0].correct
         elif item.task == "pointwise":
             named = re.search(rf"{item.label}: (correct|incorrect)", text)[1]
-            assert (named == "correct") == item.shown[0].correct
+            assert (named == "correct") == item.responses[0].correct
         else:
             assert item.label is None
-            assert item.shown[0].correct is False
+            assert item.responses[0].correct is False
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(groups_of, min_size=1, max_size=4), configs)
-def test_nothing_vanishes(steps, config):
-    """Every candidate is emitted, waits, expires or is skipped, over several steps with waiting ones."""
-    waiting = ()
-    for step, groups in enumerate(steps):
-        groups = [replace(g, key=f"{step}/{g.key}") for g in groups]  # no question comes back
-        born = _candidates(groups, config)
-        items, counts = recycle(groups, step, config, waiting, equal=same_text)
-        assert len(waiting) + born == counts.emitted + counts.waiting + counts.expired + sum(counts.skipped.values())
-        assert len(counts.surplus) == counts.waiting
-        assert all(step - item.born <= config.recycle_max_age for item in items)
-        assert all(step + 1 - c.born <= config.recycle_max_age for c in counts.surplus)
-        waiting = counts.surplus
+@given(groups_of, configs)
+def test_every_candidate_is_emitted_unused_or_skipped(groups, config):
+    items, counts = recycle(groups, 0, config, TEXT_ONLY)
+    emitted = len({(item.task, item.group.key) for item in items})
+    assert _candidates(groups, config) == emitted + counts.waiting + counts.expired + sum(counts.skipped.values())
 
 
 def _candidates(groups, config):
-    """How many items these groups could give, skipped ones included: the method's table, written down again."""
+    """How many candidates these groups are, skipped ones included: the method's table, written down again."""
     n = 0
     for g in groups:
         right = any(r.correct is True for r in g.rollouts)
@@ -140,77 +134,134 @@ def _candidates(groups, config):
     return n
 
 
-def test_classification():
-    right, wrong, mixed = [("1", True)] * 4, [("2", False)] * 4, [("1", True), ("2", False)] * 2
-    config = RecycleConfig(recycle_pairwise_prob=1.0, recycle_ratio=4.0)
-    tasks = {
-        name: Counter(i.task for i in recycle([group(name, o), group("x", p)], 0, config, equal=same_text)[0])
-        for name, o, p in (("right", right, wrong), ("mixed", mixed, mixed))
+RIGHT, WRONG, MIXED = [("1", True)] * 4, [("2", False)] * 4, [("1", True), ("2", False)] * 2
+
+
+def tasks_of(outcomes, **settings):
+    """Tasks and correctness of the responses, of four groups with these outcomes."""
+    groups = [group(f"{i}", o) for i, o in enumerate(outcomes)]
+    items, _ = recycle(groups, 0, RecycleConfig(recycle_ratio=4.0, **settings), TEXT_ONLY)
+    return Counter((item.task, *sorted(r.correct for r in item.responses)) for item in items)
+
+
+def test_a_mixed_group_gives_a_pair_or_two_matched_points():
+    assert tasks_of([MIXED] * 2, recycle_pairwise_prob=1.0) == {
+        ("pairwise", False, True): 2,
+        ("reflection", False): 2,
     }
-    assert tasks["right"] == {"pointwise": 2, "reflection": 1}
-    assert tasks["mixed"] == {"pairwise": 2, "reflection": 2}
-    no_pairs = RecycleConfig(recycle_pairwise_prob=0.0, recycle_ratio=4.0)
-    items, _ = recycle([group("a", mixed), group("b", mixed)], 0, no_pairs, equal=same_text)
-    assert Counter(i.task for i in items) == {"pointwise": 2, "reflection": 2}
+    assert tasks_of([MIXED] * 2, recycle_pairwise_prob=0.0) == {
+        ("pointwise", True): 2,
+        ("pointwise", False): 2,
+        ("reflection", False): 2,
+    }
+
+
+def test_a_pure_group_gives_no_point_unless_unmatched():
+    assert tasks_of([RIGHT, WRONG]) == {("reflection", False): 1}
+    assert tasks_of([RIGHT, WRONG], recycle_matched=False) == {
+        ("pointwise", True): 1,
+        ("pointwise", False): 1,
+        ("reflection", False): 1,
+    }
+    assert tasks_of([RIGHT, RIGHT], recycle_matched=False) == {}  # nothing balances them
+    assert tasks_of([RIGHT, RIGHT], recycle_balance=False) == {("pointwise", True): 2}
+
+
+@pytest.mark.parametrize(("a", "b"), [(1, 1), (0.5, 0.5), (3, 2)])
+def test_the_question_says_nothing_about_the_label(a, b):
+    """On questions of mixed difficulty: the best rule on the true difficulty alone, against the former selection."""
+    rng = random.Random(0)
+    n = {True: 0, False: 0}
+    points = {True: [], False: []}
+    for step in range(300):
+        difficulty = {f"{step}/{i}": rng.betavariate(a, b) for i in range(64)}
+        groups = [group(key, [("1", rng.random() < p) for _ in range(8)]) for key, p in difficulty.items()]
+        for matched in (True, False):
+            config = RecycleConfig(recycle_matched=matched)
+            items, _ = recycle(groups, step, config, Limits(equal=lambda pairs: [False] * len(pairs)))
+            n[matched] += len(items)
+            points[matched] += [
+                (difficulty[i.group.key], i.responses[0].correct) for i in items if i.task == "pointwise"
+            ]
+
+    def best_threshold(points):
+        points = sorted(points)
+        hits = best = sum(correct for _, correct in points)  # "correct" of all, then of all but the hardest, ...
+        for _, correct in points:
+            hits += -1 if correct else 1
+            best = max(best, hits)
+        return best / len(points)
+
+    assert best_threshold(points[False]) > 0.75
+    assert best_threshold(points[True]) < 0.55
+    assert n[True] >= n[False] * 0.95
+    assert len(points[True]) >= len(points[False]) * 0.95
+
+
+def test_question_only_is_the_best_rule_on_the_pass_rate():
+    def items_of(outcomes, **settings):
+        groups = [group(i, o) for i, o in enumerate(outcomes)]
+        return recycle(groups, 0, RecycleConfig(recycle_ratio=4.0, **settings), TEXT_ONLY)[0]
+
+    unmatched = {"recycle_matched": False, "recycle_tasks": ["pointwise"]}
+    assert question_only(items_of([RIGHT, WRONG], **unmatched)) == 1.0
+    assert question_only(items_of([MIXED] * 4, **unmatched)) == 0.5
+    assert question_only(items_of([RIGHT, RIGHT, MIXED, WRONG], **unmatched)) == 1.0
+    assert question_only(items_of([MIXED] * 4, recycle_tasks=["pairwise"])) is None
 
 
 def test_halves_and_fill():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(16)]
-    items, _ = recycle(mixed, 0, RecycleConfig(), equal=same_text)
+    items, _ = recycle(mixed, 0, RecycleConfig(), TEXT_ONLY)
     assert Counter(i.task == "reflection" for i in items) == {True: 8, False: 8}
     solved = [group(i, [("1", True)] * 8) for i in range(8)] + mixed[8:]
-    items, _ = recycle(solved, 0, RecycleConfig(recycle_tasks=["pointwise", "pairwise"]), equal=same_text)
-    assert all(i.task != "reflection" for i in items)
+    items, _ = recycle(solved, 0, RecycleConfig(recycle_tasks=["pointwise", "pairwise"]), TEXT_ONLY)
+    assert {i.task for i in items} == {"pointwise", "pairwise"}
 
 
 def test_pairwise_share_follows_its_probability():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(40)]
-    tasks = ["pointwise", "pairwise"]
-    n = Counter()
+    config = RecycleConfig(recycle_tasks=["pointwise", "pairwise"])
+    questions = Counter()
     for step in range(20):
-        items, _ = recycle(mixed, step, RecycleConfig(recycle_tasks=tasks), equal=same_text)
-        n.update(i.task for i in items)
-    assert n["pairwise"] / sum(n.values()) == pytest.approx(0.7, abs=0.05)
-
-
-def test_surplus_waits_for_its_counterpart_then_expires():
-    right = [group(f"r{i}", [("1", True)] * 4) for i in range(4)]
-    wrong = [group(f"w{i}", [("2", False)] * 4) for i in range(4)]
-    config = RecycleConfig(recycle_tasks=["pointwise"], recycle_max_age=1)
-    items, counts = recycle(right, 0, config, equal=same_text)
-    assert (items, counts.waiting) == ((), 4)  # nothing to balance them with
-    items, later = recycle(wrong, 1, config, counts.surplus, equal=same_text)
-    assert Counter(i.shown[0].correct for i in items) == {True: 2, False: 2}
-    assert {i.born for i in items} == {0, 1}
-    assert (later.waiting, later.expired) == (2, 2)
-    _, latest = recycle([], 5, config, later.surplus, equal=same_text)
-    assert (latest.emitted, latest.waiting, latest.expired) == (0, 0, 2)
+        items, _ = recycle(mixed, step, config, TEXT_ONLY)
+        questions.update(task for task, _ in {(i.task, i.group.key) for i in items})
+    assert questions["pairwise"] / questions.total() == pytest.approx(0.7, abs=0.05)
 
 
 def test_without_balance_labels_follow_the_policy():
     right = [group(f"r{i}", [("1", True)] * 4) for i in range(8)]
     config = RecycleConfig(recycle_tasks=["pointwise"], recycle_balance=False)
-    items, _ = recycle(right, 0, config, equal=same_text)
+    items, _ = recycle(right, 0, config, TEXT_ONLY)
     assert len(items) == 8
-    assert all(i.shown[0].correct for i in items)
+    assert all(i.responses[0].correct for i in items)
 
 
-def test_equal_answers_make_no_pair():
-    def everything_equal(pairs):
-        return [None] * len(pairs)  # the verifier could not tell
-
+@pytest.mark.parametrize("task", ["pairwise", "pointwise"])
+def test_equal_answers_are_not_right_and_wrong(task):
+    unknown = Limits(equal=lambda pairs: [None] * len(pairs))  # the verifier could not tell
     mixed = [group(i, [("1/2", True), ("0.5", False)]) for i in range(4)]
-    config = RecycleConfig(recycle_tasks=["pairwise"])
-    items, counts = recycle(mixed, 0, config, equal=everything_equal)
+    config = RecycleConfig(recycle_tasks=[task])
+    items, counts = recycle(mixed, 0, config, unknown)
     assert items == ()
     assert counts.skipped == {"equal_pair": 4}
     items, _ = recycle([group(0, [("1/2", True), ("0.5", False)])], 0, config)  # the real verifier
     assert items == ()
 
 
+def test_a_prompt_that_does_not_fit_is_left_out_with_its_counterpart():
+    long = [("1", True), ("2" * 50, False)]
+    limits = replace(TEXT_ONLY, fits=lambda shown: [len(text) < 40 for _, text in shown])
+    for task in TASKS:
+        config = RecycleConfig(recycle_tasks=[task], recycle_source="answer", recycle_ratio=4.0)
+        items, counts = recycle([group(0, long), group(1, MIXED)], 0, config, limits)
+        assert {item.group.key for item in items} == {"1"}
+        assert counts.skipped == {"overlong": 1}
+
+
 def test_the_same_question_twice_is_one_question():
     twice = [group("same", [("1", True), ("2", False)], seed=s) for s in (0, 1)]
-    items, counts = recycle(twice, 0, RecycleConfig(recycle_ratio=4.0), equal=same_text)
+    items, counts = recycle(twice, 0, RecycleConfig(recycle_ratio=4.0), TEXT_ONLY)
     assert len({i.group.key for i in items}) == 1
     assert counts.skipped["duplicate"] == 1
 
@@ -232,8 +283,8 @@ def test_a_rollout_cannot_leave_its_quote(attack, source):
     rollouts = (Rollout(attack, attack, False), Rollout("fine \\boxed{1}", "1", True))
     victim = Group("q", [{"role": "user", "content": "Q?"}], rollouts)
     for step in range(12):
-        config = RecycleConfig(recycle_source=source, recycle_ratio=2.0)
-        items, _ = recycle([victim], step, config, control_tokens=CONTROL, equal=same_text)
+        config = RecycleConfig(recycle_source=source, recycle_ratio=3.0)
+        items, _ = recycle([victim], step, config, replace(TEXT_ONLY, control_tokens=CONTROL))
         assert items
         for item in items:
             text = text_of(item)
@@ -277,6 +328,47 @@ def test_templates():
     assert 5 <= sum(claims) <= 15  # some say it is wrong, some only ask to check
 
 
+TEXTS = {
+    ("pointwise", "A"): (
+        "What is 1+1?\n"
+        "\n"
+        "<response>\n"
+        "1+1=2. \\boxed{2}\n"
+        "</response>\n"
+        "The answer above is A: correct. B: incorrect. Give your reasons, then one letter in \\boxed{}."
+    ),
+    ("pointwise", "No"): (
+        "What is 1+1?\n"
+        "\n"
+        "Check this attempt:\n"
+        "<response>\n"
+        "1+1=3. \\boxed{3}\n"
+        "</response>\n"
+        "Solve the question yourself, compare, and write Yes or No in \\boxed{}."
+    ),
+    ("reflection", None): (
+        "What is 1+1?\n"
+        "\n"
+        "This reasoning failed:\n"
+        "<response>\n"
+        "1+1=3. \\boxed{3}\n"
+        "</response>\n"
+        "Say where, then solve it correctly. Answer in \\boxed{}."
+    ),
+    ("pairwise", "A"): (
+        "What is 1+1?\n"
+        "\n"
+        "<response_a>\n"
+        "1+1=2. \\boxed{2}\n"
+        "</response_a>\n"
+        "<response_b>\n"
+        "1+1=3. \\boxed{3}\n"
+        "</response_b>\n"
+        "One is wrong. Find the other one and write its letter in \\boxed{}."
+    ),
+}
+
+
 def test_prompt_text_is_a_contract():
     """One prompt of each kind, word for word: a change here changes what a trained judge has seen."""
     rollouts = (Rollout("1+1=2. \\boxed{2}", "2", True), Rollout("1+1=3. \\boxed{3}", "3", False))
@@ -284,20 +376,23 @@ def test_prompt_text_is_a_contract():
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is 1+1?" + PROMPT_SUFFIX}]},
     ]
-    config = RecycleConfig(recycle_source="cot", recycle_pairwise_prob=1.0, recycle_ratio=2.0, recycle_seed=1)
-    items, _ = recycle([Group("q", prompt, rollouts)], 0, config, equal=same_text)
-    by_task = {item.task: item for item in items}
-    assert by_task["pairwise"].prompt[0] == prompt[0]
-    assert by_task["pairwise"].prompt[1]["content"][0] == {"type": "image"}
-    pair = by_task["pairwise"].prompt[1]["content"][1]["text"]
-    a, b = ("2", "3") if by_task["pairwise"].label == "A" else ("3", "2")
-    first = f"<response_a>\n1+1={a}. \\boxed{{{a}}}\n</response_a>"
-    second = f"<response_b>\n1+1={b}. \\boxed{{{b}}}\n</response_b>"
-    filled = {t.replace("{first}", first).replace("{second}", second) for t in PAIRWISE}
-    assert pair in {f"What is 1+1?\n\n{text}" for text in filled}
-    again = by_task["reflection"].prompt[1]["content"][1]["text"]
-    shown = "<response>\n1+1=3. \\boxed{3}\n</response>"
-    assert again in {f"What is 1+1?\n\n{t.replace('{response}', shown)}" for t in REFLECT_ON_COT}
+    texts = {}
+    for task in ("pointwise", "pairwise"):
+        config = RecycleConfig(recycle_source="cot", recycle_tasks=[task, "reflection"], recycle_ratio=4.0)
+        for item in recycle([Group("q", prompt, rollouts)], 0, config, TEXT_ONLY)[0]:
+            assert item.prompt[0] == prompt[0]
+            assert item.prompt[1]["content"][0] == {"type": "image"}
+            texts[item.task, item.label] = item.prompt[1]["content"][1]["text"]
+    assert texts == TEXTS
+
+
+def test_an_obedient_reply_to_any_judge_template_is_parsed():
+    for template, replies in (
+        *((t, ("Yes", "No")) for t in POINTWISE_YES_NO),
+        *((t, ("A", "B")) for t in (*POINTWISE_A_B, *PAIRWISE)),
+    ):
+        for reply in replies:
+            assert parse_verdict(template.replace("\\boxed{}", f"\\boxed{{{reply}}}")) == reply
 
 
 def test_ask_keeps_conversations():
@@ -322,8 +417,3 @@ def test_ask_keeps_conversations():
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         recycle([], 0, replace(RecycleConfig(), **{field: value}))
-
-
-def test_verdicts_of_every_template_are_parseable():
-    for label in ("Yes", "No", "A", "B"):
-        assert parse_verdict(f"work \\boxed{{{label}}}") == label

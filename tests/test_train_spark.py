@@ -653,19 +653,20 @@ def test_resumed_is_uninterrupted(tmp_path, processor, vision_model):
 
 def test_metrics_against_a_case_by_hand(tmp_path, processor, text_model):
     """Two pointwise items (one right, one wrong candidate), one pair and one reflection, four rollouts each."""
-    from recycle import Group, Item, Shown
+    from recycle import Group, Item, Response, Rollout
     from train_spark import Scored
 
     trainer = SparkTrainer(
         text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(4), processing_class=processor.tokenizer
     )
-    group = Group("q", [{"role": "user", "content": "1+1?"}], (), {})
-    right, wrong = Shown("2", "answer", "2", True), Shown("3", "answer", "3", False)
+    rollouts = (Rollout("\\boxed{2}", "2", True), Rollout("\\boxed{3}", "3", False))
+    group = Group("q", [{"role": "user", "content": "1+1?"}], rollouts)
+    right, wrong = Response("2", "answer", "2", True), Response("3", "answer", "3", False)
     items = (
-        Item("pointwise", group.prompt, "Yes", group, 0, (right,)),
-        Item("pointwise", group.prompt, "B", group, 0, (wrong,)),
-        Item("pairwise", group.prompt, "A", group, 0, (right, wrong)),
-        Item("reflection", group.prompt, None, group, 0, (wrong,)),
+        Item("pointwise", group.prompt, "Yes", group, (right,)),
+        Item("pointwise", group.prompt, "B", group, (wrong,)),
+        Item("pairwise", group.prompt, "A", group, (right, wrong)),
+        Item("reflection", group.prompt, None, group, (wrong,)),
     )
     texts = "Yes Yes No A B A A dunno A A B A 2 3 2 2".split()
     rewards = torch.tensor([float(c) for c in "1100100011011011"])
@@ -678,6 +679,7 @@ def test_metrics_against_a_case_by_hand(tmp_path, processor, text_model):
             "judge/pointwise/accuracy": 3 / 8,
             "judge/pointwise/balanced_accuracy": (2 / 4 + 1 / 4) / 2,
             "judge/pointwise/label_rate": 1 / 2,
+            "judge/pointwise/question_only": 1 / 2,
             # parsed: Yes Yes No for the right one (a letter answers another question), B A A for the wrong one
             "judge/pointwise/positive_rate": 4 / 6,
             "judge/pairwise/accuracy": 3 / 4,
