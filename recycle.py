@@ -30,7 +30,7 @@ Everything here is a pure function of its arguments: no torch, no trainer, no fi
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from prompts import (
@@ -92,10 +92,6 @@ class RecycleConfig:
             "does not give the label away. false: one item a question, also where all rollouts are right or wrong."
         },
     )
-    recycle_max_age: int = field(
-        default=1,
-        metadata={"help": "Steps an unused candidate may wait for room or for its counterpart before it expires."},
-    )
     recycle_seed: int = field(
         default=0,
         metadata={"help": "Seed of the choices made in recycling, together with the step."},
@@ -111,8 +107,6 @@ class RecycleConfig:
             raise ValueError(f"recycle_ratio: expected a number >= 0, got {self.recycle_ratio}")
         if not 0 <= self.recycle_pairwise_prob <= 1:
             raise ValueError(f"recycle_pairwise_prob: expected 0 to 1, got {self.recycle_pairwise_prob}")
-        if self.recycle_max_age < 0:
-            raise ValueError(f"recycle_max_age: expected 0 or more steps, got {self.recycle_max_age}")
         if self.recycle_source not in ("both", "answer", "cot"):
             raise ValueError(f"recycle_source: expected both, answer or cot, got {self.recycle_source!r}")
         unknown = set(self.recycle_tasks) - set(TASKS)
@@ -163,12 +157,10 @@ class Response:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What a group can be asked: one task, and the right and the wrong rollout there are for it. `born` is the step of
-    its rollouts."""
+    """What a group can be asked: one task, and the right and the wrong rollout there are for it."""
 
     task: Task
     group: Group
-    born: int
     right: Response | None = None
     wrong: Response | None = None
 
@@ -186,13 +178,15 @@ class Item:
 
 @dataclass(frozen=True)
 class Counts:
-    """Where every candidate of the step went. `surplus` is to be given back as the next step's `waiting`."""
+    """Where every candidate of the step went.
+
+    unused: usable, but beyond the ratio, or without a counterpart that balances its label.
+    skipped: reason -> candidates that can't be used.
+    """
 
     emitted: int
-    waiting: int
-    expired: int
-    skipped: Mapping[str, int]  # reason -> candidates that can't be used
-    surplus: tuple[Candidate, ...]
+    unused: int
+    skipped: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -211,36 +205,18 @@ class Limits:
     fits: Callable[[list[tuple[Group, str]]], list[bool]] = lambda shown: [True] * len(shown)
 
 
-def to_json(candidate: Candidate) -> dict[str, Any]:
-    """A waiting candidate as plain data for a checkpoint, without its group's row (whose types are the dataset's)."""
-    return asdict(replace(candidate, group=replace(candidate.group, row={})))
-
-
-def from_json(found: Mapping[str, Any], row: Mapping[str, Any]) -> Candidate:
-    """The candidate of `to_json`, with its row again."""
-    group = found["group"]
-    rollouts = tuple(Rollout(**rollout) for rollout in group["rollouts"])
-    sides = {side: Response(**found[side]) if found[side] else None for side in ("right", "wrong")}
-    return Candidate(found["task"], Group(group["key"], group["prompt"], rollouts, row), found["born"], **sides)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From groups to items
 
 
 def recycle(
-    groups: Sequence[Group],
-    step: int,
-    config: RecycleConfig,
-    limits: Limits | None = None,
-    waiting: Sequence[Candidate] = (),
+    groups: Sequence[Group], step: int, config: RecycleConfig, limits: Limits | None = None
 ) -> tuple[tuple[Item, ...], Counts]:
     """Rewrite one step's scored groups into judge and reflection prompts (paper, section 3.2).
 
     Args:
         groups: this step's questions, in the same order on every process.
-        step: seeds the choices together with `config.recycle_seed`; also the clock of `recycle_max_age`.
-        waiting: the last step's `counts.surplus`.
+        step: seeds the choices together with `config.recycle_seed`.
 
     Returns:
         At most `recycle_ratio * len(groups)` items, half judge and half reflection where both can fill their half,
@@ -251,26 +227,18 @@ def recycle(
     rng = random.Random(f"{config.recycle_seed}/{step}")
     skipped: Counter[str] = Counter()
 
-    candidates = _candidates(groups, step, config, limits.control_tokens, rng, skipped)
+    candidates = _candidates(groups, config, limits.control_tokens, rng, skipped)
     candidates = _drop_equal_answers(candidates, limits.equal, skipped)
     candidates = _drop_overlong(candidates, limits.fits, skipped)
-    expired = sum(step - c.born > config.recycle_max_age for c in waiting)
-    young = [c for c in waiting if step - c.born <= config.recycle_max_age]
-    fresh_keys = {c.group.key for c in candidates}
-    candidates += [c for c in young if c.group.key not in fresh_keys]
-    skipped["duplicate"] += sum(c.group.key in fresh_keys for c in young)  # new rollouts replace the old ones
     quotas = _quotas(candidates, int(config.recycle_ratio * len(groups) + 1e-9), limits.multiple_of, config)
     chosen = _select(candidates, quotas, config, rng)
 
-    used = {(task, group.key) for task, group, _ in chosen}
-    unused = [c for c in candidates if (c.task, c.group.key) not in used]
-    surplus = tuple(c for c in unused if step + 1 - c.born <= config.recycle_max_age)
-    reasons = {reason: n for reason, n in sorted(skipped.items()) if n}
-    counts = Counts(len(chosen), len(surplus), expired + len(unused) - len(surplus), reasons, surplus)
+    used = len({(task, group.key) for task, group, _ in chosen})
+    counts = Counts(len(chosen), len(candidates) - used, {reason: n for reason, n in sorted(skipped.items()) if n})
     return _word(chosen, config.prompt_suffix, rng), counts
 
 
-def _candidates(groups, step, config, control_tokens, rng, skipped) -> list[Candidate]:
+def _candidates(groups, config, control_tokens, rng, skipped) -> list[Candidate]:
     """At most one judge and one reflection candidate per question, with the rollouts each would show."""
     forms: tuple[Form, ...] = ("answer", "cot") if config.recycle_source == "both" else (config.recycle_source,)
     candidates = []
@@ -291,14 +259,14 @@ def _candidates(groups, step, config, control_tokens, rng, skipped) -> list[Cand
         order = rng.sample(forms, len(forms))
         sides = _both_sides(right, wrong, order, control_tokens, rng)
         if task is not None and any(sides):
-            candidates.append(Candidate(task, group, step, *sides))
+            candidates.append(Candidate(task, group, *sides))
         elif task is not None:
             skipped["unboxed"] += 1
 
         if wrong and "reflection" in config.recycle_tasks:
             shown = _show(wrong, rng.sample(forms, len(forms)), control_tokens, rng)
             if shown:
-                candidates.append(Candidate("reflection", group, step, wrong=shown))
+                candidates.append(Candidate("reflection", group, wrong=shown))
             else:
                 skipped["unboxed"] += 1
     return candidates

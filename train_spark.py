@@ -3,32 +3,32 @@
     python train_spark.py --config recipes/demo.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml train_spark.py --config recipes/spark_vl_7b.yaml
 
-`SparkTrainer` is GRPOTrainer with one seam overridden. Each step:
+Each step of `SparkTrainer`, a GRPOTrainer:
 
-    1. roll out the policy prompts and score them              super()._generate_and_score_completions
+    1. roll out the policy prompts and score them                          super()._generate_and_score_completions
     2. rewrite the scored rollouts into judge and reflection prompts       recycle.recycle
-    3. roll those out with the same weights and score them     super()._generate_and_score_completions
-    4. take one optimizer step on the union                    batch.join, then TRL's own loss
+    3. roll those out with the same weights and score them                 super()._generate_and_score_completions
+    4. train on the union of both with TRL's own loss                      training.batch
 
-Where this departs from the paper's released code: one on-policy step on the union instead of two updates with judged
-content one update old; batch sizes are the ones you set; labels are balanced (see recycle.py); what can't be scored is
-left out and counted instead of being called wrong. With `recycle_ratio 0` it is GRPOTrainer, number for number.
+Where this departs from the paper's released code:
+1. Policy and recycled rollouts are trained on together, in as many optimizer steps as you set (`steps_per_generation`),
+   and are never older than their generation. There, recycled prompts wait in a cache until 64 of them make a second
+   generation with updates of its own, written from rollouts of weights that have changed since.
+2. Labels are balanced and the question does not give them away (recycle.py).
+3. Batch sizes are the ones you set; there 64 prompts and 8 rollouts are written into the code.
+4. What can't be scored is left out and counted instead of being called wrong.
+With `recycle_ratio 0` it is GRPOTrainer, number for number.
 """
 
 import copy
-import functools
 import hashlib
-import inspect
-import io
 import json
 import math
 import os
-import shutil
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -36,44 +36,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
-from datasets import Dataset
-from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import is_flash_attn_2_available
 from trl import GRPOConfig, GRPOTrainer
-from trl.data_utils import prepare_multimodal_messages
 from trl.import_utils import is_vllm_available
 
 import verify
-from batch import IMAGE_FIELDS, PER_ROW, join, micro_batches
-from callbacks import Progress, StopOnSignal, Watch
 from data.rows import BadInput
 from prompts import TEMPLATE_TOKENS, instructions
-from recycle import (
-    Candidate,
-    Group,
-    Item,
-    Limits,
-    RecycleConfig,
-    Rollout,
-    from_json,
-    question_only,
-    recycle,
-    to_json,
-)
-from rollout import ColocatedGeneration
+from recycle import Group, Item, Limits, RecycleConfig, Rollout, recycle
+from training.batch import cut_pass, join, merge_images, plan_passes, share_images
+from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
+from training.checkpoint import NotSaved, SafeCheckpoints, check_unused, copy_result, finished, last_checkpoint
+from training.images import MixedImages
+from training.metrics import images_of, judge_metrics, policy_metrics, recycled_table, recycling_metrics
+from training.rewards import JudgingRewards
+from training.vllm import SparkGeneration, check_server
 
 TRL = "1.16.0"  # the seams overridden here are private methods of this version
-RECYCLED = {"pointwise", "pairwise", "reflection"}
-JUDGE_VERDICTS = {"Yes": ("Yes", "No"), "No": ("Yes", "No"), "A": ("A", "B"), "B": ("A", "B")}
+TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # a sum over tokens, divided by those of the whole generation
 
 
 @dataclass
 class SparkConfig(RecycleConfig, GRPOConfig):
-    """GRPOConfig, and what recycling can be told (recycle.RecycleConfig: the `recycle_*` fields)."""
+    """GRPOConfig and the settings of recycling (recycle.RecycleConfig: the `recycle_*` fields, `prompt_suffix`)."""
 
     use_vllm: bool | None = field(
         default=None, metadata={"help": "Generate with vLLM; default: where it is installed and there is a GPU."}
@@ -87,27 +76,40 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         },
     )
 
-    recycle_micro_steps: int | None = field(
+    correct_at: float | None = field(
         default=None,
         metadata={
-            "help": "Passes for the recycled rows of each of your micro-steps, beside the one for its policy rows. "
-            "Default: as many as keep them from holding more tokens than that one."
+            "help": "Least reward of the first reward function that makes a rollout right. Default: it gives 0 or 1, "
+            "and anything else is refused."
+        },
+    )
+
+    drop_zero_advantage: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave rows without gradient (advantage 0) out of the passes. Default: with recycling on, where "
+            "that changes no gradient (no KL term, entropy bonus, auxiliary loss or entropy quantile)."
         },
     )
 
     def __post_init__(self):
         if self.use_vllm is None:
             self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        for name in (*sizes, "max_prompt_length", "max_completion_length"):
+            if (getattr(self, name) or 0) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         super().__post_init__()
         self.check_recycling()
-        for name in ("max_prompt_length", "max_completion_length"):
-            if (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}: expected 1 or more tokens, got {getattr(self, name)}")
-        if self.recycle_micro_steps is None:
-            policy, recycled = self.longest_rows
-            self.recycle_micro_steps = math.ceil(self.recycle_ratio * recycled / policy) or 1
-        if self.recycle_micro_steps < 1:
-            raise ValueError(f"recycle_micro_steps: expected 1 or more, got {self.recycle_micro_steps}")
+        if self.recycle_ratio > 0 and self.has_entropy_bonus and self.loss_type not in (*TOKEN_LOSSES, "bnpo"):
+            raise ValueError(
+                f"entropy_coef: expected 0 with loss_type {self.loss_type} and recycling, whose passes differ in size: "
+                f"a bonus by tokens needs a loss by tokens ({', '.join(TOKEN_LOSSES)}, bnpo)"
+            )
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        return self.entropy_coef != 0 or self.use_adaptive_entropy
 
     @property
     def longest_rows(self) -> tuple[int, int]:
@@ -117,550 +119,337 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
 
 
-@dataclass(frozen=True)
-class Scored:
-    """What one pass of `_generate_and_score_completions` saw, this process's rows; rewards are everybody's."""
-
-    rows: list[dict[str, Any]]
-    completions: list  # (b,) plain texts, or one assistant message each
-    rewards: torch.Tensor  # (B, number of reward functions), NaN where a function does not apply
-
-
-class NotSaved(Exception):
-    """A checkpoint could not be written; the ones before it are whole."""
-
-
-class SparkTrainer(GRPOTrainer):
+class SparkTrainer(MixedImages, SafeCheckpoints, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    What makes it SPARK is in `_generate_and_score_completions`. The rest that is overridden, by super(), serves that:
-    `_prepare_inputs`, `_get_dataloader` and `compute_loss` give recycled rows passes of their own; `_calculate_rewards`
-    looks, `log` writes a table; `_generate` and `_get_per_token_logps_and_entropies` take rows with and without images
-    together; `_tokenize_prompts` and `_generate_single_turn` show a colocated engine each image once, and no image that
-    a rollout made up; saving and loading keep what waits; a loss or gradient that is not finite ends the run.
+    What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, always by super():
+
+    | member | why | where |
+    | --- | --- | --- |
+    | `_generate_and_score_completions` | the step: rolls out twice, recycles in between | here |
+    | `_prepare_inputs` | cuts a generation into passes that hold no more tokens than plain GRPO's | here |
+    | `compute_loss` | weighs those passes, of different sizes, and runs them one after the other | here |
+    | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
+    | `_get_per_token_logps_and_entropies` | the same, in the forward pass | training/images.py |
+    | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
+    | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
+    | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
         reward_funcs: functions of (prompts, completions, **columns), as TRL's. The first one is the verifier: a rollout
-            is right where it gives 1. Judge rows are scored by their label instead, reflection rows by these functions.
-            Reward models are refused with recycling on: a label must come from something verifiable.
+            is right where it gives 1 (or `correct_at`), and a row without an opinion of it (None) is left out. If it
+            has an attribute `equal`, that tells which (prediction, gold) pairs are the same answer, else
+            verify.verify_many. Judge rows are scored by their label instead, reflection rows by these functions.
         args: a SparkConfig.
+
+    Raises ValueError, with recycling on, for reward models, async functions and environments: a label must come from
+    something verifiable, and an environment would add its own reward to the judge's.
     """
 
     _tag_names = ("trl", "spark")
     _name = "SPARK"
+    _paper = {  # noqa: RUF012 (TRL's own form)
+        "title": "SPARK: Synergistic Policy And Reward Co-Evolving Framework",
+        "id": "2509.22624",
+        "citation": "@article{liu2025spark,\n"
+        "    title   = {{SPARK: Synergistic Policy And Reward Co-Evolving Framework}},\n"
+        "    author  = {Ziyu Liu and Yuhang Zang and Shengyuan Ding and Yuhang Cao and Xiaoyi Dong and Haodong Duan "
+        "and Dahua Lin and Jiaqi Wang},\n"
+        "    year    = 2025,\n"
+        "    journal = {arXiv:2509.22624},\n"
+        "}",
+    }
 
     def __init__(self, model, reward_funcs=verify.answer_reward, args: SparkConfig | None = None, *rest, **kwargs):
-        args = args if args is not None else SparkConfig("spark")
-        args = copy.copy(args)
+        args = copy.copy(args if args is not None else SparkConfig("spark"))
+        if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
+            raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
+        config = model_config(model, args)
+        longest = longest_sequence(config, args)
         if args.use_vllm and args.vllm_max_model_length is None:
-            args.vllm_max_model_length = longest_sequence(model, args)
-        if args.recycle_ratio > 0:
-            reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-            reward_funcs = [judging(f, with_verdicts=i == 0) for i, f in enumerate(reward_funcs)]
-            # Recycled rows have passes of their own: memory stays what it was without them, and each pass stays one
-            # backward, which is all that DeepSpeed allows.
-            args.gradient_accumulation_steps *= 1 + args.recycle_micro_steps
-            args.steps_per_generation *= 1 + args.recycle_micro_steps
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        if self.use_vllm and self.vllm_mode == "colocate":
-            ColocatedGeneration.adopt(self.vllm_generation)
-        longest = longest_sequence(self.model, args)
-        if self.use_vllm and self.vllm_mode == "server" and self.accelerator.is_main_process:
-            client = self.vllm_generation.vllm_client
-            served = client.get_server_info()["model_config"]["max_model_len"]
-            if served < longest:
-                raise ValueError(
-                    f"{client.base_url}: takes {served} tokens, expected {longest}; restart it with --max-model-len "
-                    f"{longest}, or set vllm_max_model_length: {served} (longer recycled prompts are skipped)"
-                )
+            args.vllm_max_model_length = longest
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        self._rewards = JudgingRewards(reward_funcs, args.recycle_ratio > 0, args.correct_at)
+        super().__init__(model, self._rewards.functions, args, *rest, **kwargs)
+        self.log_multimodal = False  # TRL gathers images only from processes that have some; `_log_images` from all
+        exact = not (self.beta or args.has_entropy_bonus or self.aux_loss_enabled or args.top_entropy_quantile < 1)
+        if args.drop_zero_advantage and not exact:
+            raise ValueError(
+                "drop_zero_advantage: expected false where more than the advantage enters the loss (beta, entropy "
+                "bonus, auxiliary loss, top_entropy_quantile)"
+            )
+        self._drop_rows = (
+            exact and args.recycle_ratio > 0 if args.drop_zero_advantage is None else args.drop_zero_advantage
+        )
+        if self.use_vllm:
+            image_token = config.image_token_id if isinstance(self.processing_class, ProcessorMixin) else None
+            SparkGeneration.adopt(
+                self.vllm_generation, image_token and self._tokenizer.convert_ids_to_tokens(image_token)
+            )
+            if self.vllm_mode == "server" and self.accelerator.is_main_process:
+                check_server(self.vllm_generation, longest)
         self._longest_prompt = longest - self.max_completion_length
         self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
-        self.add_callback(Watch())
-        self._scored: Scored | None = None
-        self._waiting: tuple[Candidate, ...] = ()
-        self._recycled_table: list[dict[str, Any]] = []
-        self._passes = 1 + args.recycle_micro_steps if args.recycle_ratio > 0 else 1  # for each of the user's
-        world = self.accelerator.num_processes
-        self._item_multiple = world // math.gcd(world, self.num_generations)  # every process gets as many rows
         added = self._tokenizer.get_added_vocab()
         self._control_tokens = sorted({*self._tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._table = RecycledTable()
+        self.add_callback(self._table)
+        self.add_callback(Watch())
 
-    # ---- the seam ---------------------------------------------------------------------------------------------------
+    # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        try:
-            return self._spark_step(inputs)
-        finally:
-            if self.use_vllm and self.vllm_mode == "colocate":
-                self.vllm_generation.sleep()
+        if not (self.model.training and self.args.recycle_ratio > 0):
+            batch = super()._generate_and_score_completions(inputs)
+            self._log(policy_metrics(self._groups(inputs, with_rows=False)))
+            self._log_images(inputs)
+            return batch
 
-    def _spark_step(self, inputs):
-        policy = super()._generate_and_score_completions(inputs)
-        groups = self._groups()
-        self._log_policy(groups)
-        if not self.model.training or self.args.recycle_ratio == 0:
-            return policy
+        with self._engine_awake():
+            policy = super()._generate_and_score_completions(inputs)
+        groups = self._groups(inputs)
+        self._log(policy_metrics(groups))
+        self._log_images(inputs)
+        blocks: dict[str, torch.Tensor] = {}  # question -> its pixels
+        policy = share_images(policy, self._mine([g.key for g in groups for _ in g.rollouts]), blocks)
 
         start = time.perf_counter()
-        items, counts = recycle(
-            groups,
-            self._step // (self.args.steps_per_generation * self.num_iterations),  # counts generations
-            self.args,
-            Limits(
-                self._control_tokens,
-                self._item_multiple,
-                self._equal,
-                functools.partial(self._fits, self._prompt_lengths(policy, groups)),
-            ),
-            self._waiting,
-        )
-        self._waiting = counts.surplus
-        seconds = time.perf_counter() - start
-        self._log_recycling(items, counts, seconds)
+        items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
+        self._log(recycling_metrics(items, counts, self.num_generations, time.perf_counter() - start))
         if not items:  # the same on every process, so that none waits in a collective
+            if self.use_vllm:
+                self.vllm_generation.sleep()
             return policy
 
-        with self._logged_apart():
-            recycled = super()._generate_and_score_completions(self._rows(items))
-        self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]  # what the step cost, all of it
-        self._log_judging(items, recycled["advantages"])
-
+        asked = [item for item in items for _ in range(self.num_generations)]  # (items*G,)
+        with self._logged(recycled=True), self._judging(asked):
+            recycled = super()._generate_and_score_completions(
+                [{**item.group.row, "prompt": item.prompt} for item in self._mine(asked)]
+            )
+        recycled = share_images(recycled, self._mine([item.group.key for item in asked]), blocks)
+        self._log_judging(asked, recycled["advantages"])
         return join(policy, recycled, self._tokenizer.pad_token_id)
 
-    # ---- a union into micro-steps -----------------------------------------------------------------------------------
+    # ---- a generation into passes -----------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
-        """TRL cuts a generation into slices of one width; `micro_batches` cuts a union, either kind of row apart."""
-        steps = self.args.steps_per_generation
-        due = self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None
-        if not (self.model.training and self.args.recycle_ratio > 0 and due):
+        """TRL cuts a generation into slices of one size. Here each micro-step is a list of passes: as many as hold all
+        of its rows, policy and recycled rows apart, and no more tokens than a slice of the policy's rows."""
+        if not (self.model.training and (self.args.recycle_ratio > 0 or self._drop_rows)):
             return super()._prepare_inputs(generation_batch)
-        union = self._generate_and_score_completions(generation_batch)
-        blocks = steps // math.gcd(steps, self.args.gradient_accumulation_steps)
-        policy_passes = steps // self._passes // blocks
-        self._buffered_inputs = micro_batches(
-            union,
-            len(generation_batch),
-            blocks,
-            policy_passes,
-            policy_passes * self.args.recycle_micro_steps,
-            self._longest,
-        )
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = None  # free the last generation before the next one is made
+            union = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = self._passes(union, n_policy=len(generation_batch))
         return self._buffered_inputs[self._step % steps]
 
-    def _longest(self, lengths: torch.Tensor) -> torch.Tensor:
-        everybodys = self.accelerator.gather(lengths.to(self.accelerator.device))
-        return everybodys.view(-1, len(lengths)).amax(0).cpu()
+    def _passes(self, union, n_policy: int) -> list[list[dict[str, Any]]]:
+        steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        masks = (union["prompt_mask"][:n_policy], union["completion_mask"][:n_policy])
+        width = self._everyone(torch.stack([mask.sum(1).max() for mask in masks])).amax(0).sum().item()
+        plan = plan_passes(
+            union,
+            n_policy,
+            micro_steps=steps,
+            blocks=steps // math.gcd(steps, accumulation),
+            budget=self.args.per_device_train_batch_size * width,
+            drop=self._drop_rows,
+            everyone=self._everyone,
+        )
+        trained = sum(len(p.rows) for passes in plan for p in passes)
+        share = trained / len(union["prompt_ids"])
+        self._log({"recycle/trained_rows": trained * self.accelerator.num_processes, "recycle/trained_share": share})
+        return [[{**p.weights, "batch": cut_pass(union, p.rows)} for p in passes] for passes in plan]
+
+    def _everyone(self, local: torch.Tensor) -> torch.Tensor:
+        """Every process's tensor, (n, ...) -> (processes, n, ...)."""
+        return self.accelerator.gather(local[None].to(self.accelerator.device)).cpu()
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        inputs = dict(inputs)
-        weight, recycled = inputs.pop("weight", 1.0), inputs.pop("recycled", False)
-        if self.loss_type in ("dapo", "cispo", "vespo"):  # a sum over the tokens of the whole generation
-            weight = float(weight > 0)
-        with self._logged_apart(keep=weight > 0) if recycled else nullcontext():
-            loss = super().compute_loss(model, inputs, *args, **kwargs) * weight
+        """Of a batch as TRL makes it, or of a micro-step's passes: those but the last go backward in here."""
+        if isinstance(inputs, dict):
+            return self._finite(super().compute_loss(model, inputs, *args, **kwargs))
+        total = 0.0
+        for part in inputs[:-1]:
+            with self._gradients_kept_local(model):
+                loss = self._pass_loss(model, part)
+                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+                total += loss.detach()
+        if not inputs:  # every row of the block was left out; its last micro-step has a pass all the same
+            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
+        return self._pass_loss(model, inputs[-1]) + total
+
+    def _pass_loss(self, model, part: dict[str, Any]) -> torch.Tensor:
+        """A pass's share of the loss of its micro-step.
+
+        TRL divides by the rows or the tokens of the pass, or (TOKEN_LOSSES) by the tokens of the generation. The
+        latter needs no weight, but an entropy bonus or auxiliary loss that TRL adds to it does.
+        """
+        batch = merge_images(part["batch"])
+        weight = part["token_weight"] if self.loss_type in (*TOKEN_LOSSES, "bnpo") else part["row_weight"]
+        if self.loss_type in TOKEN_LOSSES:
+            if self.args.has_entropy_bonus or self.aux_loss_enabled:
+                batch["num_items_in_batch"] = batch["num_items_in_batch"] * weight
+            else:
+                weight = 1.0
+        with self._logged(part["recycled"], part["metric_weight"]):
+            loss = super().compute_loss(model, batch) * weight
+        return self._finite(loss)
+
+    @contextmanager
+    def _gradients_kept_local(self, model):
+        """Gradients add up and are not yet exchanged; DeepSpeed takes no optimizer step. Sharded models exchange theirs
+        all the same, since whole gradients might not fit."""
+        state = self.accelerator.gradient_state
+        before = state.sync_gradients
+        state._set_sync_gradients(False)
+        try:
+            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
+                yield
+        finally:
+            state._set_sync_gradients(before)
+
+    def _finite(self, loss: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(loss):
             self._stop_at("loss", loss.item())
         return loss
 
-    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
-        if is_training:  # TRL's product of rows and micro-steps counts the passes added for recycling
-            batch_size = self.args.generation_batch_size // self.accelerator.num_processes
-        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
-
-    def _tokenize_prompts(self, prompts):
-        """Beside TRL's prompts, in which an image is as many tokens as the model sees of it, the same ones with a
-        placeholder for each. A colocated engine fills these in itself; TRL 1.16 hands it the first, and it fills in the
-        first token of an image again (TRL's issue 6294)."""
-        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
-        if images is not None and self.use_vllm and self.vllm_mode == "colocate":
-            texts = self.processing_class.apply_chat_template(
-                [prepare_multimodal_messages(prompt) for prompt in prompts],
-                tools=self.tools or None,
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **self.chat_template_kwargs,
-            )
-            bos = self._tokenizer.bos_token
-            written = bos is not None and texts[0].startswith(bos)  # by the template, as processors see it too
-            fields["placeholders"] = self._tokenizer(texts, add_special_tokens=not written)["input_ids"]
-        return prompt_ids, images, fields
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        """As TRL's, by `_tokenize_prompts`' prompts. A rollout ends before the token of an image that it makes up: the
-        forward pass would look for that image, and fail."""
-        asked = multimodal_fields.pop("placeholders", prompt_ids)
-        completion_ids, logprobs = super()._generate_single_turn(asked, images, multimodal_fields, *args, **kwargs)
-        if asked is not prompt_ids and self.vllm_generation.read != prompt_ids:
-            read, own = (sum(map(len, ids)) for ids in (self.vllm_generation.read, prompt_ids))
-            raise BadInput(
-                f"vLLM read {read} prompt tokens where the trainer has {own}: {self.model.config.model_type} fills in "
-                "images otherwise there; expected the processor's files beside the model's weights, or use_vllm: false"
-            )
-        config = self.model.config
-        visual = {getattr(config, "image_token_id", None), getattr(config, "video_token_id", None)}
-        for row, ids in enumerate(completion_ids):
-            if not visual.isdisjoint(ids):
-                end = next(i for i, token in enumerate(ids) if token in visual)
-                completion_ids[row] = ids[:end] or [self._tokenizer.eos_token_id]
-                if logprobs is not None:
-                    logprobs[row] = logprobs[row][: max(end, 1)]
-        return completion_ids, logprobs
-
-    def _generate(self, prompts):
-        """TRL marks a row without images by None beside rows that have some; processors take an empty list for that."""
-        *generated, images, tool_images = super()._generate(prompts)
-        return *generated, images and [own or [] for own in images], tool_images
-
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._scored = Scored(inputs, completions, rewards)
-        return rewards
-
-    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, **kwargs):
-        """A chunk without any image must not reach the vision tower, which can't take an empty batch."""
-        num_images = kwargs.get("num_images")
-        if num_images is None or all(num_images):
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, **kwargs
-            )
-        size = kwargs.pop("batch_size", None) or len(input_ids)
-        parts = []
-        for start in range(0, len(input_ids), size):
-            rows = slice(start, start + size)
-            chunk = {k: v[rows] if k in PER_ROW else v for k, v in kwargs.items() if v is not None}
-            image_start, image_stop = sum(num_images[:start]), sum(num_images[: start + size])
-            if image_start == image_stop:
-                chunk = {k: v for k, v in chunk.items() if k not in IMAGE_FIELDS}
-            elif "image_grid_thw" in chunk:
-                patches = [0, *chunk["image_grid_thw"].prod(-1).cumsum(0).tolist()]
-                chunk["pixel_values"] = chunk["pixel_values"][patches[image_start] : patches[image_stop]]
-                chunk["image_grid_thw"] = chunk["image_grid_thw"][image_start:image_stop]
-            elif size < len(input_ids):
-                name = type(self.accelerator.unwrap_model(model)).__name__
-                raise BadInput(
-                    f"{name}: rows with and without images in one batch are supported for models with image_grid_thw "
-                    "(the Qwen-VL family); give every row an image, or none"
-                )
-            parts.append(
-                super()._get_per_token_logps_and_entropies(
-                    model, input_ids[rows], attention_mask[rows], logits_to_keep, **chunk
-                )
-            )
-        logps, entropies, aux_losses = zip(*parts, strict=True)
-        return (
-            torch.cat(logps),
-            torch.cat(entropies) if entropies[0] is not None else None,
-            torch.stack(aux_losses).mean() if aux_losses[0] is not None else None,
-        )
-
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 
-    def _groups(self) -> list[Group]:
-        """This generation batch as groups, the same on every process, in the order of the prompts."""
+    @property
+    def _generation(self) -> int:
+        """Number of the generation: the step of recycling."""
+        return self._step // (self.args.steps_per_generation * self.num_iterations)
+
+    def _groups(self, inputs: list[dict[str, Any]], with_rows: bool = True) -> list[Group]:
+        """The rollouts just scored as groups, the same on every process, in the order of the prompts. Without rows they
+        have no prompt either: enough for metrics, and no image goes from process to process."""
         size = self.num_generations if self.model.training else self.num_generations_eval
-        scored = self._scored
-        first = self.accelerator.process_index * len(scored.rows)
-        local = [
-            (
-                row if (first + i) % size == 0 else None,
-                completion if isinstance(completion, str) else completion[-1]["content"],
-            )
-            for i, (row, completion) in enumerate(zip(scored.rows, scored.completions, strict=True))
-        ]
-        rows, texts = zip(*gather_object(local), strict=True)  # (B*G,), the question once a group
-        right = [None if math.isnan(r) else r == 1.0 for r in scored.rewards[:, 0].tolist()]
+        texts = gather_object(self._rewards.texts)  # (B*G,)
+        right = gather_object(self._rewards.right)
+        first = self.accelerator.process_index * len(inputs)
+        rows = gather_object(
+            [row if with_rows and (first + i) % size == 0 else None for i, row in enumerate(inputs)]
+        )  # (B*G,), the question once a group
         groups = []
         for start in range(0, len(texts), size):
-            row = rows[start]
-            rollouts = [
+            group = slice(start, start + size)
+            rollouts = tuple(
                 Rollout(text, verify.extract_boxed(text), correct)
-                for text, correct in zip(texts[start : start + size], right[start : start + size], strict=True)
-            ]
-            groups.append(Group(question_key(row), row["prompt"], tuple(rollouts), row))
+                for text, correct in zip(texts[group], right[group], strict=True)
+            )
+            row = rows[start]
+            groups.append(
+                Group(question_key(row), row["prompt"], rollouts, row) if row else Group(str(start), "", rollouts)
+            )
         return groups
 
-    def _rows(self, items: tuple[Item, ...]) -> list[dict[str, Any]]:
-        """This process's share of the recycled rows: every item G times in a row, as TRL's sampler would give them."""
-        everybody = [item for item in items for _ in range(self.num_generations)]  # (items*G,)
-        share = len(everybody) // self.accelerator.num_processes
-        mine = everybody[self.accelerator.process_index * share :][:share]
-        return [{**item.group.row, "prompt": item.prompt, "task": item.task, "label": item.label} for item in mine]
+    def _mine(self, everyone: list) -> list:
+        """This process's part of a list over all processes' rows."""
+        share = len(everyone) // self.accelerator.num_processes
+        return everyone[self.accelerator.process_index * share :][:share]
 
-    def _equal(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
-        """`verify_many` on one process for all: a time limit could fall differently on each."""
-        verdicts = [verify.verify_many(pairs) if self.accelerator.is_main_process else None]
-        return broadcast_object_list(verdicts)[0]
-
-    def _prompt_lengths(self, policy, groups: list[Group]) -> dict[str, int]:
-        """Tokens of each question's prompt, image tokens included."""
-        lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,)
-        return {group.key: n for group, n in zip(groups, lengths[:: self.num_generations], strict=True)}
-
-    def _fits(self, prompt_lengths: dict[str, int], shown: list[tuple[Group, str]]) -> list[bool]:
-        if not shown:
-            return []
-        tokens = self._tokenizer([text for _, text in shown], add_special_tokens=False)["input_ids"]
-        room = self._longest_prompt - self._longest_instruction
-        return [prompt_lengths[g.key] + len(ids) <= room for (g, _), ids in zip(shown, tokens, strict=True)]
-
-    # ---- stop and resume --------------------------------------------------------------------------------------------
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(norm):  # with fp16 such steps are skipped by design
-            self._stop_at("gradient norm", float(norm))
-        return norm
-
-    def _stop_at(self, what: str, value: float) -> None:
-        """Raise FloatingPointError, with the step's batch in files: tensors for the debugger, texts for the eye."""
-        step = self.state.global_step
-        path = Path(self.args.output_dir) / f"nonfinite_step_{step:05d}_rank_{self.accelerator.process_index}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        batches = self._buffered_inputs
-        tensors = {
-            f"{i}.{name}": field.detach().clone().contiguous().cpu()  # batches share some, a file can't
-            for i, batch in enumerate(batches)
-            for name, field in batch.items()
-            if isinstance(field, torch.Tensor)
-        }
-        save_file(tensors, path.with_suffix(".safetensors"))
-        with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
-            for i, batch in enumerate(batches):
-                decoded = [
-                    self._tokenizer.batch_decode([ids[kept.bool()] for ids, kept in zip(*part, strict=True)])
-                    for part in (
-                        (batch["prompt_ids"], batch["prompt_mask"]),
-                        (batch["completion_ids"], batch["completion_mask"]),
-                    )
-                ]
-                for prompt, completion, advantage in zip(*decoded, batch["advantages"].tolist(), strict=True):
-                    row = {"batch": i, "prompt": prompt, "completion": completion, "advantage": advantage}
-                    file.write(json.dumps(row) + "\n")
-        raise FloatingPointError(
-            f"step {step}: the {what} is {value}; its batch is in {path}.jsonl and .safetensors; the weights are those "
-            "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often mend this"
-        )
-
-    def _save_checkpoint(self, model, trial):
-        """What waits belongs to the checkpoint. It is written first: trainer_state.json, written last, completes it."""
+    @contextmanager
+    def _judging(self, asked: list[Item]):
+        """Rewards are those of recycled rows."""
+        self._rewards.items = self._mine(asked)
         try:
-            self._save_waiting(trial)
-            super()._save_checkpoint(model, trial)
-        except Exception as error:  # a full disk has as many kinds of error as there are libraries that write
-            step = self.state.global_step
-            folder = Path(self._get_output_dir(trial=trial))
-            last = last_checkpoint(folder)
-            if last is None or Path(last).name != f"{PREFIX_CHECKPOINT_DIR}-{step}":
-                shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{step}", ignore_errors=True)
-            raise NotSaved(
-                f"the checkpoint of step {step} could not be saved: {' '.join(str(error).split())}. The last complete "
-                f"one is {last}; make room, then go on from it with --resume_from_checkpoint latest"
-            ) from error
+            yield
+        finally:
+            self._rewards.items = None
 
-    def _save_waiting(self, trial) -> None:
-        if self.args.should_save:
-            folder = os.path.join(
-                self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            )
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "recycle_state.json"), "w", encoding="utf-8") as file:
-                json.dump({"step": self._step // self._passes, "waiting": [to_json(c) for c in self._waiting]}, file)
-            if self._waiting:  # rows go as the dataset's own types, images included
-                rows = [{k: c.group.row[k] for k in self.train_dataset.column_names} for c in self._waiting]
-                saved = Dataset.from_list(rows, features=self.train_dataset.features)
-                saved.to_parquet(os.path.join(folder, "recycle_rows.parquet"))
+    @contextmanager
+    def _engine_awake(self):
+        """An engine that sleeps during the optimizer step stays awake for the second generation."""
+        if self.use_vllm:
+            self.vllm_generation.stay_awake = True
+        try:
+            yield
+        finally:
+            if self.use_vllm:
+                self.vllm_generation.stay_awake = False
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not
-        rename them back: a resumed run would go on from the initial weights, with a warning. Load them by name."""
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        if isinstance(model, PreTrainedModel) and not self.is_fsdp_enabled:
-            saved = type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype)
-            model.load_state_dict(saved.state_dict())
+    def _limits(self, policy, groups: list[Group]) -> Limits:
+        lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,), image tokens included
+        prompt_lengths = {g.key: n for g, n in zip(groups, lengths[:: self.num_generations], strict=True)}
+        room = self._longest_prompt - self._longest_instruction
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        with open(os.path.join(checkpoint, "recycle_state.json"), encoding="utf-8") as file:
-            saved = json.load(file)
-        self._step = saved["step"] * self._passes
-        if saved["waiting"]:
-            rows = Dataset.from_parquet(os.path.join(checkpoint, "recycle_rows.parquet"))
-            self._waiting = tuple(from_json(c, row) for c, row in zip(saved["waiting"], rows, strict=True))
+        def fits(prompts: list[tuple[Group, str]]) -> list[bool]:
+            if not prompts:
+                return []
+            tokens = self._tokenizer([text for _, text in prompts], add_special_tokens=False)["input_ids"]
+            return [prompt_lengths[g.key] + len(ids) <= room for (g, _), ids in zip(prompts, tokens, strict=True)]
+
+        def equal(pairs: list[tuple[str, str]]) -> list[bool | None]:
+            """On one process for all: a time limit could fall differently on each."""
+            return broadcast_object_list([self._rewards.equal(pairs) if self.accelerator.is_main_process else None])[0]
+
+        world = self.accelerator.num_processes
+        multiple_of = world // math.gcd(world, self.num_generations)  # every process gets as many rows
+        return Limits(self._control_tokens, multiple_of, equal, fits)
 
     # ---- logging ----------------------------------------------------------------------------------------------------
 
+    def _log(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics["train" if self.model.training else "eval"][name].append(float(value))
+
     @contextmanager
-    def _logged_apart(self, keep: bool = True):
-        """TRL logs every pass alike. In here its names have recycle/ before them, so that without they mean the policy;
-        its table of completions is left out (`_log_judging` writes another)."""
+    def _logged(self, recycled: bool, weight: float = 1.0):
+        """TRL logs every pass alike. In here its metrics of recycled rows have recycle/ before their names, so that
+        without they mean the policy, and count `weight` times in the mean over passes. Its table of completions is left
+        out of recycled rows (`RecycledTable` writes another)."""
         metrics, logs = self._metrics, self._logs
         self._metrics = apart = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._logs = {name: [] for name in logs} | {"rewards": defaultdict(list), "extra": defaultdict(list)}
+        if recycled:
+            self._logs = {name: [] for name in logs} | {"rewards": defaultdict(list), "extra": defaultdict(list)}
         try:
             yield
         finally:
             self._metrics, self._logs = metrics, logs
-        for name, values in apart["train"].items() if keep else ():
-            if name != "num_tokens":  # counts everything, under its own name
-                metrics["train"][f"recycle/{name}"] += values
-
-    def _log_policy(self, groups: list[Group]) -> None:
-        mode = "train" if self.model.training else "eval"
-        scored = [[r for r in group.rollouts if r.correct is not None] for group in groups]
-        rollouts = [r for group in scored for r in group]
-        everything = [r for group in groups for r in group.rollouts]
-        means = {
-            "policy/accuracy": [r.correct for r in rollouts],
-            "policy/pass_at_g": [any(r.correct for r in group) for group in scored if group],
-            "policy/unboxed": [r.answer is None for r in everything],
-        }
-        self._log_means(means, mode)
-
-    def _log_recycling(self, items, counts, seconds: float) -> None:
-        values = {
-            "items": counts.emitted,
-            "rows": len(items) * self.num_generations,
-            "carried": counts.waiting,
-            "expired": counts.expired,
-            "skipped": sum(counts.skipped.values()),
-            "seconds": seconds,
-        }
-        for name, value in values.items():
-            self._metrics["train"][f"recycle/{name}"].append(float(value))
-
-    def _log_judging(self, items: tuple[Item, ...], advantages: torch.Tensor) -> None:
-        """Metrics of the recycled rollouts under the contract's names, and their table."""
-        texts = gather_object([c if isinstance(c, str) else c[-1]["content"] for c in self._scored.completions])
-        rewards = self._scored.rewards[:, 0].tolist()  # (items*G,)
-        advantages = self.accelerator.gather(advantages).tolist()
-        asked = [item for item in items for _ in range(self.num_generations)]
-        means = defaultdict(list)
-        for item, text, reward in zip(asked, texts, rewards, strict=True):
-            if item.task == "reflection":
-                if not math.isnan(reward):
-                    means["reflection/fix_rate"].append(reward)
-                continue
-            verdict = verify.parse_verdict(text)
-            parsed = verdict in JUDGE_VERDICTS[item.label]
-            means["judge/unparsed"].append(not parsed)
-            means[f"judge/{item.task}/accuracy"].append(reward)
-            if item.task == "pairwise":
-                means["judge/pairwise/first_rate"] += [verdict == "A"] * parsed
+        for name, values in apart["train"].items():
+            if name == "num_tokens":  # what the step cost, all of it
+                metrics["train"][name] = values
             else:
-                right = item.responses[0].correct
-                means["judge/pointwise/label_rate"].append(right)
-                means["judge/pointwise/positive_rate"] += [(verdict == item.label) == right] * parsed
-                means[f"pointwise, right {right}"].append(reward)
-        sides = [means.pop(f"pointwise, right {right}", []) for right in (True, False)]
-        if all(sides):
-            means["judge/pointwise/balanced_accuracy"] = [sum(sum(side) / len(side) for side in sides) / 2]
-        if (blind := question_only(items)) is not None:
-            means["judge/pointwise/question_only"] = [blind]
-        self._log_means(means, "train")
+                scale = 1.0 if name == "entropy_coef" else weight
+                metrics["train"]["recycle/" * recycled + name] += [value * scale for value in values]
 
+    def _log_judging(self, asked: list[Item], advantages: torch.Tensor) -> None:
+        texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)
+        advantages = self.accelerator.gather(advantages).tolist()
+        self._log(judge_metrics(asked, texts, rewards))
         if self.log_completions and self.accelerator.is_main_process:
-            self._recycled_table = [
-                {
-                    "task": item.task,
-                    "prompt": last_text(item.prompt),
-                    "completion": text,
-                    "label": item.label,
-                    "reward": reward,
-                    "advantage": advantage,
-                    "shown_correct": [response.correct for response in item.responses],
-                    "images": [thumbnail(image) for image in images_of(item.group.row)]
-                    if i % self.num_generations == 0
-                    else [],
-                }
-                for i, (item, text, reward, advantage) in enumerate(zip(asked, texts, rewards, advantages, strict=True))
-            ]
+            self._table.rows = recycled_table(asked, texts, rewards, advantages)
 
-    def _log_means(self, means: dict[str, list], mode: str) -> None:
-        for name, values in means.items():
-            if values:
-                self._metrics[mode][name].append(sum(values) / len(values))
-
-    def log(self, logs, start_time=None):
-        super().log(logs, start_time)
-        if self._recycled_table:
-            import pandas as pd
-
-            step = self.state.global_step
-            table = pd.DataFrame([{"step": step, **row} for row in self._recycled_table])
-            table.to_parquet(os.path.join(self.args.output_dir, "completions", f"recycled_{step:05d}.parquet"))
-            self._recycled_table = []
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards of recycled rows
-
-
-def judging(reward_func: Callable, with_verdicts: bool) -> Callable:
-    """`reward_func` for answers; judge rows are scored by their label (`with_verdicts`), or not at all (None).
-
-    Raises ValueError for a reward model or an async function.
-    """
-    if isinstance(reward_func, (str, torch.nn.Module)) or inspect.iscoroutinefunction(reward_func):
-        raise ValueError(
-            f"reward_funcs: expected functions of (prompts, completions, **columns), got {reward_func!r}; "
-            "reward models and async functions can't be used with recycle_ratio > 0"
-        )
-
-    @functools.wraps(reward_func)
-    def reward(prompts, completions, task=None, label=None, **columns):
-        if task is None or not set(task) <= RECYCLED:  # the policy's rows, whose data may have such columns itself
-            columns |= {name: its for name, its in (("task", task), ("label", label)) if its is not None}
-            return reward_func(prompts=prompts, completions=completions, **columns)
-        answers = [i for i, t in enumerate(task) if t == "reflection"]
-        judged = [i for i, t in enumerate(task) if t != "reflection"]
-        rewards: list[float | None] = [None] * len(task)
-
-        def pick(values, rows):
-            return [values[i] for i in rows] if isinstance(values, list) and len(values) == len(task) else values
-
-        if answers:
-            its = {name: pick(values, answers) for name, values in columns.items()}
-            scores = reward_func(prompts=pick(prompts, answers), completions=pick(completions, answers), **its)
-            for i, score in zip(answers, scores, strict=True):
-                rewards[i] = score
-        if judged and with_verdicts:
-            scores = verify.verdict_reward(pick(prompts, judged), pick(completions, judged), label=pick(label, judged))
-            for i, score in zip(judged, scores, strict=True):
-                rewards[i] = score
-        return rewards
-
-    return reward
+    def _log_images(self, inputs: list[dict[str, Any]]) -> None:
+        """For TRL's tables: gathered only where a logger shows them, and from every process, with images or without."""
+        shown = {"wandb", "trackio"} & set(self.args.report_to)
+        if self.args.log_multimodal and self.log_completions and shown:
+            images = gather_object([images_of(row) for row in inputs])
+            self._logs["images"].extend(images if any(images) else [])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small pieces
 
 
-def longest_sequence(model, args: SparkConfig) -> int:
+def model_config(model, args: SparkConfig):
+    """The transformers config of a name, a path or a model."""
+    if not isinstance(model, str):
+        return model.config
+    return AutoConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
+
+
+def longest_sequence(config, args: SparkConfig) -> int:
     """Tokens of the longest prompt and its completion: a pair of quoted rollouts on top of the longest policy prompt,
-    capped at the model's context. `model` is a name, a path or a model."""
+    capped at the model's context."""
     if args.vllm_max_model_length is not None:
         return args.vllm_max_model_length
-    if isinstance(model, str):
-        init = args.model_init_kwargs or {}
-        config = AutoConfig.from_pretrained(model, revision=init.get("revision"))
-    else:
-        config = model.config
     wanted = args.max_prompt_length + 3 * args.max_completion_length + 512  # 512: the wording of any template
     return min(wanted, config.get_text_config().max_position_embeddings)
-
-
-def images_of(row: dict[str, Any]) -> list:
-    """The row's images as a list, from TRL's `images` or `image` column."""
-    if row.get("images") is not None:
-        return row["images"]
-    return [row["image"]] if row.get("image") is not None else []
 
 
 def question_key(row: dict[str, Any]) -> str:
@@ -669,23 +458,6 @@ def question_key(row: dict[str, Any]) -> str:
     for image in images_of(row):
         digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
     return digest.hexdigest()
-
-
-def last_text(prompt) -> str:
-    """The text of a prompt's last message."""
-    if isinstance(prompt, str):
-        return prompt
-    content = prompt[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
-
-
-def thumbnail(image, size: int = 256) -> bytes:
-    """A PNG of at most `size` pixels a side, for the completions table."""
-    small = image.copy()
-    small.thumbnail((size, size))
-    with io.BytesIO() as buffer:
-        small.convert("RGB").save(buffer, format="PNG")
-        return buffer.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -728,9 +500,9 @@ def main() -> None:
     from transformers import AutoProcessor
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-    import plan
     from data.lengths import image_factor, too_long
     from data.read import read_dataset, report
+    from training import plan
 
     try:
         launch = plan.requested(sys.argv[1:])
@@ -764,6 +536,9 @@ def main() -> None:
             print(report(source, len(dataset), bad_rows), flush=True)
         return dataset.remove_columns("task")  # the name of what recycled rows are for
 
+    resume = None
+    if launch is None:
+        resume = where_to_start(args)
     processor = None
     try:
         processor = AutoProcessor.from_pretrained(
@@ -822,9 +597,6 @@ def main() -> None:
         trainer.add_callback(Progress)
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
-    resume = args.resume_from_checkpoint
-    if resume == "latest":  # the last complete checkpoint, if there is one
-        resume = last_checkpoint(args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except BadInput as error:  # found when it is used: a broken image, a batch that the model can't take
@@ -841,6 +613,24 @@ def main() -> None:
         raise SystemExit(128 + stop.received)
     trainer.save_model(args.output_dir)
     trainer.save_state()
+
+
+def where_to_start(args: SparkConfig) -> str | None:
+    """The checkpoint to go on from; ends here where the run has finished, or would be mixed with an earlier one."""
+    resume = args.resume_from_checkpoint
+    if resume == "latest":  # the last complete checkpoint, if there is one
+        resume = last_checkpoint(args.output_dir)
+    try:
+        if not args.resume_from_checkpoint:
+            check_unused(args.output_dir)
+    except BadInput as error:
+        raise SystemExit(refuse(error)) from None
+    if resume and finished(resume, args.max_steps, args.num_train_epochs):
+        if args.process_index == 0:
+            copy_result(resume, args.output_dir)
+            print(f"{args.output_dir}: finished before ({resume}); more --max_steps go on from there", flush=True)
+        raise SystemExit(0)
+    return resume
 
 
 def check_versions(use_vllm: bool) -> None:
@@ -872,19 +662,6 @@ def check_weights(model: str) -> None:
     files = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
     if os.path.isdir(model) and not any(path for pattern in files for path in Path(model).glob(pattern)):
         raise FileNotFoundError(f"model_name_or_path: {model} has no weights; expected {', '.join(files)}")
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """The newest checkpoint that was saved whole: trainer_state.json is what the trainer writes last."""
-
-    def whole(path: Path) -> bool:
-        try:
-            return bool(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError:  # the process ended while it was written
-            return False
-
-    found = [p.parent for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json") if whole(p)]
-    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
 
 
 def refuse(error: Exception) -> int:

@@ -226,9 +226,13 @@ def is_equal(pred: str | None, gold) -> bool | None:
 _logged: set[str] = set()
 
 
-def _texts(completions: Sequence) -> list[str]:
-    """Completions as strings, from plain or conversational ones ([{"role", "content"}])."""
-    return [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+def last_text(messages: str | Sequence) -> str:
+    """The text of a completion's or a prompt's last message ([{"role", "content"}]); "" where it has none, as a tool
+    call. A plain string is its own text."""
+    if isinstance(messages, str):
+        return messages
+    content = messages[-1].get("content") or ""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def _log_unscorable(row: int, gold, reason: str) -> None:
@@ -240,7 +244,7 @@ def _log_unscorable(row: int, gold, reason: str) -> None:
 
 def answer_reward(prompts, completions, solution, **columns) -> list[float | None]:
     """1.0 where the boxed answer equals `solution`, else 0.0; None where it is unscorable."""
-    pairs = [(extract_boxed(t), s) for t, s in zip(_texts(completions), solution, strict=True)]
+    pairs = [(extract_boxed(t), s) for t, s in zip(map(last_text, completions), solution, strict=True)]
     rewards = []
     for row, (result, (_, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
@@ -255,7 +259,7 @@ def verdict_reward(prompts, completions, label, **columns) -> list[float | None]
     None where the label is none of the four.
     """
     rewards = []
-    for row, (text, gold) in enumerate(zip(_texts(completions), label, strict=True)):
+    for row, (text, gold) in enumerate(zip(map(last_text, completions), label, strict=True)):
         if gold not in ("Yes", "No", "A", "B"):
             _log_unscorable(row, gold, "no such label")
             rewards.append(None)

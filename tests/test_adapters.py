@@ -5,14 +5,14 @@ import sys
 
 import pytest
 import torch
+from helpers import config, digits
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from test_train_spark import config, digits
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import merge
 from data.tiny_model import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
+from training import merge
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 

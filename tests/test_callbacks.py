@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from callbacks import WINDOW, Watch, troubles
+from training.callbacks import WINDOW, Watch, troubles
 
 FINE = {
     "reward": 0.5,

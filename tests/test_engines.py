@@ -532,8 +532,8 @@ def test_training_by_the_real_server(vllm_server, tmp_path, monkeypatch, process
     """TRL's client and the real server, text and images. Weights go by NCCL, which a CPU has not: they are counted."""
     import torch
     from datasets import concatenate_datasets
-    from test_train_spark import config
-    from test_train_spark import digits as training_digits
+    from helpers import config
+    from helpers import digits as training_digits
     from transformers import Qwen2_5_VLForConditionalGeneration
     from trl.generation.vllm_client import VLLMClient
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_train_spark import coin, config, digits, sums, weights
+from helpers import coin, config, digits, sums, weights
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,

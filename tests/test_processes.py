@@ -43,7 +43,7 @@ def work(out: Path, kind: str, fsdp2: bool) -> None:
     import torch.distributed as dist
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
-    from test_train_spark import coin, config, digits, sums
+    from helpers import coin, config, digits, sums
     from torch.distributed.fsdp import FSDPModule
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
-import plan
 import train_spark
 from train_spark import DataArguments, SparkConfig, SparkTrainer
+from training import plan
 
 RECIPES = sorted(path for path in Path("recipes").glob("*.yaml"))
 LAUNCHES = {

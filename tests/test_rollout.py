@@ -6,15 +6,15 @@ import functools
 import pytest
 import torch
 from datasets import concatenate_datasets
+from helpers import coin, config, digits
 from peft import LoraConfig, get_peft_model
 from test_families import TEXT, idefics3
-from test_train_spark import coin, config, digits
 from trl.trainer.utils import selective_log_softmax
 
 from data.rows import BadInput
 from data.tiny_model import OUTPUT
-from rollout import ColocatedGeneration
 from train_spark import SparkConfig, SparkTrainer
+from training.vllm import SparkGeneration
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def asked(trainer, monkeypatch):
 
 
 def test_steps_with_images_and_text(trainer, asked):
-    assert isinstance(trainer.vllm_generation, ColocatedGeneration)
+    assert isinstance(trainer.vllm_generation, SparkGeneration)
     trainer.train()
     history = [h for h in trainer.state.log_history if "loss" in h]
     assert len(history) == 3

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import coin, config, sums
 from safetensors.torch import load_file
-from test_train_spark import coin, config, sums
 
 from data.digits import digit_rows
 from train_spark import SparkConfig, SparkTrainer, last_checkpoint

@@ -4,69 +4,27 @@ import copy
 import json
 import math
 from collections import Counter
-from itertools import combinations_with_replacement, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from threading import Barrier
 
 import PIL.Image
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, sums, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, GRPOTrainer
 
 import train_spark
 import verify
-from batch import even_cuts, join, micro_batches
-from data.digits import digit_rows
-from recycle import PROMPT_SUFFIX, RecycleConfig
-from train_spark import SparkConfig, SparkTrainer, judging
-
-MESSAGES = List({"role": Value("string"), "content": Value("string")})
-
-
-def digits(n, kinds=None, seed=0):
-    """Rows of the embedded task as the trainer gets them, with or without images."""
-    rows = [r for r in digit_rows("train", 8 * n, seed) if kinds is None or r["dataset"].split("-")[1] in kinds][:n]
-    features = Features({"prompt": MESSAGES, "images": List(Image()), "solution": Value("string")})
-    return Dataset.from_list([{k: r[k] for k in features} for r in rows], features=features)
-
-
-def sums(n):
-    """Text rows without an image column."""
-    rows = [
-        {"prompt": [{"role": "user", "content": f"What is {i}+1?" + PROMPT_SUFFIX}], "solution": str(i + 1)}
-        for i in range(n)
-    ]
-    return Dataset.from_list(rows, features=Features({"prompt": MESSAGES, "solution": Value("string")}))
-
-
-def config(cls, tmp_path, **changes):
-    settings = {
-        "output_dir": str(tmp_path),
-        "per_device_train_batch_size": 16,
-        "num_generations": 4,
-        "max_completion_length": 24,
-        "max_steps": 3,
-        "learning_rate": 1e-3,
-        "beta": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-    }
-    return cls(**(settings | changes))
-
-
-def coin(prompts, completions, **columns):
-    """A verifier for a model whose rollouts are noise: right where the completion has an even length."""
-    return [float(len(c[0]["content"]) % 2 == 0) for c in completions]
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+from data.rows import BadInput
+from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout
+from train_spark import SparkConfig, SparkTrainer
+from training.batch import cut_pass, cuts, join, merge_images, plan_passes, share_images
+from training.checkpoint import last_checkpoint
+from training.metrics import judge_metrics, recycling_metrics
+from training.rewards import JudgingRewards
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "mixed"])
@@ -75,8 +33,8 @@ def test_recycle_ratio_0_is_grpo_bit_for_bit(kind, tmp_path, processor, text_mod
     if kind == "text":
         model, data, processing, reward = text_model, sums(12), processor.tokenizer, coin
     else:
-        kinds = {"sum", "product"} if kind == "image" else None
-        model, data, processing, reward = vision_model, digits(12, kinds), processor, verify.answer_reward
+        data = digits(12, IMAGE_KINDS) if kind == "image" else mixed(12)
+        model, processing, reward = vision_model, processor, verify.answer_reward
     runs = []
     for trainer_class, config_class, extra in (
         (GRPOTrainer, GRPOConfig, {}),
@@ -115,7 +73,7 @@ def test_five_steps_train_every_task(kind, tmp_path, processor, text_model, visi
     if kind == "text":
         model, data, processing, reward = text_model, sums(20), processor.tokenizer, coin
     else:
-        model, data, processing, reward = vision_model, digits(20), processor, verify.answer_reward
+        model, data, processing, reward = vision_model, mixed(20), processor, verify.answer_reward
     before = copy.deepcopy(model.state_dict())
     trainer = SparkTrainer(
         model,
@@ -125,11 +83,11 @@ def test_five_steps_train_every_task(kind, tmp_path, processor, text_model, visi
         processing_class=processing,
     )
     trainer.train()
-    history = [h for h in trainer.state.log_history if "loss" in h]
-    assert len(history) == trainer.state.global_step == 5
-    assert all(math.isfinite(h["loss"]) and h["grad_norm"] > 0 for h in history)
-    assert sum(h["recycle/items"] for h in history) >= 15
-    for h in history:
+    logs = history(trainer)
+    assert len(logs) == trainer.state.global_step == 5
+    assert all(math.isfinite(h["loss"]) and h["grad_norm"] > 0 for h in logs)
+    assert sum(h["recycle/items"] for h in logs) >= 15
+    for h in logs:
         assert h["recycle/rows"] == 4 * h["recycle/items"]
         assert h["rewards/" + reward.__name__ + "/mean"] == pytest.approx(h["policy/accuracy"])  # TRL's names: policy
     changed = [n for n, p in trainer.model.state_dict().items() if not torch.equal(p, before[n])]
@@ -140,7 +98,7 @@ def test_five_steps_train_every_task(kind, tmp_path, processor, text_model, visi
     tables = [pd.read_parquet(f) for f in sorted((tmp_path / "completions").glob("recycled_*.parquet"))]
     assert len(tables) == 5
     table = pd.concat(tables)
-    assert len(table) == sum(h["recycle/rows"] for h in history)
+    assert len(table) == sum(h["recycle/rows"] for h in logs)
     assert set(table["task"]) <= {"pointwise", "pairwise", "reflection"}
     policy = pd.read_parquet(sorted((tmp_path / "completions").glob("completions_*.parquet"))[0])
     assert len(policy) == 16
@@ -153,8 +111,9 @@ def capture_join(monkeypatch):
     seen = []
 
     def recording(first, second, pad_token_id):
+        parts = (dict(first), dict(second))  # join empties them
         union = join(first, second, pad_token_id)
-        seen.append((first, second, union))
+        seen.append((*parts, union))
         return union
 
     monkeypatch.setattr(train_spark, "join", recording)
@@ -169,16 +128,16 @@ def float64_throughout(monkeypatch):
 
 
 @pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-@pytest.mark.parametrize("kinds", [None, {"sum", "largest"}, {"plus", "factor"}])
+@pytest.mark.parametrize("data", ["mixed", "image", "text"])
 def test_union_has_the_loss_and_gradient_of_its_parts(
-    loss_type, kinds, tmp_path, processor, vision_model, monkeypatch, float64_throughout
+    loss_type, data, tmp_path, processor, vision_model, monkeypatch, float64_throughout
 ):
     """The joined batch against the two passes computed apart, in float64: loss and gradient within 1e-9."""
     seen = capture_join(monkeypatch)
     trainer = SparkTrainer(
         vision_model.double(),
         args=config(SparkConfig, tmp_path, loss_type=loss_type, beta=0.01),
-        train_dataset=digits(4, kinds),
+        train_dataset={"mixed": mixed(4), "image": digits(4, IMAGE_KINDS), "text": digits(4, TEXT_KINDS)}[data],
         processing_class=processor,
     )
     trainer.ref_model.double()
@@ -198,7 +157,7 @@ def test_union_has_the_loss_and_gradient_of_its_parts(
 
     def loss_and_gradient(batch):
         trainer.model.zero_grad()
-        loss = trainer._compute_loss(trainer.model, batch)
+        loss = trainer._compute_loss(trainer.model, merge_images(batch))
         loss.backward()
         gradient = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in trainer.model.parameters()]
         return loss.item(), gradient
@@ -218,6 +177,9 @@ def test_union_has_the_loss_and_gradient_of_its_parts(
 
 def test_join_pads_each_side_and_keeps_rows_apart():
     def batch(p, t, n, with_images):
+        return share_images(unshared(p, t, n, with_images), list(range(n)), {})
+
+    def unshared(p, t, n, with_images):
         made = {
             "prompt_ids": torch.full((n, p), 7),
             "prompt_mask": torch.ones(n, p, dtype=torch.long),
@@ -245,24 +207,24 @@ def test_join_pads_each_side_and_keeps_rows_apart():
         assert union["old_per_token_logps"].shape == (6, 5)
         if any(images):
             assert union["num_images"] == [int(images[0])] * 2 + [int(images[1])] * 4
-            assert len(union["image_grid_thw"]) == sum(union["num_images"])
-            assert len(union["pixel_values"]) == 4 * sum(union["num_images"])
+            assert [len(grid) for grid in union["image_grid_thw"]] == union["num_images"]
+            assert [len(pixels) for pixels in union["pixel_values"]] == [4 * n for n in union["num_images"]]
             assert union["mm_token_type_ids"].shape == (6, 11)
             assert union["mm_token_type_ids"][0].tolist() == [0, 0, 0] + [int(images[0])] * 3 + [0] * 5
     with pytest.raises(KeyError, match="a_new_field"):
         join({**batch(1, 1, 1, False), "a_new_field": torch.ones(1)}, batch(1, 1, 1, False), 0)
 
 
+@pytest.mark.parametrize("drop", [False, True])
 @pytest.mark.parametrize(
-    ("accumulation", "per_generation", "iterations", "passes"),
-    [(1, 1, 1, None), (4, 4, 1, None), (1, 3, 1, 2), (2, 2, 2, 1), (6, 3, 1, 5), (2, 3, 1, 50)],
+    ("accumulation", "per_generation", "iterations"), [(1, 1, 1), (4, 4, 1), (1, 3, 1), (2, 2, 2), (2, 4, 1), (4, 2, 1)]
 )
-def test_every_row_is_trained_exactly_once(
-    accumulation, per_generation, iterations, passes, tmp_path, processor, text_model, monkeypatch
+def test_every_row_that_teaches_is_trained_exactly_once(
+    drop, accumulation, per_generation, iterations, tmp_path, processor, text_model, monkeypatch
 ):
-    """Whatever the numbers: all rows of the unions, `num_iterations` times each, and real optimizer steps counted."""
-    unions, trained = [], []
-    generate, compute = SparkTrainer._generate_and_score_completions, SparkTrainer.compute_loss
+    """Whatever the numbers: the rows of the unions, `num_iterations` times each, and real optimizer steps counted."""
+    unions, trained, kept_local = [], [], []
+    generate, run_pass = SparkTrainer._generate_and_score_completions, SparkTrainer._pass_loss
 
     def rows(batch):
         masks = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1).bool()
@@ -273,83 +235,139 @@ def test_every_row_is_trained_exactly_once(
 
     def generating(self, inputs):
         unions.append(generate(self, inputs))
-        return unions[-1]
+        return dict(unions[-1])
 
-    def computing(self, model, inputs, *args, **kwargs):
-        trained.append((inputs["weight"], rows(inputs)))
-        return compute(self, model, inputs, *args, **kwargs)
+    def running(self, model, part):
+        trained.append(part)
+        kept_local.append(not self.accelerator.sync_gradients)
+        return run_pass(self, model, part)
 
     monkeypatch.setattr(SparkTrainer, "_generate_and_score_completions", generating)
-    monkeypatch.setattr(SparkTrainer, "compute_loss", computing)
+    monkeypatch.setattr(SparkTrainer, "_pass_loss", running)
+    settings = {"gradient_accumulation_steps": accumulation, "steps_per_generation": per_generation}
+    settings |= {"num_iterations": iterations, "max_steps": 6, "per_device_train_batch_size": 12}
     trainer = SparkTrainer(
         text_model,
         reward_funcs=coin,
-        args=config(
-            SparkConfig,
-            tmp_path,
-            per_device_train_batch_size=12,
-            gradient_accumulation_steps=accumulation,
-            steps_per_generation=per_generation,
-            num_iterations=iterations,
-            recycle_micro_steps=passes,
-            max_steps=6,
-        ),
+        args=config(SparkConfig, tmp_path, drop_zero_advantage=drop, **settings),
         train_dataset=sums(24),
         processing_class=processor.tokenizer,
     )
     trainer.train()
-    passes = 1 + (passes or 2)  # policy rows have at most 8,192 + 24 tokens, recycled ones 176 more
     assert trainer.state.global_step == 6
-    assert len(trained) == 6 * accumulation * passes
-    generations = 6 * accumulation // (per_generation * iterations)
-    assert len(unions) == generations
-    expected = Counter(row for union in unions for row in rows(union) for _ in range(iterations))
-    assert Counter(row for weight, batch in trained if weight for row in batch) == expected
-    assert all(len(batch) == 1 for weight, batch in trained if not weight)
-    per_block = per_generation * passes
-    for start in range(0, len(trained), per_block):  # the weights are each row's equal share
-        block = trained[start : start + per_block]
-        total = sum(len(batch) for weight, batch in block if weight)
-        assert [weight for weight, _ in block] == pytest.approx(
-            [len(batch) * per_block / total if weight else 0 for weight, batch in block]
+    assert len(unions) == math.ceil(6 * accumulation / (per_generation * iterations))
+    expected = Counter(row for union in unions for row in rows(union) if row[-1] or not drop)
+    counted = Counter(row for part in trained for row in rows(part["batch"]) if row[-1] or not drop)
+    assert counted == Counter({row: n * iterations for row, n in expected.items()})
+    assert sum(not local for local in kept_local) == 6  # each optimizer step ends with one pass that exchanges
+    if drop:
+        assert (
+            sum(len(rows(part["batch"])) for part in trained) < sum(len(rows(union)) for union in unions) * iterations
         )
+    else:
+        blocks = per_generation // math.gcd(per_generation, accumulation) * len(unions) * iterations
+        assert sum(part["row_weight"] for part in trained) == pytest.approx(
+            blocks * per_generation / blocks * len(unions) * iterations
+        )
+        assert sum(part["token_weight"] for part in trained) == pytest.approx(per_generation * len(unions) * iterations)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
-def test_micro_batches_have_the_gradient_of_the_union(
-    loss_type, tmp_path, processor, vision_model, monkeypatch, float64_throughout
-):
-    """Cut by length, without their padding, with and without images, one of them empty: within 1e-9 in float64."""
-    trainer = SparkTrainer(
-        vision_model.double(),
-        args=config(SparkConfig, tmp_path, loss_type=loss_type, recycle_micro_steps=5),
-        train_dataset=digits(4),
-        processing_class=processor,
-    )
+def gradient_of(trainer, parts, steps=1):
+    """Loss and gradient of one optimizer step on these parts of a generation."""
+    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = steps
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, parts)
+    loss.backward()
+    return loss.item(), [
+        p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in trainer.model.parameters()
+    ]
+
+
+def drawn_union(trainer):
+    """A generation with advantages that are mostly 0, and a real loss whatever the rewards."""
     trainer.model.train()
     union = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(4)])
     torch.manual_seed(0)
-    union["advantages"] = torch.randn(len(union["prompt_ids"]), dtype=torch.float64)
-    batches = micro_batches(union, 16, 1, 2, 3)
-    assert [b["recycled"] for b in batches] == [True] * 3 + [False] * 2
-    assert sum(len(b["prompt_ids"]) for b in batches if b["recycled"]) == len(union["prompt_ids"]) - 16
-    assert [len(b["prompt_ids"]) for b in batches if not b["recycled"]] == [8, 8]
-    assert len({b["prompt_ids"].size(1) for b in batches}) > 1
-    batches += [{**batches[0], "weight": 0.0}]
+    advantages = torch.randn(len(union["prompt_ids"]), dtype=torch.float64)
+    union["advantages"] = advantages * (torch.rand(len(advantages)) < 0.5)
+    return union
 
-    def gradient(parts, steps):
-        trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = steps
-        trainer.model.zero_grad()
-        loss = sum(trainer.compute_loss(trainer.model, part) for part in parts)
-        loss.backward()
-        return loss.item(), [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
 
-    whole, expected = gradient([union], 1)
-    parts, got = gradient(batches, 5)
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo", "vespo"])
+def test_passes_have_the_gradient_of_the_union(loss_type, tmp_path, processor, vision_model, float64_throughout):
+    """Cut by length, without their padding or the rows without gradient, with and without images: 1e-9 in float64."""
+    trainer = SparkTrainer(
+        vision_model.double(),
+        args=config(SparkConfig, tmp_path, loss_type=loss_type),
+        train_dataset=mixed(4),
+        processing_class=processor,
+    )
+    union = drawn_union(trainer)
+    n_rows = len(union["prompt_ids"])
+    whole, expected = gradient_of(trainer, merge_images(cut_pass(union, torch.arange(n_rows))))
     assert abs(whole) > 1e-6
-    assert parts == pytest.approx(whole, abs=1e-9)
+    budget = 16 * (union["prompt_mask"][:16].sum(1).max() + union["completion_mask"][:16].sum(1).max())
+    for drop in (False, True):
+        trainer._drop_rows = drop
+        (passes,) = trainer._passes(union, n_policy=16)
+        batches = [part["batch"] for part in passes]
+        assert len(batches) >= 2
+        for batch in batches:
+            assert (
+                batch["prompt_ids"].size(0) * (batch["prompt_ids"].size(1) + batch["completion_ids"].size(1)) <= budget
+            )
+        trained = sum(len(batch["prompt_ids"]) for batch in batches)
+        assert trained == (int((union["advantages"] != 0).sum()) if drop else n_rows)
+        loss, got = gradient_of(trainer, passes)
+        assert loss == pytest.approx(whole, abs=1e-9)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.allclose(a, b, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "cispo", "vespo", "bnpo"])
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_an_entropy_bonus_weighs_every_token_alike(loss_type, ratio, tmp_path, processor, text_model):
+    """Also where passes differ in size: the bonus alone, against its gradient on all rows at once."""
+    trainer = SparkTrainer(
+        text_model,
+        coin,
+        config(SparkConfig, tmp_path, loss_type=loss_type, entropy_coef=0.5, recycle_ratio=1.0),
+        train_dataset=sums(4),
+        processing_class=processor.tokenizer,
+    )
+    union = drawn_union(trainer)
+    union["advantages"].zero_()
+    union["completion_mask"][3, 2:] = 0  # rows of very different lengths
+    if not ratio:
+        union = cut_pass(union, torch.arange(16))
+        union["num_items_in_batch"] = union["completion_mask"].sum()
+    whole, expected = gradient_of(trainer, cut_pass(union, torch.arange(len(union["prompt_ids"]))))
+    trainer.args.per_device_train_batch_size = 5  # cuts the policy's rows, too
+    (passes,) = trainer._passes(union, n_policy=16)
+    assert len({len(part["batch"]["prompt_ids"]) for part in passes}) > 1
+    loss, got = gradient_of(trainer, passes)
+    assert abs(whole) > 1e-3
+    assert loss == pytest.approx(whole, rel=1e-4)
     for a, b in zip(got, expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-9, rtol=0)
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ValueError, match="entropy_coef: expected 0 with loss_type grpo"):
+        config(SparkConfig, tmp_path, loss_type="grpo", entropy_coef=0.5)
+
+
+def test_dropping_rows_is_refused_where_more_than_the_advantage_trains_them(tmp_path, processor, text_model):
+    def trainer(**settings):
+        arguments = config(SparkConfig, tmp_path, **settings)
+        return SparkTrainer(
+            copy.deepcopy(text_model), coin, arguments, train_dataset=sums(4), processing_class=processor.tokenizer
+        )
+
+    for settings in ({"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}):
+        with pytest.raises(ValueError, match="drop_zero_advantage: expected false"):
+            trainer(drop_zero_advantage=True, **settings)
+        assert not trainer(**settings)._drop_rows
+    assert trainer()._drop_rows
+    assert not trainer(recycle_ratio=0)._drop_rows  # plain GRPO is TRL's, number for number
+    assert trainer(recycle_ratio=0, drop_zero_advantage=True)._drop_rows
 
 
 def test_trl_names_mean_the_policy(tmp_path, processor, vision_model):
@@ -369,52 +387,48 @@ def test_trl_names_mean_the_policy(tmp_path, processor, vision_model):
         assert spark[name] == pytest.approx(plain[name], abs=1e-6), name
     assert spark["num_tokens"] > plain["num_tokens"]
     for name in ("entropy", "completions/mean_length", "reward"):
-        assert spark[f"recycle/{name}"] != pytest.approx(spark[name], abs=1e-3)
+        assert spark[f"recycle/{name}"] != pytest.approx(spark[name], abs=1e-5)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(1, 6))
-def test_cuts_are_the_best_possible(lengths, parts):
-    lengths.sort(reverse=True)
-    cuts = even_cuts(lengths, parts)
-
-    def largest(cuts):
-        return max((lengths[a] * (b - a) for a, b in pairwise(cuts) if b > a), default=0)
-
-    assert cuts[0] == 0 and cuts[-1] == len(lengths) and cuts == sorted(set(cuts)) and len(cuts) <= parts + 1
-    if len(lengths) <= 9:
-        others = combinations_with_replacement(range(len(lengths) + 1), parts - 1)
-        assert largest(cuts) == min(largest([0, *other, len(lengths)]) for other in others)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(0, 60)), max_size=30), st.integers(1, 2000))
+def test_no_slice_of_several_rows_is_over_budget(widths, budget):
+    widths.sort(key=sum, reverse=True)
+    bounds = cuts(widths, budget)
+    slices = [widths[a:b] for a, b in pairwise(bounds)]
+    assert [width for part in slices for width in part] == widths
+    areas = [len(part) * (max(p for p, _ in part) + max(t for _, t in part)) for part in slices]
+    assert all(area <= budget or len(part) == 1 for area, part in zip(areas, slices, strict=True))
 
 
-def test_a_rollout_that_makes_up_an_image_ends_there(tmp_path, processor, vision_model, monkeypatch):
-    """The forward pass would look for an image behind the token, and end the run."""
-    image_token, eos = vision_model.config.image_token_id, processor.tokenizer.eos_token_id
-    generate, made_up = GRPOTrainer._generate_single_turn, []
+def test_all_processes_make_as_many_passes_of_as_many_rows():
+    """Two processes in threads, of which one has nearly all rows that teach and the other the long ones."""
+    unions = []
+    for teaching, length in ((8, 3), (1, 9)):
+        masks = {"prompt_mask": torch.ones(24, 6), "completion_mask": torch.ones(24, length)}
+        advantages = torch.tensor([1.0] * teaching + [0.0] * (24 - teaching))
+        unions.append({"prompt_ids": torch.ones(24, 6), **masks, "advantages": advantages})
+    meeting, sent = Barrier(2), [None, None]
 
-    def with_images_made_up(self, prompt_ids, *args, **kwargs):
-        ids, logprobs = generate(self, prompt_ids, *args, **kwargs)
-        ids[0][2] = ids[1][0] = image_token
-        made_up.append((ids[0][:2], ids[2]))
-        return ids, logprobs
+    def plan(rank):
+        def everyone(local):
+            sent[rank] = local
+            meeting.wait()
+            tensors = torch.stack(sent)
+            meeting.wait()
+            return tensors
 
-    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", with_images_made_up)
-    seen = capture_join(monkeypatch)
-    trainer = SparkTrainer(
-        vision_model,
-        reward_funcs=coin,
-        args=config(SparkConfig, tmp_path, max_steps=1),
-        train_dataset=digits(8, {"sum"}),
-        processing_class=processor,
-    )
-    trainer.train()
-    ((policy, recycled, *_),) = seen
-    for part, (cut, whole) in zip((policy, recycled), made_up, strict=True):
-        rows = [
-            ids[mask.bool()].tolist() for ids, mask in zip(part["completion_ids"], part["completion_mask"], strict=True)
-        ]
-        assert rows[0] == cut
-        assert rows[1] == [eos]
-        assert rows[2] == whole
+        return plan_passes(unions[rank], 12, micro_steps=6, blocks=3, budget=40, drop=True, everyone=everyone)
+
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(plan, range(2)))
+    shapes = [[[(len(p.rows), p.recycled) for p in passes] for passes in plan] for plan in plans]
+    assert shapes[0] == shapes[1]
+    assert len(shapes[0]) == 6
+    assert all(shapes[0][i] for i in (1, 3, 5))  # the last micro-step of each block exchanges gradients
+    for union, passes in zip(unions, plans, strict=True):
+        rows = torch.cat([p.rows for micro_step in passes for p in micro_step])
+        assert len(rows.unique()) == len(rows) < 24
+        assert set(union["advantages"].nonzero().flatten().tolist()) <= set(rows.tolist())
 
 
 def test_evaluation_does_not_recycle(tmp_path, processor, text_model, monkeypatch):
@@ -433,40 +447,128 @@ def test_evaluation_does_not_recycle(tmp_path, processor, text_model, monkeypatc
     assert not any("judge" in name or "recycle" in name for name in metrics)
 
 
-def test_reward_functions_meet_judge_rows():
-    def answers(prompts, completions, solution, **columns):
-        assert len(prompts) == len(completions) == len(solution)
-        return [float(c == s) for c, s in zip(completions, solution, strict=True)]
+def items_of(*tasks):
+    """An item a task, with its label; the two responses are a right and a wrong one."""
+    rollouts = (Rollout("\\boxed{2}", "2", True), Rollout("\\boxed{3}", "3", False))
+    group = Group("q", [{"role": "user", "content": "1+1?"}], rollouts)
+    right, wrong = Response("2", "answer", "2", True), Response("3", "answer", "3", False)
+    responses = {"pairwise": (right, wrong), "reflection": (wrong,)}
+    return [
+        Item(task, group.prompt, label, group, responses.get(task, (right if shows_right else wrong,)))
+        for task, label, shows_right in tasks
+    ]
 
+
+def equals_solution(prompts, completions, solution, **columns):
+    assert len(prompts) == len(completions) == len(solution)
+    return [None if s is None else float(c == s) for c, s in zip(completions, solution, strict=True)]
+
+
+def test_judge_rows_are_scored_by_their_label_and_reflections_by_their_gold():
     def length(prompts, completions, **columns):
         return [1.0] * len(completions)
 
+    rewards = JudgingRewards([equals_solution, length], recycling=True, correct_at=None)
+    verifier, other = rewards.functions
+    assert verifier.__name__ == "equals_solution"  # TRL names its metrics after it
     rows = {
         "prompts": ["p"] * 4,
         "completions": ["\\boxed{Yes}", "7", "\\boxed{A}", "8"],
         "solution": ["9", "7", "9", "7"],
-        "task": ["pointwise", "reflection", "pairwise", "reflection"],
-        "label": ["Yes", None, "B", None],
+        "task": ["algebra"] * 4,  # a user's own column
     }
-    assert judging(answers, with_verdicts=True)(**rows) == [1.0, 1.0, 0.0, 0.0]
-    assert judging(length, with_verdicts=False)(**rows) == [None, 1.0, None, 1.0]
-    plain = {k: rows[k] for k in ("prompts", "completions", "solution")}
-    assert judging(answers, with_verdicts=True)(**plain) == [0.0, 1.0, 0.0, 0.0]
-    assert judging(answers, with_verdicts=True)(**plain, task=["algebra"] * 4) == [
-        0.0,
-        1.0,
-        0.0,
-        0.0,
-    ]  # a user's column
-    assert judging(answers, True).__name__ == "answers"  # TRL names its metrics after it
-    with pytest.raises(ValueError, match="reward models"):
-        judging("some/reward-model", True)
+    assert verifier(**rows) == [0.0, 1.0, 0.0, 0.0]
+    assert rewards.right == [False, True, False, False]
+    rewards.items = items_of(("pointwise", "Yes", True), ("reflection", None, False), ("pairwise", "B", True))
+    rewards.items.append(rewards.items[1])
+    assert verifier(**rows) == [1.0, 1.0, 0.0, 0.0]
+    assert other(**rows) == [None, 1.0, None, 1.0]
+    assert rewards.texts == rows["completions"]
+
+
+def test_without_an_opinion_of_the_verifier_a_row_has_no_reward(tmp_path, processor, text_model):
+    """A second reward function must not turn unscorable into wrong: the group's advantages stay 0."""
+
+    def verifier(prompts, completions, **columns):
+        return [None if i == 0 else 1.0 for i in range(len(completions))]
+
+    def constant(prompts, completions, **columns):
+        return [0.5] * len(completions)
+
+    trainer = SparkTrainer(
+        text_model,
+        [verifier, constant],
+        config(SparkConfig, tmp_path),
+        train_dataset=sums(4),
+        processing_class=processor.tokenizer,
+    )
+    trainer.model.train()
+    batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
+    assert batch["advantages"][:4].tolist() == [0.0] * 4
+    assert trainer._rewards.right[0] is None
+
+
+def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(tmp_path, processor, text_model):
+    def pays_two(prompts, completions, **columns):
+        return [2.0 * reward for reward in coin(prompts, completions)]
+
+    def first_step(**settings):
+        trainer = SparkTrainer(
+            copy.deepcopy(text_model),
+            pays_two,
+            config(SparkConfig, tmp_path, max_steps=1, **settings),
+            train_dataset=sums(4),
+            processing_class=processor.tokenizer,
+        )
+        trainer.train()
+        return history(trainer)[0]
+
+    with pytest.raises(BadInput, match="pays_two gave 2, expected 0 or 1"):
+        first_step()
+    logs = first_step(correct_at=2.0)
+    assert logs["policy/accuracy"] == pytest.approx(logs["reward"] / 2)
+    assert 0 < logs["policy/accuracy"] < 1
+    assert "policy/accuracy" not in first_step(recycle_ratio=0)  # plain GRPO takes any reward
+
+
+def test_rewards_that_can_make_no_label_are_refused_while_recycling(tmp_path, processor, text_model):
+    async def slow(prompts, completions, **columns):
+        return [1.0] * len(completions)
+
+    for wrong in ("some/reward-model", torch.nn.Linear(1, 1), slow):
+        with pytest.raises(ValueError, match="reward models and async functions"):
+            JudgingRewards([wrong], recycling=True, correct_at=None)
+        assert JudgingRewards([wrong], recycling=False, correct_at=None).functions == [wrong]
+    with pytest.raises(ValueError, match="environment_factory"):
+        SparkTrainer(
+            text_model,
+            coin,
+            config(SparkConfig, tmp_path),
+            train_dataset=sums(4),
+            processing_class=processor.tokenizer,
+            environment_factory=object,
+        )
+
+
+def test_a_completion_that_ends_in_a_tool_call_has_no_text(monkeypatch):
+    """Its last message has no content."""
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    completions = [
+        [{"role": "assistant", "tool_calls": calls}],
+        [{"role": "assistant", "content": None, "tool_calls": calls}],
+        [{"role": "assistant", "content": [{"type": "text", "text": "\\boxed{2}"}]}],
+    ]
+    rewards = JudgingRewards([lambda prompts, completions, **columns: [0.0, 0, 1]], recycling=True, correct_at=None)
+    assert rewards.functions[0](prompts=[None] * 3, completions=completions) == [0.0, 0.0, 1.0]
+    assert rewards.texts == ["", "", "\\boxed{2}"]
+    assert verify.answer_reward([None] * 3, completions, solution=["2"] * 3) == [0.0, 0.0, 1.0]
 
 
 def test_settings_are_checked_and_have_one_source(tmp_path):
-    for name in ("max_prompt_length", "max_completion_length"):
+    sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    for name in (*sizes, "max_prompt_length", "max_completion_length"):
         for wrong in (0, None):
-            with pytest.raises(ValueError, match=f"{name}: expected 1 or more tokens"):
+            with pytest.raises(ValueError, match=f"{name}: expected 1 or more, got {wrong}"):
                 config(SparkConfig, tmp_path, **{name: wrong})
     with pytest.raises(ValueError, match="recycle_source"):
         SparkConfig(str(tmp_path), recycle_source="everything", bf16=False)
@@ -614,72 +716,121 @@ def test_an_image_that_breaks_during_training(strict, tmp_path, monkeypatch, cap
     assert (tmp_path / "run" / "model.safetensors").exists() != strict
 
 
-def test_resumed_is_uninterrupted(tmp_path, processor, vision_model):
-    """Stopped after two steps of four and resumed: the same metrics and bitwise the same weights, waiting items too."""
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize("steps_per_generation", [1, 2, 4])
+def test_resumed_is_uninterrupted(steps_per_generation, ratio, tmp_path, processor, vision_model):
+    """Stopped after three steps of five, also within a generation: the same metrics and bitwise the same weights."""
 
-    def trainer(folder, **changes):
+    def trainer(folder):
+        settings = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "recycle_ratio": ratio}
+        settings |= {"steps_per_generation": steps_per_generation, "per_device_train_batch_size": 8}
         return SparkTrainer(
             copy.deepcopy(vision_model),
-            args=config(SparkConfig, folder, max_steps=4, save_strategy="steps", save_steps=2, **changes),
-            train_dataset=digits(16),
+            args=config(SparkConfig, folder, **settings),
+            train_dataset=mixed(16),
             processing_class=processor,
         )
 
     whole = trainer(tmp_path / "whole")
     whole.train()
-    checkpoint = tmp_path / "whole" / "checkpoint-2"
-    state = json.loads((checkpoint / "recycle_state.json").read_text())
-    assert state["waiting"]  # or this would not test what waits
-    assert train_spark.last_checkpoint(str(tmp_path / "whole")) == str(tmp_path / "whole" / "checkpoint-4")
-
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    assert (checkpoint / "generation_rank_0.safetensors").exists() == (steps_per_generation > 1)
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     timed = ("seconds", "time", "runtime", "per_second")
 
     def metrics(run, step):
-        (logged,) = (h for h in run.state.log_history if h["step"] == step and "loss" in h)
+        (logged,) = (h for h in history(run) if h["step"] == step)
         return {k: v for k, v in logged.items() if not any(t in k for t in timed)}
 
-    for step in (3, 4):
+    for step in (4, 5):
         assert metrics(resumed, step) == metrics(whole, step)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
-    assert [c.group.key for c in resumed._waiting] == [c.group.key for c in whole._waiting]
-
-    (tmp_path / "whole" / "checkpoint-4" / "trainer_state.json").unlink()  # killed while saving
-    assert train_spark.last_checkpoint(str(tmp_path / "whole")) == str(checkpoint)
-    assert train_spark.last_checkpoint(str(tmp_path / "nothing")) is None
 
 
-def test_metrics_against_a_case_by_hand(tmp_path, processor, text_model):
-    """Two pointwise items (one right, one wrong candidate), one pair and one reflection, four rollouts each."""
-    from recycle import Group, Item, Response, Rollout
-    from train_spark import Scored
+def test_only_a_whole_checkpoint_counts(tmp_path):
+    for step, text in ((2, '{"global_step": 2}'), (9, '{"global_step"'), (10, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)  # 9: killed while saving
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_checkpoint(tmp_path / "nothing") is None
 
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path, processor, vision_model):
+    """transformers would keep the last weights of a vision-language model, and say so only in a warning."""
+    scores = iter([1.0, 0.0])  # the first checkpoint is the better one
     trainer = SparkTrainer(
-        text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(4), processing_class=processor.tokenizer
+        vision_model,
+        args=config(
+            SparkConfig,
+            tmp_path,
+            max_steps=2,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            per_device_eval_batch_size=4,
+            load_best_model_at_end=True,
+            metric_for_best_model="score",
+        ),
+        train_dataset=digits(8, IMAGE_KINDS),
+        eval_dataset=digits(1, IMAGE_KINDS),
+        processing_class=processor,
     )
-    rollouts = (Rollout("\\boxed{2}", "2", True), Rollout("\\boxed{3}", "3", False))
-    group = Group("q", [{"role": "user", "content": "1+1?"}], rollouts)
-    right, wrong = Response("2", "answer", "2", True), Response("3", "answer", "3", False)
-    items = (
-        Item("pointwise", group.prompt, "Yes", group, (right,)),
-        Item("pointwise", group.prompt, "B", group, (wrong,)),
-        Item("pairwise", group.prompt, "A", group, (right, wrong)),
-        Item("reflection", group.prompt, None, group, (wrong,)),
+    evaluate = trainer.evaluate
+    trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_score": next(scores)}
+    trainer.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    saved = {step: type(vision_model).from_pretrained(tmp_path / f"checkpoint-{step}") for step in (1, 2)}
+    best, last = (dict(saved[step].named_parameters()) for step in (1, 2))
+    assert any(not torch.equal(best[name], last[name]) for name in best)
+    for name, weight in weights(trainer).items():
+        assert torch.equal(weight, best[name]), name
+
+
+def test_images_are_decoded_as_often_as_by_trl_and_kept_once_a_question(tmp_path, processor, vision_model, monkeypatch):
+    fetched = Counter()
+    for trainer_class, config_class in ((GRPOTrainer, GRPOConfig), (SparkTrainer, SparkConfig)):
+        data = digits(8, IMAGE_KINDS)
+        original = type(data).__getitems__
+
+        def counting(self, keys, original=original, name=trainer_class.__name__):
+            fetched[name] += len(keys)
+            return original(self, keys)
+
+        monkeypatch.setattr(type(data), "__getitems__", counting)
+        settings = {"max_steps": 2, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+        if trainer_class is SparkTrainer:
+            settings["drop_zero_advantage"] = False
+        trainer = trainer_class(
+            copy.deepcopy(vision_model),
+            reward_funcs=verify.answer_reward,
+            args=config(config_class, tmp_path, **settings),
+            train_dataset=data,
+            processing_class=processor,
+        )
+        trainer.train()
+        monkeypatch.undo()
+    assert fetched["SparkTrainer"] <= fetched["GRPOTrainer"]
+    pixels = [p for passes in trainer._buffered_inputs for part in passes for p in part["batch"]["pixel_values"]]
+    assert len({p.data_ptr() for p in pixels}) == 4 < len(pixels)  # 16 rollouts of 4 questions, and the recycled ones
+
+
+def test_metrics_against_a_case_by_hand():
+    """Two pointwise items (one right, one wrong candidate), one pair and one reflection, four rollouts each."""
+    items = items_of(
+        ("pointwise", "Yes", True), ("pointwise", "B", False), ("pairwise", "A", True), ("reflection", None, False)
     )
-    texts = "Yes Yes No A B A A dunno A A B A 2 3 2 2".split()
-    rewards = torch.tensor([float(c) for c in "1100100011011011"])
-    completions = [[{"role": "assistant", "content": f"\\boxed{{{t}}}"}] for t in texts]
-    trainer._scored = Scored([{}] * 16, completions, rewards[:, None])
-    trainer._log_judging(items, torch.zeros(16))
-    logged = {name: values[0] for name, values in trainer._metrics["train"].items()}
-    assert logged == pytest.approx(
+    asked = [item for item in items for _ in range(4)]
+    texts = [f"\\boxed{{{t}}}" for t in "Yes Yes No A B A A dunno A A B A 2 3 2 2".split()]
+    rewards = [float(c) for c in "1100100011011011"]
+    assert judge_metrics(asked, texts, rewards) == pytest.approx(
         {
             "judge/pointwise/accuracy": 3 / 8,
             "judge/pointwise/balanced_accuracy": (2 / 4 + 1 / 4) / 2,
             "judge/pointwise/label_rate": 1 / 2,
-            "judge/pointwise/question_only": 1 / 2,
             # parsed: Yes Yes No for the right one (a letter answers another question), B A A for the wrong one
             "judge/pointwise/positive_rate": 4 / 6,
             "judge/pairwise/accuracy": 3 / 4,
@@ -688,3 +839,12 @@ def test_metrics_against_a_case_by_hand(tmp_path, processor, text_model):
             "reflection/fix_rate": 3 / 4,
         }
     )
+    counts = Counts(emitted=4, unused=3, skipped={"unboxed": 1, "overlong": 1})
+    assert recycling_metrics(items, counts, num_generations=4, seconds=0.5) == {
+        "recycle/items": 4,
+        "recycle/rows": 16,
+        "recycle/unused": 3,
+        "recycle/skipped": 2,
+        "recycle/seconds": 0.5,
+        "judge/pointwise/question_only": 0.5,
+    }

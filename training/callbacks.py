@@ -3,13 +3,15 @@
 import signal
 import sys
 from collections import deque
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-WINDOW = 20  # logged steps
+WINDOW = 20  # logs
 
 
 class Progress(ProgressCallback):
@@ -30,7 +32,7 @@ def troubles(history: list[dict[str, float]]) -> dict[str, str]:
     """What is going wrong in a window of logged metrics, oldest first: a name, and a line that says what to look at."""
 
     def series(name: str) -> list[float]:
-        return [logs[name] for logs in history if name in logs]
+        return [logs[name] for logs in history if logs.get(name) is not None]  # None: nothing could be scored
 
     def mean(name: str) -> float:
         values = series(name)
@@ -82,6 +84,21 @@ class Watch(TrainerCallback):
             for name in found.keys() - self._known:
                 tqdm.write(f"warning, step {state.global_step}: {found[name]}", file=sys.stderr)
             self._known = set(found)
+
+
+class RecycledTable(TrainerCallback):
+    """Writes the recycled rollouts of the step last logged to completions/recycled_STEP.parquet. `rows` is theirs."""
+
+    def __init__(self):
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.rows and state.is_world_process_zero:
+            import pandas as pd
+
+            table = pd.DataFrame([{"step": state.global_step, **row} for row in self.rows])
+            table.to_parquet(Path(args.output_dir) / "completions" / f"recycled_{state.global_step:05d}.parquet")
+            self.rows = []
 
 
 class StopOnSignal(TrainerCallback):

@@ -1,0 +1,68 @@
+"""Shared by the tests: small data sets, a trainer's settings, and a verifier for a model that writes noise."""
+
+from datasets import Dataset, Features, Image, List, Value
+
+from data.digits import digit_rows
+from prompts import PROMPT_SUFFIX
+
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+IMAGE_KINDS = ("sum", "difference", "largest", "smallest")
+TEXT_KINDS = ("plus", "factor")
+
+
+def digits(n, kinds=None, seed=0):
+    """Rows of the embedded task as the trainer gets them, with or without images."""
+    rows = [r for r in digit_rows("train", 8 * n, seed) if kinds is None or r["dataset"].split("-")[1] in kinds][:n]
+    assert len(rows) == n
+    features = Features({"prompt": MESSAGES, "images": List(Image()), "solution": Value("string")})
+    return Dataset.from_list([{k: r[k] for k in features} for r in rows], features=features)
+
+
+def mixed(n, seed=0):
+    """As many rows with an image as without, in turn."""
+    images, texts = digits(n // 2, IMAGE_KINDS, seed), digits(n // 2, TEXT_KINDS, seed)
+    rows = [row for pair in zip(images, texts, strict=True) for row in pair]
+    return Dataset.from_list(rows, features=images.features)
+
+
+def sums(n):
+    """Text rows without an image column."""
+    rows = [
+        {"prompt": [{"role": "user", "content": f"What is {i}+1?" + PROMPT_SUFFIX}], "solution": str(i + 1)}
+        for i in range(n)
+    ]
+    return Dataset.from_list(rows, features=Features({"prompt": MESSAGES, "solution": Value("string")}))
+
+
+def config(cls, tmp_path, **changes):
+    settings = {
+        "output_dir": str(tmp_path),
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 24,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "beta": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    return cls(**(settings | changes))
+
+
+def coin(prompts, completions, **columns):
+    """A verifier for a model whose rollouts are noise: right where the completion has an even length."""
+    return [float(len(c[0]["content"]) % 2 == 0) for c in completions]
+
+
+def weights(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def history(trainer):
+    """The logs of the optimizer steps."""
+    return [logs for logs in trainer.state.log_history if "loss" in logs]

@@ -1,0 +1,275 @@
+"""The batches of a step, in the form that GRPOTrainer makes: two joined into one, and one cut into passes.
+
+A step of SPARK trains on the union of its policy rollouts and its recycled rollouts, whose prompts, completions and
+images have different widths (`join`), in passes that hold no more tokens than a pass of plain GRPO (`plan_passes`,
+`cut_passes`). The shapes are TRL's: b rows, prompts of P tokens padded on the left, completions of T tokens padded on
+the right. Pixels are kept once a question, not once a rollout (`share_images`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from trl.trainer.utils import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+from data.rows import BadInput
+
+IMAGE_FIELDS = (
+    "pixel_values",
+    "image_grid_thw",
+    "image_sizes",
+    "image_position_ids",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_images",
+    "num_tiles",
+)
+PROMPT_FIELDS = ("prompt_ids", "prompt_mask")  # (b, P), padded on the left
+COMPLETION_FIELDS = {  # (b, T), padded on the right with this
+    "completion_ids": None,  # the pad token
+    "completion_mask": 0,
+    "tool_mask": 1,
+    "old_per_token_logps": 0.0,
+    "ref_per_token_logps": 0.0,
+    "sampling_per_token_logps": 0.0,
+    "importance_sampling_ratio": 1.0,  # (b, 1) in the sequence modes
+}
+TYPE_FIELDS = ("token_type_ids", "mm_token_type_ids")  # (b, P + T), padded on both sides
+
+Batch = dict[str, Any]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two batches into one
+
+
+def share_images(batch: Batch, keys: Sequence[str], blocks: dict[str, torch.Tensor]) -> Batch:
+    """`batch` with its image fields as one tensor a row, which rows of one question share.
+
+    Args:
+        keys: (b,) the question of each row.
+        blocks: question -> its pixels; those that are new are added, as copies, so that the tensor of the whole batch,
+            which repeats each image for every rollout, can be freed.
+    """
+    batch = split_pixel_values_by_grid(batch)
+    if isinstance(batch.get("pixel_values"), list):
+        shared = []
+        for key, pixels in zip(keys, batch["pixel_values"], strict=True):
+            if key not in blocks:
+                blocks[key] = pixels.clone()
+            same = torch.equal(blocks[key], pixels)  # a tool's answer may have added images to one rollout alone
+            shared.append(blocks[key] if same else pixels.clone())
+        batch = {**batch, "pixel_values": shared}
+    return batch
+
+
+def join(first: Batch, second: Batch, pad_token_id: int) -> Batch:
+    """The rows of `first`, then those of `second`, as one batch of the form GRPOTrainer makes.
+
+    Everything that a different width invalidates is redone here: prompts are padded again on the left, completions and
+    what goes with their tokens on the right, token types on both sides, and the loss denominator counts both. Either
+    batch may be without images. Both lose their fields on the way, so that nothing is held twice.
+
+    Raises KeyError for a field it does not know, rather than misalign it.
+    """
+    batches = (first, second)
+    rows = [len(batch["prompt_ids"]) for batch in batches]
+    widths = [(batch["prompt_ids"].size(1), batch["completion_ids"].size(1)) for batch in batches]
+    width_p, width_t = (max(width) for width in zip(*widths, strict=True))
+
+    def left(x: torch.Tensor, value) -> torch.Tensor:  # (b, p) -> (b, P)
+        return torch.nn.functional.pad(x, (width_p - x.size(1), 0), value=value)
+
+    def right(x: torch.Tensor, value) -> torch.Tensor:  # (b, t) -> (b, T)
+        return torch.nn.functional.pad(x, (0, width_t - x.size(1)), value=value)
+
+    union: Batch = {}
+    for key in list(dict.fromkeys((*first, *second))):
+        values = [batch.pop(key, None) for batch in batches]
+        present = [value for value in values if value is not None]
+        if key == "num_items_in_batch":
+            union[key] = sum(present)
+        elif key == "advantages":
+            union[key] = torch.cat(present)
+        elif key in PROMPT_FIELDS:
+            union[key] = torch.cat([left(x, pad_token_id if key == "prompt_ids" else 0) for x in present])
+        elif key in COMPLETION_FIELDS:
+            value = pad_token_id if key == "completion_ids" else COMPLETION_FIELDS[key]
+            per_token = all(x.size(1) == t for x, (_, t) in zip(present, widths, strict=True))
+            union[key] = torch.cat([right(x, value) for x in present] if per_token else present)
+        elif key in TYPE_FIELDS:
+            parts = []
+            for types, n, (p, t) in zip(values, rows, widths, strict=True):
+                if types is None:  # a batch of text alone: all of it is type 0
+                    types = present[0].new_zeros((n, p + t))
+                parts.append(torch.cat([left(types[:, :p], 0), right(types[:, p:], 0)], dim=1))
+            union[key] = torch.cat(parts)
+        elif key in ("num_images", "num_tiles"):
+            union[key] = [count for value, n in zip(values, rows, strict=True) for count in value or [0] * n]
+        elif key in IMAGE_FIELDS and isinstance(present[0], list):  # a tensor a row, empty without an image
+            empty = present[0][0][:0]
+            union[key] = [block for value, n in zip(values, rows, strict=True) for block in value or [empty] * n]
+        elif key in IMAGE_FIELDS:
+            if len(present) < 2 or present[0].shape[1:] != present[1].shape[1:]:
+                raise BadInput(
+                    f"{key}: batches of shapes {[tuple(x.shape) for x in present]} can't be joined for this model; "
+                    "use images of one size, or a model of the Qwen-VL family"
+                )
+            union[key] = torch.cat(present)
+        else:
+            raise KeyError(f"join does not know the field {key!r} of this TRL version")
+    return union
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One batch into passes
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows of the generation batch that go through the model together, on this process.
+
+    row_weight: its share of the rows of its block, times the block's micro-steps: turns a mean over its rows, divided
+        by the accumulation steps, into its part of the mean over all rows of the block.
+    token_weight: the same of the loss tokens of all processes.
+    metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together.
+    """
+
+    rows: torch.Tensor  # (b,)
+    recycled: bool
+    row_weight: float
+    token_weight: float
+    metric_weight: float
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "rows"}
+
+
+def plan_passes(
+    union: Batch,
+    n_policy: int,
+    micro_steps: int,
+    blocks: int,
+    budget: int,
+    drop: bool,
+    everyone: Callable[[torch.Tensor], torch.Tensor] = lambda local: local[None],
+) -> list[list[Pass]]:
+    """The passes of each micro-step.
+
+    The optimizer takes no step within a block, so the order of its rows is free: rows of similar length go together,
+    as many as `budget` holds. Policy rows and recycled rows have passes of their own, so that metrics can be told
+    apart. All processes make as many passes of as many rows, because TRL gathers in each of them and sharded models
+    must run in step.
+
+    Args:
+        n_policy: how many of the rows, the first ones, are the policy's.
+        micro_steps, blocks: of the generation; a block is as many micro-steps as no optimizer step cuts.
+        budget: the most padded tokens (rows x width) of a pass; one row may have more.
+        drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
+        everyone: (n, ...) -> (processes, n, ...), every process's tensor.
+    """
+    n_rows = len(union["prompt_ids"])
+    kinds = []  # (block, recycled?) -> rows
+    for start, stop, recycled in ((0, n_policy, False), (n_policy, n_rows, True)):
+        parts = (start + torch.randperm(stop - start)).tensor_split(blocks)
+        kinds += [(block, recycled, rows) for block, rows in enumerate(parts)]
+
+    prompt = union["prompt_mask"].sum(1).cpu()
+    completion = union["completion_mask"].sum(1).cpu()
+    total = prompt + completion
+    loss_mask = union["completion_mask"] * union.get("tool_mask", 1)
+    loss_tokens = loss_mask.sum(1).cpu()
+    teaches = union["advantages"].cpu() != 0 if drop else torch.ones(n_rows, dtype=torch.bool)
+
+    # As many rows on every process: those that teach, and short ones that don't where another process has more.
+    taught = everyone(torch.tensor([int(teaches[rows].sum()) for *_, rows in kinds])).amax(0).tolist()
+    for block in range(blocks):
+        if not any(n for n, (b, *_) in zip(taught, kinds, strict=True) if b == block):
+            taught[block] = 1  # an optimizer step without any pass would not synchronise the gradients before it
+    ordered = []
+    for (_, _, rows), n in zip(kinds, taught, strict=True):
+        rows = rows[total[rows].argsort(stable=True)]
+        rows = torch.cat([rows[teaches[rows]], rows[~teaches[rows]]])[:n]
+        ordered.append(rows[total[rows].argsort(descending=True, stable=True)])
+
+    size = max(map(len, ordered))
+    lengths = torch.zeros(len(kinds), size, 3, dtype=torch.long)  # of prompt and completion, and the loss tokens
+    for i, rows in enumerate(ordered):
+        lengths[i, : len(rows)] = torch.stack([prompt[rows], completion[rows], loss_tokens[rows]], dim=1)
+    lengths = everyone(lengths)  # (processes, kinds, size, 3)
+    widths, tokens = lengths[..., :2].amax(0).tolist(), lengths[..., 2].sum(0)
+    processes = len(lengths)
+    block_tokens = everyone(torch.tensor([int(loss_tokens[rows].sum()) for *_, rows in kinds])).sum(0)
+    block_tokens = block_tokens.view(2, blocks).sum(0).tolist()  # policy's and recycled, all processes
+
+    steps_of_block = micro_steps // blocks
+    plan: list[list[Pass]] = []
+    for block in range(blocks):
+        block_rows = sum(len(rows) for b, _, rows in kinds if b == block)
+        passes = []
+        for i in (block + blocks, block):  # recycled rows first
+            n = len(ordered[i])
+            slices = list(pairwise(cuts(widths[i][:n], budget)))
+            for start, stop in slices:
+                rows = ordered[i][start:stop]
+                passes.append(
+                    Pass(
+                        rows,
+                        recycled=kinds[i][1],
+                        row_weight=len(rows) / block_rows * steps_of_block,
+                        token_weight=int(loss_tokens[rows].sum())
+                        * processes
+                        / max(block_tokens[block], 1)
+                        * steps_of_block,
+                        metric_weight=int(tokens[i, start:stop].sum()) / max(int(tokens[i].sum()), 1) * len(slices),
+                    )
+                )
+        bounds = [len(passes) * i // steps_of_block for i in range(steps_of_block + 1)]
+        plan += [passes[a:b] for a, b in pairwise(bounds)]  # the last micro-step of a block always has one
+    return plan
+
+
+def cuts(widths: list[tuple[int, int]], budget: int) -> list[int]:
+    """Where to cut rows of these (prompt, completion) lengths, longest first, so that no slice of several rows holds
+    more than `budget` padded tokens."""
+    bounds = [0] if widths else []
+    prompt = completion = 0
+    for i, (p, t) in enumerate(widths):
+        prompt, completion = max(prompt, p), max(completion, t)
+        if i > bounds[-1] and (i + 1 - bounds[-1]) * (prompt + completion) > budget:
+            bounds.append(i)
+            prompt, completion = p, t
+    return [*bounds, len(widths)] if widths else []
+
+
+def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
+    """These rows as a batch of their own, without columns that are padding in every row. Pixels stay shared."""
+
+    def of(value):
+        if isinstance(value, list):
+            return [value[i] for i in rows]
+        return value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim else value
+
+    return trim({key: of(value) for key, value in union.items()})
+
+
+def trim(batch: Batch) -> Batch:
+    """Without the columns that are padding in every row."""
+    prompt, completion = batch["prompt_mask"].size(1), batch["completion_mask"].size(1)
+    left = prompt - int(batch["prompt_mask"].sum(1).max())
+    right = max(1, int(batch["completion_mask"].sum(1).max()))
+    cut = {key: batch[key][:, left:] for key in PROMPT_FIELDS}
+    for key in (*COMPLETION_FIELDS, *TYPE_FIELDS):
+        if batch.get(key) is not None and batch[key].size(1) in (completion, prompt + completion):
+            first, last = (left, prompt + right) if key in TYPE_FIELDS else (0, right)
+            cut[key] = batch[key][:, first:last]
+    return {**batch, **cut}
+
+
+def merge_images(batch: Batch) -> Batch:
+    """The image fields of a pass as the model takes them: one tensor over all rows, or none where no row has any."""
+    batch = unsplit_pixel_values_by_grid(batch)
+    return batch if any(batch.get("num_images") or ()) else {k: v for k, v in batch.items() if k not in IMAGE_FIELDS}

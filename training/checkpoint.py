@@ -1,0 +1,236 @@
+"""Stopping and going on: a resumed run is an uninterrupted one, and no failure costs what was saved before it."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from data.rows import BadInput
+
+STATE = "spark_state.json"
+RESULT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "README.md")  # of a saved model
+
+
+class NotSaved(Exception):
+    """A checkpoint could not be written for want of room; the ones before it are whole."""
+
+
+class SafeCheckpoints:
+    """A mixin of GRPOTrainer: saves and loads what TRL forgets, and ends a run whose numbers are no longer finite."""
+
+    def _save_checkpoint(self, model, trial):
+        """With the rest of a generation of which some optimizer steps are still to be taken. That is written first:
+        trainer_state.json, which transformers writes last, completes a checkpoint."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            checkpoint.mkdir(parents=True, exist_ok=True)
+            if self._step % (self.args.steps_per_generation * self.num_iterations):
+                save_batches(self._buffered_inputs, checkpoint / self._rest_of_generation)
+                self.accelerator.wait_for_everyone()  # no process completes the checkpoint before all have written
+            if self.args.should_save:
+                state = {"step": self._step, "processes": self.accelerator.num_processes}
+                (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # a full disk has as many kinds of error as there are libraries that write
+            if not is_whole(checkpoint):
+                shutil.rmtree(checkpoint, ignore_errors=True)  # half a checkpoint is room that somebody needs
+            if not disk_is_full(error, folder):
+                raise
+            raise NotSaved(
+                f"the checkpoint of step {self.state.global_step} could not be saved: {' '.join(str(error).split())}. "
+                f"The last complete one is {last_checkpoint(folder)}; make room, then go on from it with "
+                "--resume_from_checkpoint latest"
+            ) from error
+
+    @property
+    def _rest_of_generation(self) -> str:
+        return f"generation_rank_{self.accelerator.process_index}.safetensors"
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        self._step = state["step"]
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            return
+        if state["processes"] == self.accelerator.num_processes:
+            self._buffered_inputs = load_batches(Path(checkpoint) / self._rest_of_generation, self.accelerator.device)
+        elif self.accelerator.is_main_process:
+            print(
+                f"{checkpoint}: saved by {state['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}: the generation that it was in is drawn anew",
+                file=sys.stderr,
+            )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_by_name(resume_from_checkpoint, self.model if model is None else model)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        self._load_by_name(self.state.best_model_checkpoint, self.model)
+
+    def _load_by_name(self, folder: str, model) -> None:
+        """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not
+        rename them back: the model would keep the weights that it has, with a warning."""
+        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            model.load_state_dict(saved.state_dict())
+
+    # ---- numbers that are no longer finite --------------------------------------------------------------------------
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not math.isfinite(norm):  # with fp16 such steps are skipped by design
+            self._stop_at("gradient norm", float(norm))
+        return norm
+
+    def _stop_at(self, what: str, value: float) -> None:
+        """Raise FloatingPointError, with the step's batch in files: tensors for the debugger, texts for the eye."""
+        step = self.state.global_step
+        path = Path(self.args.output_dir) / f"nonfinite_step_{step:05d}_rank_{self.accelerator.process_index}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_batches(self._buffered_inputs, path.with_suffix(".safetensors"))
+        with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
+            for i, batch in enumerate(batches_in(self._buffered_inputs)):
+                decoded = [
+                    self._tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(*part, strict=True)])
+                    for part in (
+                        (batch["prompt_ids"], batch["prompt_mask"]),
+                        (batch["completion_ids"], batch["completion_mask"]),
+                    )
+                ]
+                for prompt, completion, advantage in zip(*decoded, batch["advantages"].tolist(), strict=True):
+                    row = {"batch": i, "prompt": prompt, "completion": completion, "advantage": advantage}
+                    file.write(json.dumps(row) + "\n")
+        raise FloatingPointError(
+            f"step {step}: the {what} is {value}; its batch is in {path}.jsonl and .safetensors; the weights are those "
+            "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often mend this"
+        )
+
+
+def batches_in(value) -> Iterator[dict[str, Any]]:
+    """The batches in a generation's buffer: TRL's slices, or the passes of each micro-step."""
+    if isinstance(value, list):
+        for part in value:
+            yield from batches_in(part)
+    elif "prompt_ids" in value:
+        yield value
+    else:
+        yield value["batch"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nested lists and dictionaries of tensors in one safetensors file
+
+
+def save_batches(batches, path: Path) -> None:
+    """Lists and dictionaries of tensors and numbers; a tensor that stands in several places is written once."""
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
+
+    def outline(value):
+        if isinstance(value, torch.Tensor):
+            if id(value) not in names:
+                names[id(value)] = str(len(names))
+                tensors[names[id(value)]] = (
+                    value.detach().clone().contiguous().cpu()
+                )  # views share memory, a file can't
+            return {"tensor": names[id(value)]}
+        if isinstance(value, dict):
+            return {"dict": {key: outline(part) for key, part in value.items()}}
+        if isinstance(value, list):
+            return {"list": [outline(part) for part in value]}
+        return {"value": value}
+
+    save_file(tensors, path, metadata={"outline": json.dumps(outline(batches))})
+
+
+def load_batches(path: Path, device: torch.device):
+    """What `save_batches` wrote, tensors on `device`."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        outline = json.loads(file.metadata()["outline"])
+
+    def build(node):
+        (kind, value), *_ = node.items()
+        if kind == "tensor":
+            return tensors[value]
+        if kind == "dict":
+            return {key: build(part) for key, part in value.items()}
+        return [build(part) for part in value] if kind == "list" else value
+
+    return build(outline)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Output folders
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was saved to its end: trainer_state.json is what transformers writes last."""
+    try:
+        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError):  # the process ended before or while it was written
+        return False
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that was saved whole."""
+    checkpoints = [p for p in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(p)]
+    return str(max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if checkpoints else None
+
+
+def check_unused(folder: str | Path) -> None:
+    """Raise BadInput where a new run would be mixed with the checkpoints, rollouts or weights of an earlier one."""
+    patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "completions/*.parquet", "*.safetensors", "trainer_state.json")
+    traces = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
+    if traces:
+        raise BadInput(
+            f"output_dir: {folder} has an earlier run's {traces[0].name}; expected a folder without one: go on with "
+            "that run by --resume_from_checkpoint latest, or name another --output_dir"
+        )
+
+
+def finished(checkpoint: str, max_steps: int, epochs: float) -> bool:
+    """Whether the run that saved `checkpoint` has taken all its steps, and is asked for no more of them now."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    if max_steps > 0:
+        return state["global_step"] >= max_steps
+    return state["global_step"] >= state["max_steps"] and epochs <= state["num_train_epochs"]
+
+
+def copy_result(checkpoint: str, folder: str | Path) -> None:
+    """The model of a finished run's last checkpoint as the run's result, if it ended before that was saved."""
+    if any(Path(folder).glob("*.safetensors")):
+        return
+    ours = {STATE, "trainer_state.json"}
+    for pattern in RESULT_FILES:
+        for path in Path(checkpoint).glob(pattern):
+            if path.name not in ours and not path.name.startswith("generation_rank_"):
+                shutil.copy2(path, folder)
+
+
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Whether an error comes from a full disk, a quota or a limit on file sizes, by whichever library wrote."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    words = [f"(os error {number})" for number in numbers] + [os.strerror(number) for number in numbers]
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in numbers or any(word in str(cause) for word in words):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return shutil.disk_usage(folder).free < 2**20  # torch.save tells no more than that writing failed

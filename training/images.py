@@ -1,0 +1,108 @@
+"""Batches in which some rows have images and others none, on one process or across several."""
+
+from typing import Any
+
+import PIL.Image
+import torch
+from accelerate.utils import DistributedType
+from transformers import ProcessorMixin
+from trl.trainer.utils import split_pixel_values_by_grid
+
+from data.rows import BadInput
+from training.batch import merge_images
+from training.vllm import placeholders
+
+
+class MixedImages:
+    """A mixin of GRPOTrainer. TRL 1.16 takes images in every row of a batch or in none."""
+
+    def _tokenize_prompts(self, prompts):
+        """TRL marks a row without images by None, which processors refuse beside rows that have some."""
+        prompt_ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None:
+            images = [row_images or [] for row_images in images]
+            if self.use_vllm and self.vllm_mode == "colocate":
+                self.vllm_generation.placeholder_ids = placeholders(self, prompts)
+        return prompt_ids, images, fields
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, num_images=None, **kwargs
+    ):
+        """The vision tower can't take an empty batch, so a chunk without any image must not reach it. Where the model
+        is sharded it must, because every process gathers each layer's weights: there such a chunk sees a blank image in
+        a row of its own, whose outputs are dropped."""
+        flags = {name: kwargs.pop(name, False) for name in ("compute_entropy", "compute_aux_loss")}
+        blank = self._blank_image() if self._every_process_must_see else None
+        if (num_images is None and blank is None) or (num_images is not None and all(num_images)):
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **flags, **kwargs
+            )
+        fields = {name: value for name, value in kwargs.items() if value is not None}
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, **fields}
+        if num_images is not None:
+            rows = split_pixel_values_by_grid({**rows, "num_images": num_images})
+        size = batch_size or len(input_ids)
+        if "pixel_values" in rows and not isinstance(rows["pixel_values"], list) and size < len(input_ids):
+            raise BadInput(
+                f"{type(self.accelerator.unwrap_model(model)).__name__}: rows with and without images in one batch are "
+                "supported for models with image_grid_thw (the Qwen-VL family); give every row an image, or none"
+            )
+        parts = []
+        for start in range(0, len(input_ids), size):
+            chunk = merge_images({name: value[start : start + size] for name, value in rows.items()})
+            n = len(chunk["input_ids"])
+            if blank is not None and "pixel_values" not in chunk:
+                chunk = add_row(chunk, blank, logits_to_keep, self._tokenizer.pad_token_id)
+            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                model, chunk.pop("input_ids"), chunk.pop("attention_mask"), logits_to_keep, **flags, **chunk
+            )
+            parts.append((logps[:n], entropies if entropies is None else entropies[:n], aux_loss))
+        logps, entropies, aux_losses = zip(*parts, strict=True)
+        return (
+            torch.cat(logps),
+            torch.cat(entropies) if entropies[0] is not None else None,
+            torch.stack(aux_losses).mean() if aux_losses[0] is not None else None,
+        )
+
+    @property
+    def _every_process_must_see(self) -> bool:
+        """Each forward pass gathers the weights of the vision tower from all processes."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        zero3 = plugin is not None and plugin.zero_stage == 3
+        sharded = zero3 or self.accelerator.distributed_type == DistributedType.FSDP
+        return sharded and self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
+
+    def _blank_image(self) -> dict[str, Any]:
+        """The shortest prompt with an image: its fields (1, ...) as the model takes them."""
+        if self._blank is None:
+            message = {
+                "role": "user",
+                "content": [{"type": "image", "image": PIL.Image.new("RGB", (28, 28))}, {"type": "text", "text": "."}],
+            }
+            fields = self.processing_class.apply_chat_template(
+                [[message]], tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            self._blank = {name: value.to(self.accelerator.device) for name, value in fields.items()}
+        return self._blank
+
+    _blank: dict[str, Any] | None = None
+
+
+def add_row(chunk: dict[str, Any], row: dict[str, Any], completion: int, pad_token_id: int) -> dict[str, Any]:
+    """`chunk`, whose rows end in `completion` columns and have no image, with one more row: a prompt with an image and
+    an empty completion."""
+    prompt = chunk["input_ids"].size(1) - completion
+    width = max(prompt, row["input_ids"].size(1))
+
+    def widen(rows: torch.Tensor, value: int, to: int) -> torch.Tensor:
+        return torch.nn.functional.pad(rows, (to - rows.size(1), 0), value=value)
+
+    wider = {**chunk, **{name: value for name, value in row.items() if not name.endswith("token_type_ids")}}
+    for name in ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"):
+        value = pad_token_id if name == "input_ids" else 0
+        if name in row:
+            rows = chunk[name] if name in chunk else torch.zeros_like(chunk["input_ids"])
+            last = torch.nn.functional.pad(row[name], (0, completion), value=value)
+            total = width + completion
+            wider[name] = torch.cat([widen(rows, value, total), widen(last, value, total).to(rows.dtype)])
+    return {**wider, "num_images": [0] * len(chunk["input_ids"]) + [1]}

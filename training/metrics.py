@@ -1,0 +1,117 @@
+"""What a step is measured by: pure functions of groups, items, texts and rewards. docs/reference.md explains the names.
+
+Each returns metric name -> mean over all processes' rollouts; a metric with nothing to average is left out.
+"""
+
+import io
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import verify
+from recycle import Counts, Group, Item, question_only
+
+OTHER_VERDICT = {"Yes": "No", "No": "Yes", "A": "B", "B": "A"}
+
+
+def policy_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Accuracy, pass@G and share of unboxed answers of the policy's rollouts; unscorable ones are left out."""
+    scored = [[r for r in group.rollouts if r.correct is not None] for group in groups]
+    return means(
+        {
+            "policy/accuracy": [r.correct for group in scored for r in group],
+            "policy/pass_at_g": [any(r.correct for r in group) for group in scored if group],
+            "policy/unboxed": [r.answer is None for group in groups for r in group.rollouts],
+        }
+    )
+
+
+def recycling_metrics(items: Sequence[Item], counts: Counts, num_generations: int, seconds: float) -> dict[str, float]:
+    """What was recycled in the step, and what was not."""
+    metrics = {
+        "recycle/items": len(items),
+        "recycle/rows": len(items) * num_generations,
+        "recycle/unused": counts.unused,
+        "recycle/skipped": sum(counts.skipped.values()),
+        "recycle/seconds": seconds,
+    }
+    blind = question_only(items)
+    return metrics if blind is None else {**metrics, "judge/pointwise/question_only": blind}
+
+
+def judge_metrics(items: Sequence[Item], texts: Sequence[str], rewards: Sequence[float | None]) -> dict[str, float]:
+    """Of the recycled rollouts.
+
+    Args:
+        items: (n*G,) the item that each rollout answers.
+        texts: (n*G,) what was written.
+        rewards: (n*G,) 0 or 1, None where the verifier has no opinion.
+    """
+    values = defaultdict(list)
+    for item, text, reward in zip(items, texts, rewards, strict=True):
+        if item.task == "reflection":
+            if reward is not None:
+                values["reflection/fix_rate"].append(reward)
+            continue
+        verdict = verify.parse_verdict(text)
+        readable = verdict in (item.label, OTHER_VERDICT[item.label])
+        values["judge/unparsed"].append(not readable)
+        values[f"judge/{item.task}/accuracy"].append(reward)
+        if item.task == "pairwise":
+            values["judge/pairwise/first_rate"] += [verdict == "A"] * readable
+        else:
+            right = item.responses[0].correct
+            values["judge/pointwise/label_rate"].append(right)
+            values["judge/pointwise/positive_rate"] += [(verdict == item.label) == right] * readable
+            values["on right" if right else "on wrong"].append(reward)
+    sides = [values.pop(side, []) for side in ("on right", "on wrong")]
+    if all(sides):
+        values["judge/pointwise/balanced_accuracy"] = [sum(sum(side) / len(side) for side in sides) / 2]
+    return means(values)
+
+
+def means(values: dict[str, list]) -> dict[str, float]:
+    """The mean of each list that has any values."""
+    return {name: sum(numbers) / len(numbers) for name, numbers in values.items() if numbers}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of recycled rollouts
+
+
+def recycled_table(
+    items: Sequence[Item], texts: Sequence[str], rewards: Sequence[float | None], advantages: Sequence[float]
+) -> list[dict[str, Any]]:
+    """A row a recycled rollout; the images stand in the first row of each item."""
+    rows = []
+    for i, (item, text, reward, advantage) in enumerate(zip(items, texts, rewards, advantages, strict=True)):
+        first = i == 0 or items[i - 1] is not item
+        rows.append(
+            {
+                "task": item.task,
+                "prompt": verify.last_text(item.prompt),
+                "completion": text,
+                "label": item.label,
+                "reward": reward,
+                "advantage": advantage,
+                "shown_correct": [response.correct for response in item.responses],
+                "images": [thumbnail(image) for image in images_of(item.group.row)] if first else [],
+            }
+        )
+    return rows
+
+
+def images_of(row: dict[str, Any]) -> list:
+    """The row's images as a list, from TRL's `images` or `image` column."""
+    if row.get("images") is not None:
+        return row["images"]
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def thumbnail(image, size: int = 256) -> bytes:
+    """A PNG of at most `size` pixels a side."""
+    small = image.copy()
+    small.thumbnail((size, size))
+    with io.BytesIO() as buffer:
+        small.convert("RGB").save(buffer, format="PNG")
+        return buffer.getvalue()

@@ -1,0 +1,140 @@
+"""TRL's vLLM rollouts, for a step with two generations and for images. Used by SparkTrainer where `use_vllm` is on.
+
+What differs from TRL's VLLMGeneration:
+    - Colocated, the G rollouts of a prompt are asked for at once (n=G) and not as G requests, so its images go through
+      the processor and its tokens through the scheduler once. benchmarks/grouped_rollouts.py measures both.
+    - The engine stays awake between the generations of a step: one weight sync, and the recycled prompts find the
+      question's prefix in the cache. It sleeps as soon as the last of them has ended.
+    - The engine gets prompts with one placeholder an image, which it expands itself. TRL 1.16 gives it expanded ones,
+      of which vLLM expands the first image token again (TRL's issue 6294). What it read is compared with what the
+      trainer trains on.
+    - New weights also drop the engine's cache of encoded images, which would be the old vision tower's.
+    - On the CPU the weights go through vLLM's layer-wise reload, because it repacks linear layers after loading.
+"""
+
+from contextlib import contextmanager
+
+from trl.data_utils import prepare_multimodal_messages
+from trl.generation.vllm_generation import VLLMGeneration, empty_cache
+
+from data.rows import BadInput
+
+
+class SparkGeneration(VLLMGeneration):
+    """VLLMGeneration of a SPARK step; `adopt` turns TRL's own object into one (TRL offers no other way).
+
+    Attributes:
+        stay_awake: another generation of the same step follows.
+        placeholder_ids: the next prompts as the engine is to read them (see `placeholders`); None: as they are.
+    """
+
+    @classmethod
+    def adopt(cls, generation: VLLMGeneration, image_token: str | None) -> "SparkGeneration":
+        """`image_token` is never sampled: the forward pass would look for that image, and fail."""
+        generation.__class__ = cls
+        if image_token is not None:
+            kwargs = generation.generation_kwargs
+            generation.generation_kwargs = {**kwargs, "bad_words": [*kwargs.get("bad_words", ()), image_token]}
+        generation.sleeps = generation.asleep = generation.mode == "colocate" and generation.enable_sleep_mode
+        generation.enable_sleep_mode = False  # TRL would sleep after each generation
+        generation.stay_awake = False
+        generation.placeholder_ids = None
+        return generation
+
+    def sync_weights(self) -> None:
+        """The trainer's weights into the engine, woken if it sleeps; what the old ones cached is dropped."""
+        if self.mode == "server":
+            return super().sync_weights()
+        if self.asleep:
+            empty_cache()
+            self.llm.wake_up(tags=["weights"])
+        if self.accelerator.device.type == "cpu":
+            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+            runner.reload_weights(weights_iterator=self._iter_named_params())
+            self._repack_embeddings(runner.model)
+            self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()
+        self.llm.llm_engine.reset_encoder_cache()  # what the old vision tower made of the images: TRL leaves it
+        if self.asleep:
+            self.llm.wake_up(tags=["kv_cache"])
+            self.asleep = False
+
+    @staticmethod
+    def _repack_embeddings(model) -> None:
+        """An output layer tied to the embeddings computes with a packed copy of them, which the reload leaves old."""
+        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        for layer in model.modules():
+            if isinstance(layer, VocabParallelEmbedding):
+                layer.quant_method.process_weights_after_loading(layer)
+
+    def sleep(self) -> None:
+        """Free the engine's memory for the optimizer step (level 2: the weights are sent anew in the next step)."""
+        if self.sleeps and not self.asleep:
+            self.llm.sleep(level=2)
+            self.asleep = True
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        """As VLLMGeneration.generate; whole groups (G equal rows in a row, never straddling processes) go as one."""
+        images = images and [row_images or None for row_images in images]
+        if self.mode == "server":
+            return super().generate(prompts, images, num_generations, profiler)
+        if self.asleep:  # an evaluation after a step that has put the engine to sleep
+            self.sync_weights()
+        requests, self.placeholder_ids = self.placeholder_ids or prompts, None
+        first = self.accelerator.process_index * len(prompts)
+        whole = first % num_generations == 0 and len(prompts) % num_generations == 0
+        if whole and self.tensor_parallel_size == 1:  # across a tensor-parallel group TRL slices by row
+            with self._samples_per_prompt(num_generations):
+                every = slice(None, None, num_generations)
+                read, *rollouts = super().generate(requests[every], images and images[every], num_generations, profiler)
+            read = [ids for ids in read for _ in range(num_generations)]
+        else:
+            read, *rollouts = super().generate(requests, images, num_generations, profiler)
+        if requests is not prompts and read != prompts:
+            n_read, n_prompt = (sum(map(len, ids)) for ids in (read, prompts))
+            raise BadInput(
+                f"vLLM read {n_read} prompt tokens where the trainer has {n_prompt}: it expands the images of "
+                f"{type(self.processing_class).__name__} differently; expected the processor's files beside the "
+                "model's weights, or use_vllm: false"
+            )
+        if not self.stay_awake:
+            self.sleep()
+        return read, *rollouts
+
+    @contextmanager
+    def _samples_per_prompt(self, n: int):
+        """TRL asks for one rollout a row; `generation_kwargs` is where it lets that be said otherwise."""
+        before = self.generation_kwargs
+        self.generation_kwargs = {**before, "n": n}
+        try:
+            yield
+        finally:
+            self.generation_kwargs = before
+
+
+def placeholders(trainer, prompts: list) -> list[list[int]]:
+    """Token ids of chat prompts with one placeholder an image, rendered as TRL renders them."""
+    texts = trainer.processing_class.apply_chat_template(
+        [prepare_multimodal_messages(prompt) for prompt in prompts],
+        tools=trainer.tools or None,
+        chat_template=trainer.chat_template,
+        add_generation_prompt=True,
+        tokenize=False,
+        **trainer.chat_template_kwargs,
+    )
+    tokenizer = trainer.processing_class.tokenizer
+    has_bos = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)  # from the template
+    return tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]
+
+
+def check_server(generation: VLLMGeneration, longest: int) -> None:
+    """Raise ValueError where a vLLM server takes fewer tokens than the longest prompt with its completion."""
+    client = generation.vllm_client
+    served = client.get_server_info()["model_config"]["max_model_len"]
+    if served < longest:
+        raise ValueError(
+            f"{client.base_url}: takes {served} tokens, expected {longest}; restart it with --max-model-len {longest}, "
+            f"or set vllm_max_model_length: {served} (longer recycled prompts are skipped)"
+        )
