@@ -53,6 +53,7 @@ from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
 from training.checkpoint import NotSaved, SafeCheckpoints, check_unused, copy_result, finished, last_checkpoint
 from training.images import MixedImages
 from training.metrics import images_of, judge_metrics, policy_metrics, recycled_table, recycling_metrics
+from training.model_card import SparkModelCard
 from training.rewards import JudgingRewards
 from training.vllm import SparkGeneration, check_server
 
@@ -112,6 +113,11 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         return self.entropy_coef != 0 or self.use_adaptive_entropy
 
     @property
+    def has_extra_terms(self) -> bool:
+        """More than its advantage decides a row's gradient."""
+        return self.beta != 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
+
+    @property
     def longest_rows(self) -> tuple[int, int]:
         """Tokens of a policy row and of a recycled row at most: the latter also quotes one rollout or two, and asks."""
         policy = self.max_prompt_length + self.max_completion_length
@@ -119,7 +125,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
 
 
-class SparkTrainer(MixedImages, SafeCheckpoints, GRPOTrainer):
+class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
     What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, always by super():
@@ -173,7 +179,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, GRPOTrainer):
         self._rewards = JudgingRewards(reward_funcs, args.recycle_ratio > 0, args.correct_at)
         super().__init__(model, self._rewards.functions, args, *rest, **kwargs)
         self.log_multimodal = False  # TRL gathers images only from processes that have some; `_log_images` from all
-        exact = not (self.beta or args.has_entropy_bonus or self.aux_loss_enabled or args.top_entropy_quantile < 1)
+        exact = not (args.has_extra_terms or self.aux_loss_enabled)
         if args.drop_zero_advantage and not exact:
             raise ValueError(
                 "drop_zero_advantage: expected false where more than the advantage enters the loss (beta, entropy "
@@ -541,11 +547,12 @@ def main() -> None:
         resume = where_to_start(args)
     processor = None
     try:
+        if launch is not None:
+            plan.announce_fetch(model.model_name_or_path)
         processor = AutoProcessor.from_pretrained(
             model.model_name_or_path,
             revision=model.model_revision,
             padding_side="left",
-            local_files_only=launch is not None,
         )
     except (OSError, ValueError) as error:
         if launch is None:

@@ -28,7 +28,8 @@ def test_a_healthy_run_says_nothing():
 @pytest.mark.parametrize(
     ("changes", "name", "says"),
     [
-        ({"reward": 0.0}, "constant reward", "has been 0 in all of the last 20 steps"),
+        ({"reward": 0.0}, "constant reward", "has been 0 in all of the last 20 logs"),
+        ({"reward": None, "judge__pairwise__first_rate": None}, "nothing scorable", "no rollout could be scored"),
         ({"frac_reward_zero_std": 1.0}, "no mixed group", "no question had right and wrong rollouts"),
         ({"policy__unboxed": 0.6}, "unboxed", "60% of the rollouts"),
         ({"judge__pointwise__positive_rate": 0.97}, "pointwise", "says correct in 97%"),
@@ -40,6 +41,12 @@ def test_each_trouble_has_its_line(changes, name, says):
     found = troubles(history(**changes))
     assert list(found) == [name]
     assert says in found[name]
+
+
+def test_a_log_with_nothing_scorable_in_between_changes_nothing():
+    rows = history()
+    rows[3] = dict.fromkeys(rows[3])
+    assert troubles(rows) == {}
 
 
 def test_a_trouble_is_told_once_and_again_when_it_comes_back(capsys):

@@ -1,14 +1,20 @@
 """Recipes and accelerate configs as they are, the models they name by their published sizes, and --plan."""
 
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
 import train_spark
+from data.tiny_model import OUTPUT
 from train_spark import DataArguments, SparkConfig, SparkTrainer
 from training import plan
 
@@ -105,12 +111,17 @@ def test_the_paper_in_its_recipe():
     launch = plan.Launch(8, "zero3")
     data, args, model = parse(["--config", "recipes/spark_vl_7b.yaml"], launch)
     counts = plan.steps(plan.settings(data, args, model, launch, None, 38_870))
-    assert (counts.prompts, counts.rollouts, counts.optimizer_steps) == (64, 512, 1)
+    # The release takes 8 steps of 64 samples on the 512 rollouts, and 8 on as many recycled ones.
+    assert (counts.prompts, counts.rollouts, counts.recycled_rollouts, counts.optimizer_steps) == (64, 512, 512, 16)
+    assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
     assert (args.num_generations, args.temperature, args.epsilon) == (8, 1.0, 0.2)
     assert (args.max_prompt_length, args.max_completion_length, data.max_pixels) == (8192, 768, 1_048_576)
     assert (args.learning_rate, args.beta, args.num_train_epochs, args.bf16) == (5e-7, 0.001, 2, True)
     assert args.use_vllm and args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
-    assert parse(["--config", "recipes/spark_vl_32b.yaml"], plan.Launch(16))[1].max_completion_length == 1024
+    for name, processes in (("spark_vl_32b", 16), ("spark_7b", 8)):
+        data, args, model = parse(["--config", f"recipes/{name}.yaml"], plan.Launch(processes))
+        counts = plan.steps(plan.settings(data, args, model, plan.Launch(processes), None, 38_870))
+        assert (counts.rollouts, counts.optimizer_steps, args.max_completion_length) == (512, 16, 1024)
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -208,12 +219,12 @@ def test_plan_by_hand(tmp_path, monkeypatch, capsys):
         re.split(r"\s{2,}", line.strip())[0]: re.split(r"\s{2,}", line.strip())[1:] for line in printed.split("\n")
     }
 
-    # 4 rows x 8 GPUs x 16 = 512 rollouts, 64 prompts; 200 // 64 = 3 an epoch, 6 in two; one optimizer step each.
+    # 4 rows x 8 GPUs x 16 = 512 rollouts, 64 prompts; 200 // 64 = 3 an epoch, 6 in two; 16 optimizer steps each.
     assert lines["prompts"] == ["64", "384"]
     assert lines["rollouts"] == ["512", "3,072"]
     assert lines["recycled prompts, at most"] == ["64", "384"]
     assert lines["recycled rollouts, at most"] == ["512", "3,072"]
-    assert lines["optimizer steps"] == ["1", "6"]
+    assert lines["optimizer steps"] == ["16", "96"]
     assert lines["tokens generated, at most"] == ["786,432", "4,718,592"]  # 1,024 x 768
     # 512 x (8,192 + 768) + 512 x (8,192 + 2 x 768 + 128 + 768)
     assert lines["tokens trained on, at most"] == ["10,027,008", "60,162,048"]
@@ -222,7 +233,10 @@ def test_plan_by_hand(tmp_path, monkeypatch, capsys):
     assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
     assert lines["optimizer"] == ["11.6"]
     assert lines["refused"] == ["nothing"]
-    assert "fits on a GPU of 48 GiB" in printed
+    # 64 rows of 1,337 visual tokens of 4 patches of 1,176 float32 values; kept of 8 questions, twice, and of a pass.
+    assert lines["pixels"] == ["1.5"]
+    assert lines["kept pixels"] == ["0.5"]
+    assert "fits on a GPU of 80 GiB" in printed
 
 
 @pytest.mark.parametrize(
@@ -258,6 +272,48 @@ def test_plan_without_model_and_data(monkeypatch, capsys):
         command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
     assert ended.value.code == 0
     assert capsys.readouterr().out == ""
+
+
+def test_plan_fetches_config_and_processor_but_no_weights(tmp_path):
+    """On a machine that has nothing of the model yet: the real hub client, against a server with the small model."""
+    asked = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.reply(b"")
+
+        def do_GET(self):
+            self.reply(None)
+
+        def reply(self, body):
+            asked.append(self.path)
+            path = OUTPUT / self.path.rpartition("/")[2]
+            found = "/resolve/" in self.path and path.is_file()
+            content = path.read_bytes() if found else b"[]"
+            self.send_response(200 if found or self.path.startswith("/api/") else 404)
+            headers = {"Content-Length": len(content), "ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40}
+            for name, value in (headers if found else {"Content-Length": 2, "X-Error-Code": "EntryNotFound"}).items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(content if body is None else b"")
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        env = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(tmp_path)}
+        env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--plan"]
+        command += ["--model_name_or_path", "someone/tiny", "--output_dir", str(tmp_path / "run")]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        hub.shutdown()
+    assert run.returncode == 0, run.stderr
+    assert "someone/tiny: fetching its config and its processor's files from the hub, not its weights" in run.stderr
+    assert "Qwen2_5_VLForConditionalGeneration, 1,170,624 parameters" in run.stdout
+    assert "8,000 rows" in run.stdout
+    assert any(path.endswith("/config.json") for path in asked)
+    assert not any("safetensors" in path or path.endswith(".bin") for path in asked)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,15 @@ import functools
 import pytest
 import torch
 from datasets import concatenate_datasets
-from helpers import coin, config, digits
+from helpers import coin, config, digits, history
 from peft import LoraConfig, get_peft_model
 from test_families import TEXT, idefics3
 from trl.trainer.utils import selective_log_softmax
 
+import train_spark
 from data.rows import BadInput
 from data.tiny_model import OUTPUT
+from recycle import recycle
 from train_spark import SparkConfig, SparkTrainer
 from training.vllm import SparkGeneration
 
@@ -73,15 +75,15 @@ def asked(trainer, monkeypatch):
 def test_steps_with_images_and_text(trainer, asked):
     assert isinstance(trainer.vllm_generation, SparkGeneration)
     trainer.train()
-    history = [h for h in trainer.state.log_history if "loss" in h]
-    assert len(history) == 3
+    logs = history(trainer)
+    assert len(logs) == 3
     assert asked["syncs"] == 3  # once a step, for the policy and the recycled prompts
     assert len(asked["requests"]) == 6
     for policy, recycled in zip(asked["requests"][::2], asked["requests"][1::2], strict=True):
         assert policy[1] == recycled[1] == 4
         assert len(policy[0]) == 4  # 16 rows, 4 groups
         assert 1 <= len(recycled[0]) <= 4
-    for h in history:
+    for h in logs:
         assert h["recycle/items"] > 0
         assert h["sampling/sampling_logp_difference/mean"] < 1e-5  # else other weights, or an image read otherwise
 
@@ -91,9 +93,10 @@ def conversation(row):
     return [{"role": "user", "content": [*parts, {"type": "text", "text": row["prompt"][-1]["content"]}]}]
 
 
-def greedy(trainer, prompts, images):
-    """Token ids and their log-probabilities by the engine, and the trainer's log-probabilities of the same tokens."""
+def greedy(trainer, conversations):
+    """Token ids by the engine, and their log-probabilities."""
     generation = trainer.vllm_generation
+    prompts, images, _ = trainer._tokenize_prompts(conversations)
     generation.temperature, before = 0.0, generation.temperature
     try:
         _, tokens, logprobs, _ = generation.generate(prompts, images, 1)
@@ -134,10 +137,8 @@ def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypat
     """New weights of the vision tower count too for images that the engine has seen before; an adapter goes merged."""
     rows = [*digits(4, {"sum"})] if part == "model.visual" else [*digits(2, {"sum"}), *digits(2, {"plus"})]
     conversations = [conversation(row) for row in rows]
-    _, images, fields = trainer._tokenize_prompts(conversations)
-    prompts = fields["placeholders"]
     trainer.vllm_generation.sync_weights()
-    old_logprobs = greedy(trainer, prompts, images)[1]
+    old_logprobs = greedy(trainer, conversations)[1]
 
     start = copy.deepcopy(trainer.model.state_dict())
     own = trainer.model
@@ -154,9 +155,9 @@ def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypat
             elif "lora_B" in name:  # zero at the start
                 parameter += noise * torch.randn_like(parameter)
     try:
-        assert greedy(trainer, prompts, images)[1] == old_logprobs  # not yet
+        assert greedy(trainer, conversations)[1] == old_logprobs  # not yet
         trainer.vllm_generation.sync_weights()
-        tokens, logprobs = greedy(trainer, prompts, images)
+        tokens, logprobs = greedy(trainer, conversations)
         new_weights = trainers_logprobs(trainer, conversations, tokens)
     finally:
         monkeypatch.undo()
@@ -177,8 +178,26 @@ def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypat
 def test_an_image_that_the_engine_reads_otherwise_is_refused(trainer, monkeypatch):
     image_processor = trainer.processing_class.image_processor
     monkeypatch.setattr(image_processor, "size", {"shortest_edge": 28**2 * 16, "longest_edge": 28**2 * 16})
-    with pytest.raises(BadInput, match=r"vLLM read \d+ prompt tokens where the trainer has \d+: qwen2_5_vl"):
+    with pytest.raises(BadInput, match=r"vLLM read \d+ prompt tokens where the trainer has \d+"):
         trainer._generate([conversation(row) for row in digits(4, {"sum"}) for _ in range(4)])
+
+
+def test_no_rollout_makes_up_an_image(trainer, monkeypatch):
+    """The forward pass would look for an image behind the token; here all rollouts would be nothing but such tokens."""
+    image_token = trainer.model.config.image_token_id
+    head = trainer.model.lm_head.weight
+    before = head.detach().clone()
+    with torch.no_grad():
+        head[image_token] = 50 * head[trainer.processing_class.tokenizer.eos_token_id]
+    try:
+        trainer.vllm_generation.sync_weights()
+        trainer.model.train()
+        batch = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(4)][:16])
+        assert not (batch["completion_ids"] == image_token).any()
+    finally:
+        with torch.no_grad():
+            head.copy_(before)
+        trainer.vllm_generation.sync_weights()
 
 
 def test_a_group_is_one_request_and_rows_keep_their_place(trainer, asked):
@@ -198,12 +217,17 @@ def test_a_group_is_one_request_and_rows_keep_their_place(trainer, asked):
 def test_what_does_not_fit_is_skipped_and_counted(trainer, monkeypatch):
     assert trainer.vllm_generation.llm.llm_engine.model_config.max_model_len == 256 + 3 * 48 + 512
     monkeypatch.setattr(trainer, "_longest_prompt", trainer._longest_instruction + 60)  # text fits, images do not
-    seen = []
-    monkeypatch.setattr(trainer, "_log_recycling", lambda items, counts, seconds: seen.append((items, counts)))
+    recycled = []
+
+    def recording(*args):
+        recycled.append(recycle(*args))
+        return recycled[-1]
+
+    monkeypatch.setattr(train_spark, "recycle", recording)
     trainer.model.train()
     batch = [row for row in trainer.train_dataset for _ in range(4)]
     trainer._generate_and_score_completions(batch)
-    ((items, counts),) = seen
+    ((items, counts),) = recycled
     assert counts.skipped["overlong"] > 0
     assert items
     lengths = trainer._tokenize_prompts([item.prompt for item in items])[0]
@@ -227,7 +251,7 @@ def test_another_family(tmp_path, processor, engine):
         processing_class=own_processor,
     )
     trainer.train()
-    for h in [h for h in trainer.state.log_history if "loss" in h]:
+    for h in history(trainer):
         assert h["recycle/items"] > 0
         assert h["sampling/sampling_logp_difference/max"] < 1e-4
         assert h["recycle/sampling/sampling_logp_difference/max"] < 1e-4

@@ -16,7 +16,8 @@ from helpers import coin, config, sums
 from safetensors.torch import load_file
 
 from data.digits import digit_rows
-from train_spark import SparkConfig, SparkTrainer, last_checkpoint
+from train_spark import SparkConfig, SparkTrainer
+from training.checkpoint import last_checkpoint
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
 SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"

@@ -818,6 +818,32 @@ def test_images_are_decoded_as_often_as_by_trl_and_kept_once_a_question(tmp_path
     assert len({p.data_ptr() for p in pixels}) == 4 < len(pixels)  # 16 rollouts of 4 questions, and the recycled ones
 
 
+def test_the_model_card_tells_what_was_trained(tmp_path, processor, vision_model):
+    trainer = SparkTrainer(
+        vision_model,
+        args=config(SparkConfig, tmp_path / "run", max_steps=1),
+        train_dataset=mixed(8),
+        processing_class=processor,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_model(str(tmp_path / "elsewhere"))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (tmp_path / "elsewhere" / "README.md").read_text() == card
+    accuracy = history(trainer)[0]["policy/accuracy"]
+    for part in (
+        "A local Qwen2_5_VLForConditionalGeneration trained with [SPARK",
+        "arXiv:2509.22624",
+        f"| answers right, mean of the last 10 logs | {accuracy:.3f} |",
+        f"python evaluate.py --model {tmp_path / 'run'} --benchmark",
+        "Please first conduct reasoning",
+        'pipeline("image-text-to-text"',
+    ):
+        assert part in card
+    for part in ("None", "DeepSeekMath", "time machine"):
+        assert part not in card
+
+
 def test_metrics_against_a_case_by_hand():
     """Two pointwise items (one right, one wrong candidate), one pair and one reflection, four rollouts each."""
     items = items_of(

@@ -40,14 +40,19 @@ def troubles(history: list[dict[str, float]]) -> dict[str, str]:
 
     found = {}
     rewards = series("reward")
-    if len(rewards) == len(history) and max(rewards) == min(rewards):
+    if not rewards:
+        found["nothing scorable"] = (
+            f"no rollout could be scored in the last {len(history)} logs: what does the first reward function expect "
+            "in the solution column?"
+        )
+    elif len(rewards) == len(history) and max(rewards) == min(rewards):
         found["constant reward"] = (
-            f"the policy's reward has been {rewards[-1]:g} in all of the last {len(history)} steps: there is "
+            f"the policy's reward has been {rewards[-1]:g} in all of the last {len(history)} logs: there is "
             "nothing to learn from. Look at the completions: unboxed, cut off (max_completion_length), or other golds?"
         )
     elif len(unmixed := series("frac_reward_zero_std")) == len(history) and min(unmixed) == 1:
         found["no mixed group"] = (
-            f"no question had right and wrong rollouts in the last {len(history)} steps: the policy gets no gradient "
+            f"no question had right and wrong rollouts in the last {len(history)} logs: the policy gets no gradient "
             "and there are no pairs. Take questions it sometimes gets right (python -m data.filter), or more rollouts."
         )
     if (unboxed := mean("policy/unboxed")) > 0.5 and series("policy/unboxed"):

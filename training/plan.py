@@ -11,6 +11,7 @@ from the real architecture (`memory` has a formula a line); expect it to be 20 %
 import argparse
 import math
 import os
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -55,18 +56,18 @@ class Architecture:
     vision_hidden: int = 0
     pixels_per_token: int = 0  # of a visual token of the text model
     patches_per_token: int = 0
+    patch_values: int = 0  # numbers that a patch is
 
 
 @dataclass(frozen=True)
 class Run:
-    """The settings that count. Micro-steps are the recipe's; `recycle_passes` is what each has for recycled rows."""
+    """The settings that count."""
 
     launch: Launch
     per_device: int
     accumulation: int
     steps_per_generation: int
     num_iterations: int
-    recycle_passes: int
     num_generations: int
     recycle_ratio: float
     prompt_tokens: int
@@ -86,6 +87,8 @@ class Run:
     engine_share: float | None  # of each GPU; None without a colocated engine
     engine_parallel: int
     engine_sleeps: bool
+    scores: bool  # computes log-probabilities between rolling out and training
+    drops_rows: bool  # leaves rows without gradient out of the passes
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ def architecture(config, peft_config=None) -> Architecture:
             "vision_hidden": vision.hidden_size,
             "pixels_per_token": vision.patch_size**2 * merged,
             "patches_per_token": merged,
+            "patch_values": vision.patch_size**2 * vision.in_channels * vision.temporal_patch_size,
         }
     return Architecture(**sizes)
 
@@ -181,7 +185,6 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
         accumulation=args.gradient_accumulation_steps,
         steps_per_generation=args.steps_per_generation,
         num_iterations=args.num_iterations,
-        recycle_passes=args.recycle_micro_steps,
         num_generations=args.num_generations,
         recycle_ratio=args.recycle_ratio,
         prompt_tokens=args.max_prompt_length,
@@ -201,6 +204,10 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
         engine_share=args.vllm_gpu_memory_utilization if colocated else None,
         engine_parallel=args.vllm_tensor_parallel_size,
         engine_sleeps=args.vllm_enable_sleep_mode,
+        scores=args.beta != 0
+        or (args.use_vllm and args.vllm_importance_sampling_correction)
+        or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0,
+        drops_rows=args.recycle_ratio > 0 and args.drop_zero_advantage is not False and not args.has_extra_terms,
     )
 
 
@@ -214,7 +221,7 @@ def steps(run: Run) -> Steps:
     rollouts            per_device x processes x steps_per_generation
     prompts             rollouts / num_generations
     recycled prompts    recycle_ratio x prompts, rounded down so that their rollouts divide over the processes
-    optimizer steps     steps_per_generation x num_iterations / accumulation (passes of recycling cancel out)
+    optimizer steps     steps_per_generation x num_iterations / accumulation
     in total            max_steps, or epochs x those of an epoch, where a last incomplete generation batch is dropped
     """
     world = run.launch.processes
@@ -258,11 +265,15 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
                    + tokens x (8 hidden + 4 intermediate) x 2   (all of them without checkpointing); the vision tower
                                                                 the same over its patches
     head           one tile of logits x 2 (fused: they are never whole), + 4 x vocabulary x hidden for its gradient
-    cache          rows of a generation x longest row x 4 x layers x kv width        generate() without vLLM
+    scoring        one layer's activations, its tile of logits  log-probabilities without gradient, of per_device rows
+    pixels         rows of a generation x patches x patch size x 4 bytes        as TRL makes them: once a rollout
+    kept pixels    the same / num_generations, x (1 + ratio)    through training: once a question, and a pass's copy
+    cache          rows of a generation x longest row x 4 x layers x kv width        generate() without vLLM, and one
+                   + rows x prompt x (8 hidden + 4 intermediate) x 2                 layer's activations of the prompts
     engine         weights in 2 bytes / tensor parallel + a longest row's cache + 2 GiB: the least that vLLM needs
 
-    A LoRA adapter is float32, except under ZeRO-3. Tokens of a pass: per_device policy rows, or per_device x ratio /
-    passes recycled ones (at least one), whichever is more; all at their longest, with an image of max_pixels in each.
+    A LoRA adapter is float32, except under ZeRO-3. A pass holds no more tokens than per_device policy rows at their
+    longest, or one longest recycled row if that is more; an image of max_pixels in each row.
     """
     sharding, world = run.launch.sharding, run.launch.processes
     deepspeed = sharding in ("zero2", "zero3")
@@ -276,26 +287,35 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
 
     longest = run.recycled_tokens if run.recycle_ratio > 0 else run.policy_tokens
-    recycled_rows = run.per_device * run.recycle_ratio / run.recycle_passes
-    rows = max(run.per_device, recycled_rows)
-    tokens = max(run.per_device * run.policy_tokens, recycled_rows * run.recycled_tokens, longest)
-
-    def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:
-        layer = tokens * (8 * hidden + 4 * intermediate) * compute_bytes
-        return layers * tokens * hidden * residual_bytes + layer if run.checkpointing else layers * layer
+    tokens = max(run.per_device * run.policy_tokens, longest)
+    rows = run.per_device * run.steps_per_generation  # of a process and a generation
 
     visual = 0
     if model.pixels_per_token:
         visual = run.prompt_tokens
         if run.max_pixels is not None:
             visual = min(visual, run.max_pixels // model.pixels_per_token)
-    patches = rows * visual * model.patches_per_token
+    patches = visual * model.patches_per_token  # of an image
+    image = patches * model.patch_values * 4
+
+    def layer(tokens: float, hidden: int, intermediate: int) -> float:
+        return tokens * (8 * hidden + 4 * intermediate) * compute_bytes
+
+    def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:
+        one = layer(tokens, hidden, intermediate)
+        return layers * tokens * hidden * residual_bytes + one if run.checkpointing else layers * one
+
+    vision = (model.vision_hidden, 4 * model.vision_hidden)
     held = activations(model.layers, tokens, model.hidden, model.intermediate)
-    held += activations(model.vision_layers, patches, model.vision_hidden, 4 * model.vision_hidden)
+    held += activations(model.vision_layers, run.per_device * patches, *vision)
+    scoring = max(
+        layer(run.per_device * longest, model.hidden, model.intermediate), layer(run.per_device * patches, *vision)
+    )
 
     tile = min(HEAD_TILE[0], tokens) * min(HEAD_TILE[1], model.vocab) * compute_bytes
-    layer = (model.parameters - 2 * model.vocab * model.hidden) / max(model.layers, 1)
-    cache = 2 * compute_bytes * model.layers * model.kv_width  # of a token: keys and values
+    one_layer = (model.parameters - 2 * model.vocab * model.hidden) / max(model.layers, 1)
+    cached = 2 * compute_bytes * model.layers * model.kv_width  # of a token: keys and values
+    prefill = layer(rows * run.prompt_tokens, model.hidden, model.intermediate)
     moments = 12 if deepspeed and run.half else 2 * trained_bytes
     return {
         "weights": weights / (1 if whole else world),
@@ -303,26 +323,31 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
         "optimizer": model.trained * moments / state_shards,
         "reference": run.reference * model.parameters * weight_bytes / (1 if whole else world),
         "half copies": 2 * model.trained * (sharding == "none" and run.half and run.weight_bytes == 4 and not run.lora),
-        "gathered": 0 if whole else 2 * 2 * max(layer, model.vocab * model.hidden),
+        "gathered": 0 if whole else 2 * 2 * max(one_layer, model.vocab * model.hidden),
         "activations": held,
         "head": 2 * tile + (0 if run.lora else 4 * model.vocab * model.hidden),
-        "cache": 0 if run.engine_share else run.per_device * run.steps_per_generation * longest * cache,
+        "scoring": scoring + 2 * tile if run.scores else 0,
+        "pixels": rows * max(run.recycle_ratio, 1) * image,
+        "kept pixels": rows * image / run.num_generations * (1 + run.recycle_ratio) + run.per_device * image,
+        "cache": 0 if run.engine_share else rows * longest * cached + prefill,
         "engine": 0
         if run.engine_share is None
-        else 2 * model.parameters / run.engine_parallel + longest * cache / run.engine_parallel + ENGINE_OVERHEAD,
+        else 2 * model.parameters / run.engine_parallel + longest * cached / run.engine_parallel + ENGINE_OVERHEAD,
     }
 
 
 def peaks(run: Run, parts: dict[str, float], card: float) -> tuple[float, float]:
     """The most bytes in use while generating and while training, on a GPU of `card` bytes.
 
-    generating    weights, optimizer, reference + cache or the engine's share of the card
-    training      all but cache and engine; the engine's share stays unless it sleeps
+    generating    weights, optimizer, reference + cache, or the engine's share of the card and what is scored beside it:
+                  the engine stays awake until the recycled prompts are answered
+    training      all but cache, engine, pixels and scoring; the engine's share stays unless it sleeps
     """
     share = (run.engine_share or 0) * card
     state = parts["weights"] + parts["optimizer"] + parts["reference"] + OVERHEAD
-    generating = state + parts["cache"] + share
-    working = ("gradients", "half copies", "gathered", "activations", "head")
+    scoring = parts["pixels"] + parts["scoring"] + parts["gathered"]
+    generating = state + max(parts["cache"], share + scoring) + parts["kept pixels"]
+    working = ("gradients", "half copies", "gathered", "activations", "head", "kept pixels")
     training = state + sum(parts[name] for name in working) + (0 if run.engine_sleeps else share)
     return generating, training
 
@@ -367,6 +392,8 @@ def remarks(run: Run) -> list[str]:
         found.append("use_vllm: vLLM is not installed here")
     if run.launch.sharding in ("zero2", "zero3") and not find_spec("deepspeed"):
         found.append("DeepSpeed is not installed here")
+    if run.recycle_ratio > 0 and not run.drops_rows:
+        found.append("drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)")
     if run.weight_bytes == 2 and not run.lora and run.launch.sharding not in ("zero2", "zero3"):
         found.append("dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away")
     return found
@@ -409,6 +436,14 @@ def for_launch(config_class: type, launch: Launch) -> type:
             return launch.processes
 
     return Planned
+
+
+def announce_fetch(model: str) -> None:
+    """Say what is about to come from the hub: a plan needs a model's config and its processor's files, no weights."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if not (os.path.isdir(model) or constants.HF_HUB_OFFLINE or try_to_load_from_cache(model, "config.json")):
+        print(f"{model}: fetching its config and its processor's files from the hub, not its weights", file=sys.stderr)
 
 
 def show(data, args, model, launch: Launch, read) -> list[str]:
