@@ -140,6 +140,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
     | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
     | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
+    | `save_model`, `create_model_card` | a model card of SPARK's | training/model_card.py |
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.

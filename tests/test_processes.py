@@ -11,9 +11,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -171,6 +173,46 @@ def test_sharded_it_is_one_process_with_twice_the_batch(how, kind, alone, tmp_pa
     """DeepSpeed takes float64 only on a CPU without float16 arithmetic."""
     dtype = "float32" if how == "zero3" else "float64"
     assert_same_run(alone(kind, dtype), launch(tmp_path, kind, dtype, 2, how))
+
+
+SMALL = "--config recipes/demo.yaml --num_generations 4 --max_completion_length 16 --save_strategy no".split()
+
+
+def test_the_demos_own_data_trains_on_two_processes(tmp_path):
+    """A quarter of it is text, so that soon one process has no image."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_spark.py"]
+    command += [*SMALL, "--ddp_backend", "gloo", "--max_steps", "4", "--per_device_train_batch_size", "8"]
+    command += ["--output_dir", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_a_process_that_fails_alone_ends_the_run(tmp_path):
+    """The others wait for it in a collective: `accelerate launch` ends them, and the run, within a minute."""
+    rows = []
+    for i in range(4):
+        path = tmp_path / f"{i}.png"
+        PIL.Image.effect_noise((56, 56), 50).save(path)
+        rows.append({"prompt": f"{i}+1?", "solution": str(i + 1), "image": path.name})
+    (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:200])  # found when it is used, by one process
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_spark.py"]
+    command += [*SMALL, "--dataset", str(tmp_path / "rows.json"), "--strict", "true", "--ddp_backend", "gloo"]
+    command += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "run")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr:
+            if "row 2: field image" in line:
+                break
+        else:
+            pytest.fail("the broken image was not found")
+        start = time.monotonic()
+        rest = run.communicate(timeout=240)[1]
+    assert run.returncode != 0
+    assert time.monotonic() - start < 120
+    assert rest.count("row 2: field image") == 0  # one line, by the process that met it
 
 
 if __name__ == "__main__":

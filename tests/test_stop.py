@@ -1,7 +1,6 @@
 """Ends that nobody planned: signals, kill -9, a full disk, a NaN. By the command, as a user meets them."""
 
 import json
-import os
 import random
 import resource
 import signal
@@ -15,6 +14,7 @@ import torch
 from helpers import coin, config, sums
 from safetensors.torch import load_file
 
+import train_spark
 from data.digits import digit_rows
 from train_spark import SparkConfig, SparkTrainer
 from training.checkpoint import last_checkpoint
@@ -38,7 +38,8 @@ def start(tmp_path_factory):
 
     def start(folder: Path, *flags: str, **kwargs) -> subprocess.Popen:
         command = [*COMMAND, *SMALL.split(), "--dataset", str(data), "--output_dir", str(folder), *flags]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **kwargs)
+        kwargs = {"stdout": subprocess.DEVNULL, **kwargs}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **kwargs)
 
     data = folder / "rows.json"
     return start
@@ -150,10 +151,35 @@ def test_a_nan_stops_with_its_batch_saved(where, tmp_path, processor, text_model
     assert any("What is" in row["prompt"] for row in rows)
 
 
-def test_an_incomplete_checkpoint_is_not_resumed(tmp_path):
-    for step, text in ((1, '{"global_step": 1}'), (2, '{"global_'), (3, None)):
-        folder = tmp_path / f"checkpoint-{step}"
-        os.makedirs(folder)
-        if text is not None:
-            (folder / "trainer_state.json").write_text(text)
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(tmp_path, start):
+    """As by a job that is queued again: no further step, the same weights, status 0."""
+    flags = ("--max_steps", "2")
+    first = start(tmp_path, *flags)
+    assert first.wait() == 0, first.stderr.read()
+    weights = load_file(tmp_path / "model.safetensors")
+    for present in (True, False):  # the second time as if it had been killed before its result was saved
+        if not present:
+            (tmp_path / "model.safetensors").unlink()
+        again = start(tmp_path, *flags, stdout=subprocess.PIPE)
+        printed, errors = again.communicate()
+        assert again.returncode == 0, errors
+        assert f"{tmp_path}: finished before" in printed
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        assert_same(tmp_path, weights)
+    further = start(tmp_path, "--max_steps", "3")
+    assert further.wait() == 0, further.stderr.read()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize("trace", ["checkpoint-8/trainer_state.json", "completions/completions_00003.parquet"])
+def test_a_new_run_is_not_mixed_with_an_earlier_one(trace, tmp_path, monkeypatch, capsys):
+    path = tmp_path / trace
+    path.parent.mkdir()
+    path.write_text("{}")
+    monkeypatch.setattr("sys.argv", ["train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        train_spark.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert f"output_dir: {tmp_path} has an earlier run's {trace.split('/')[trace.startswith('completions')]}" in error
+    assert "--resume_from_checkpoint latest" in error and "\n" not in error

@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import ProcessorMixin
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
+PIPELINES = ("text-generation", "image-text-to-text")
 WINDOW = 10  # logs
 FIGURES = {
     "policy/accuracy": "answers right",
