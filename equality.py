@@ -17,11 +17,25 @@ from fractions import Fraction
 
 from calculator import CANNOT_EVALUATE, TooBig, common_factor, evaluate, same_values
 from normalisation import ROW, ZERO_WIDTH, as_words, clean, has_words, squeeze, unwrap_text
-from structure import FLIP, NAME, assignments, intervals, plain_number, split_unit, structure, unit_name, values_of
+from structure import (
+    FLIP,
+    NAME,
+    assignments,
+    intervals,
+    is_named,
+    plain_number,
+    solutions,
+    split_unit,
+    structure,
+    unit_name,
+    values_of,
+)
 
 logger = logging.getLogger(__name__)
 
 MAX_CHARS = 2000  # longer answers are equal only if identical
+DIGITS = 6  # significant digits from which on a decimal may stand for the exact gold that it rounds
+DIGITS_OF_PART = 5  # the same inside a list, tuple or interval, where the other parts must be right too
 MATH_VERIFY_CHARS = 400  # its grammar takes a millisecond for a few characters
 
 in_worker = False  # True in the processes of workers.py
@@ -54,7 +68,7 @@ def decide(pred: str | None, gold: str) -> Result:
         return Result(False, "too long")
     if _PLAIN_NUMBER.fullmatch(pred) and _PLAIN_NUMBER.fullmatch(gold):
         a, b = Fraction(pred), Fraction(gold)
-        return Result(a == b or _rounds_to(a, b, pred, gold), "numbers")
+        return Result(a == b or _same_rounded(a, b, pred, gold), "numbers")
     if not pred.isprintable() and any(
         unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co") and c not in "\t\n\r" for c in pred.translate(ZERO_WIDTH)
     ):
@@ -80,7 +94,7 @@ def decide(pred: str | None, gold: str) -> Result:
     return Result(verdict, "open" if verdict is None else "rules")
 
 
-def _same(pred: str, gold: str) -> bool | None:
+def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
     """Equality of two cleaned answers, by what they are made of."""
     if squeeze(unwrap_text(pred)) == squeeze(unwrap_text(gold)):
         return True
@@ -93,7 +107,7 @@ def _same(pred: str, gold: str) -> bool | None:
     if p_set and g_set and kinds & {"relation", "union", "scalar"} and (kinds != {"relation"} or p_set[0] == g_set[0]):
         return _unordered(p_set[1], g_set[1])
     if kinds == {"scalar"}:
-        return _same_scalar(p_parts[0], g_parts[0])
+        return _same_scalar(p_parts[0], g_parts[0], digits)
     if "list" in kinds and (assignments(*p) or assignments(*g)):
         return _same_assignments(p, g)
     if "relation" in kinds:
@@ -121,7 +135,7 @@ def _same(pred: str, gold: str) -> bool | None:
 
 
 def _ordered(pred: list[str], gold: list[str]) -> bool | None:
-    return len(pred) == len(gold) and _all(map(_same, pred, gold))
+    return len(pred) == len(gold) and _all(_same(p, g, DIGITS_OF_PART) for p, g in zip(pred, gold, strict=True))
 
 
 def _unordered(pred: list[str], gold: list[str]) -> bool | None:
@@ -130,7 +144,7 @@ def _unordered(pred: list[str], gold: list[str]) -> bool | None:
         return False
     left, open_question = list(pred), False
     for g in gold:
-        verdicts = [_same(p, g) for p in left]
+        verdicts = [_same(p, g, DIGITS_OF_PART) for p in left]
         if True in verdicts:
             left.pop(verdicts.index(True))
         elif None in verdicts:
@@ -157,32 +171,29 @@ def _any(verdicts: Iterable[bool | None]) -> bool | None:
 
 
 def _same_assignments(pred: tuple[str, list], gold: tuple[str, list]) -> bool | None:
-    """Solutions of one unknown are an unordered list; of several, a map from name to value."""
+    """Values with names, on one side or on both: the solutions are unordered, the values of one are not."""
     a, b = assignments(*pred), assignments(*gold)
     if a and b:
-        if sorted(name for name, _ in a) != sorted(name for name, _ in b):
-            return False
-        return _unordered([f"({n},{v})" for n, v in a], [f"({n},{v})" for n, v in b])
-    pairs, (kind, parts) = (a, gold) if a else (b, pred)
-    names = [name for name, _ in pairs]
-    if kind == "relation" and parts[1] in (["="], [r"\in"]):  # (x,y) = (1,2), or x \in \{1,2\}
-        left = parts[0][0].strip("()").replace(" ", "").split(",")
-        if left in (names, names[:1]):
-            kind, parts = structure(parts[0][1])
-    one_unknown = len(set(names)) == 1
-    if kind not in (("list", "set") if one_unknown else ("()", "list")):
-        return False
-    values = [value for _, value in (pairs if one_unknown else sorted(pairs))]
-    return (_unordered if one_unknown else _ordered)(*((values, parts) if a else (parts, values)))
+        (p_names, p_rows), (g_names, g_rows) = solutions(a, by_name=True), solutions(b, by_name=True)
+        return p_names == g_names and _unordered([_point(row) for row in p_rows], [_point(row) for row in g_rows])
+    (names, rows), (kind, parts) = solutions(a or b), gold if a else pred
+    if len(rows) == 1 and len(names) > 1:
+        return kind in ("()", "list") and _ordered(*((rows[0], parts) if a else (parts, rows[0])))
+    values = [_point(row) for row in rows]
+    return kind in ("list", "set") and _unordered(*((values, parts) if a else (parts, values)))
+
+
+def _point(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"({','.join(values)})"
 
 
 def _same_relations(pred: list, gold: list) -> bool | None:
     """Two equations or inequalities."""
     (p, p_signs), (g, g_signs) = pred, gold
-    if p_signs == g_signs and ((same := _ordered(p, g)) or len(g) > 2):
+    if p_signs == g_signs and ((same := _all(map(_same, p, g))) or len(g) > 2):
         return same
     if len(p) != 2 or len(g) != 2:  # a chain of equations says one value, of one name
-        if NAME.fullmatch(p[0]) and NAME.fullmatch(g[0]) and squeeze(p[0]) != squeeze(g[0]):
+        if is_named(p[0]) and is_named(g[0]) and squeeze(p[0]) != squeeze(g[0]):
             return False
         p, g = values_of(p, p_signs), values_of(g, g_signs)
         return bool(p and g) and _all(_same(x, g[-1]) for x in p)
@@ -226,7 +237,9 @@ def _same_equation(p_sign: str, pred: list[str], g_sign: str, gold: list[str]) -
 # --------------------------------------------------------------------------- answers of one part
 
 
-_CHOICE_GOLD = re.compile(r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|([A-Z])\s*[.:)]\s*(\S.*)", re.DOTALL)
+_CHOICE_GOLD = re.compile(  # (B), B. or B: x = 5, but not the ratio A:B = 1:2
+    r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|([A-Z])(?:\s*[.)]|:(?![A-Z]\S*=|.*=.*:))\s*(\S.*)", re.DOTALL
+)
 _CHOICE_PRED = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b)?\s*:?\s*)?"
     r"[(\[]?\s*([A-Z])\s*(?:[)\].:]+\s*(.*)|$)",
@@ -258,7 +271,7 @@ def _same_choice(pred: str, gold: str) -> bool | None:
 _RATIO = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)(.*)")
 
 
-def _same_scalar(pred: str, gold: str) -> bool | None:
+def _same_scalar(pred: str, gold: str, digits: int) -> bool | None:
     """Two scalars: words, ratios and times, or quantities."""
     plain = [re.sub(r"\s*\\text\{\s*to\s*\}\s*|(?<=\d) to (?=\d)", ":", t) for t in (pred, gold)]
     p_ratio, g_ratio = (_RATIO.fullmatch(t) for t in plain)
@@ -278,7 +291,7 @@ def _same_scalar(pred: str, gold: str) -> bool | None:
         return words[0] == words[1]
     if _says_empty(gold):
         return _says_empty(pred)
-    return _same_quantity(pred, gold)
+    return _same_quantity(pred, gold, digits)
 
 
 def _says_empty(text: str) -> bool:
@@ -306,7 +319,7 @@ def _same_ratio(pred: str, p_tail: str, gold: str, g_tail: str) -> bool:
     return all(p[i] * g[0] == g[i] * p[0] for i in range(len(p)))
 
 
-def _same_quantity(pred: str, gold: str) -> bool | None:
+def _same_quantity(pred: str, gold: str, digits: int) -> bool | None:
     """Numbers and expressions with units: the same unit, or one of them has none."""
     (p, p_unit), (g, g_unit) = split_unit(pred), split_unit(gold)
     if p_unit and g_unit and p_unit != g_unit:
@@ -320,7 +333,7 @@ def _same_quantity(pred: str, gold: str) -> bool | None:
     if has_words(p) or has_words(g):
         return as_words(pred) == as_words(gold)
     units = {p_unit, g_unit}
-    same = _same_expression(p, g)
+    same = _same_expression(p, g, digits)
     if units != {"", "percent"}:
         return same
     if same:  # the sign may be dropped from a number that exceeds 1
@@ -332,7 +345,7 @@ def _same_quantity(pred: str, gold: str) -> bool | None:
     return _same_expression(*(f"({body})/100" if unit else body for body, unit in ((p, p_unit), (g, g_unit))))
 
 
-def _same_expression(pred: str, gold: str) -> bool | None:
+def _same_expression(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
     """Two expressions without lists, relations or units."""
     if "\\infty" in gold or "\\infty" in pred:
         return gold.replace(" ", "") == pred.replace(" ", "")
@@ -346,27 +359,35 @@ def _same_expression(pred: str, gold: str) -> bool | None:
         a = evaluate(pred)
     except CANNOT_EVALUATE:
         return _last_resort(pred, gold)
-    return same_values(a, b) or (len(a) == 1 and _rounds_to(a[0], b[0], pred, gold))
+    return same_values(a, b) or (len(a) == len(b) == 1 and _same_rounded(a[0], b[0], pred, gold, digits))
 
 
-def _rounds_to(value, target, pred: str, gold: str) -> bool:
-    """Whether the value of `pred` rounds (half up) to that of a decimal `gold`, at the gold's own precision.
+def _same_rounded(p_value, g_value, pred: str, gold: str, digits: int = DIGITS) -> bool:
+    """Whether one of the two is the other one rounded to a decimal.
 
-    Only for golds of two decimals or more; a prediction that is itself a decimal must meet one of
-    three significant digits or more, for 0.254 is not 0.25.
+    A decimal gold is met at its own precision, of two decimals or more; by a prediction that is itself a decimal
+    only from three significant digits on, for 0.254 is not 0.25. An exact gold is met by a decimal of `digits`.
     """
-    decimal = _DECIMAL.fullmatch(gold)
-    if not decimal or len(decimal[1]) < 2:
-        return False
-    digits = len(re.sub(r"\D", "", gold).lstrip("0"))
-    if digits < 3 and _DECIMAL.fullmatch(pred):
-        return False
+    p_decimal, g_decimal = _DECIMAL.fullmatch(pred), _DECIMAL.fullmatch(gold)
+    if g_decimal:
+        enough = len(g_decimal[1]) >= 2 and (not p_decimal or _significant(gold) >= 3)
+        return enough and _rounds_to(p_value, g_value, len(g_decimal[1]))
+    return bool(p_decimal) and _significant(pred) >= digits and _rounds_to(g_value, p_value, len(p_decimal[1]))
+
+
+def _significant(decimal: str) -> int:
+    """Number of significant digits."""
+    return len(re.sub(r"\D", "", decimal).lstrip("0"))
+
+
+def _rounds_to(value, target: Fraction, decimals: int) -> bool:
+    """Whether `value`, rounded half up, is `target`."""
     if not isinstance(value, Fraction):
-        if abs(value.imag) > 1e-12 or not abs(value.real) < 1e12:
+        if abs(value.imag) > 1e-40 or not abs(value.real) < 1e12:
             return False
         value = Fraction(str(value.real))
     sign = -1 if target < 0 else 1
-    return -1 <= (value - target) * sign * 2 * 10 ** len(decimal[1]) < 1
+    return -1 <= (value - target) * sign * 2 * 10**decimals < 1
 
 
 # --------------------------------------------------------------------------- the last resort

@@ -65,6 +65,7 @@ def _rewrites(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
 _BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
     (r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow)\s*\{\s*(\\?[a-zA-Z]+|\d)\s*\}(?<![a-z]{2}\})", r"\1 "),
     (r"\\(?:text)?color\s*\{\w+\}", " "),
+    (r"(?<=\d)(?<!\d{4}),\s*(?:\\!\s*)+(?=\d{3}(?!\d))", ""),  # 11,\! 111 is one number
 )
 _AFTER_COMMANDS = _rewrites(
     (  # x = 2k + 1, k \in \mathbb{Z}

@@ -18,10 +18,15 @@ MAX_ITEMS = 64  # elements of a list, set, tuple or matrix
 _RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\in", r"\approx"}
 FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 _VARIABLE = re.compile(r"(?!\\pi$)\\?[A-Za-z]+(?:_\{?\w\}?)?")
-NAME = re.compile(  # what may stand to the left of "= answer": a name, not an expression
-    r"(?!\\pi$)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?'?|\\text\{[^{}]*\}(?:_\{?\w*\}?)?)(?:\^\{-1\})?(?:\([\w\s,\\]*\))?|"
-    r"\|[^|]+\||m?\\angle [A-Z]+|\\frac\{d\w?\}\{d\w\}|\\overline\{[A-Z]+\}|\(\\?\w+(?:\s*,\s*\\?\w+)+\s*\)"
-    r"|[a-w](?:\s*[+]\s*[a-w])+"  # m + n = 277
+_QUANTITY = (  # x, a_1, f(2), |AB|, \angle ABC, \text{area}, but not the curve xy = 4
+    r"(?!\\pi$|[xyz]{2,}$)(?:\\?[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w+))?'?(?:\^\{-1\})?(?:\([\w\s,\\]*\))?|"
+    r"\|[^|]+\||m?\\angle [A-Z]+|\\frac\{d\w?\}\{d\w\}|\\overline\{[A-Z]+\}"
+)
+NAME = re.compile(rf"{_QUANTITY}|\(\\?\w+(?:\s*,\s*\\?\w+)+\s*\)")  # may stand to the left of "= answer"
+_TERM = rf"(?![xyz]+(?![\w']))(?:{_QUANTITY})"
+_COMBINED = re.compile(  # so may these, if the answer is a number; x + y = 5 is a line
+    rf"{_TERM}(?:\s*(?:[/+-]|\\cdot|\\times)\s*{_TERM})+|\\frac\{{{_TERM}\}}\{{{_TERM}\}}|"
+    rf"(?:{_QUANTITY})(?:\s*:\s*(?:{_QUANTITY}))+"
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
 _LIST_SIGNS = {",", ";", "&", "and", "or"}
@@ -128,11 +133,9 @@ def intervals(kind: str, parts: list) -> tuple[str | None, list[str]] | None:
 
 
 def assignments(kind: str, parts: list) -> list[tuple[str, str]] | None:
-    """[(name, value), ...] of `x = 1, y = 2` or `x = 2, -3`; None if this is no such list."""
-    if kind != "list":
-        return None
+    """[(name, value), ...] of `x = 1, y = 2`, `x = 2, -3` or `(x,y) = (1,2)`; None if it is nothing of the kind."""
     pairs = []
-    for part in parts:
+    for part in parts if kind == "list" else []:
         inner, data = structure(part)
         if inner == "relation" and data[1] == ["="] and NAME.fullmatch(data[0][0]):
             pairs.append((squeeze(data[0][0]), data[0][1]))
@@ -140,7 +143,33 @@ def assignments(kind: str, parts: list) -> list[tuple[str, str]] | None:
             pairs.append((pairs[-1][0], part))
         else:
             return None
-    return pairs
+    if kind == "relation" and parts[1] in (["="], [r"\in"]) and NAME.fullmatch(parts[0][0]):
+        inner, data = structure(parts[0][1])
+        pairs = [(squeeze(parts[0][0]), v) for v in (data if inner in ("list", "set") else [parts[0][1]])]
+    return [pair for name, value in pairs for pair in _coordinates(name, value)] or None
+
+
+def _coordinates(name: str, value: str) -> list[tuple[str, str]]:
+    """`(x,y) = (1,2)` as x = 1, y = 2."""
+    names, (kind, values) = name.strip("()").split(","), structure(value)
+    is_point = name.startswith("(") and kind == "()" and len(names) == len(values)
+    return list(zip(names, values, strict=True)) if is_point else [(name, value)]
+
+
+def solutions(pairs: list[tuple[str, str]], by_name: bool = False) -> tuple[list[str], list[list[str]]]:
+    """(names, values of each solution): `p = 5, q = 2; p = 7, q = 2` are two solutions for p and q.
+
+    Names that follow each other in the alphabet stand in its order, others as they were written, if not `by_name`.
+    """
+    written = [name for name, _ in pairs]
+    names = list(dict.fromkeys(written))
+    if written != names * (len(written) // len(names)):  # x = 1, 3; y = 2, 4
+        return sorted(written), [[f"({name},{value})"] for name, value in pairs]
+    rows = [pairs[i : i + len(names)] for i in range(0, len(pairs), len(names))]
+    initials = {ord(name.strip("\\")[0]) for name in names}
+    if by_name or max(initials) - min(initials) < len(initials):
+        names, rows = sorted(names), [sorted(row) for row in rows]
+    return names, [[value for _, value in row] for row in rows]
 
 
 def values_of(sides: list[str], signs: list[str]) -> list[str]:
@@ -151,7 +180,13 @@ def values_of(sides: list[str], signs: list[str]) -> list[str]:
         return sides[1:]
     if NAME.fullmatch(sides[-1]):
         return sides[:-1]
-    return [] if any(re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", side)) for side in sides) else sides
+    values = sides[1:] if _COMBINED.fullmatch(sides[0]) else sides
+    return [] if any(re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", split_unit(v)[0])) for v in values) else values
+
+
+def is_named(side: str) -> bool:
+    """Whether a side of an equation says whose value the other is, and not a value."""
+    return bool(NAME.fullmatch(side) or _COMBINED.fullmatch(side))
 
 
 # --------------------------------------------------------------------------- numbers and units
