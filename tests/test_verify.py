@@ -3,13 +3,13 @@
 import json
 import logging
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import verify
-from equality import decide
+from answers import workers
+from answers.rules import decide
 
 _FILE = Path(__file__).parent / "data" / "verify_pairs.jsonl"
 PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
@@ -49,24 +49,6 @@ PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlin
 )
 def test_extract_boxed(text, content):
     assert verify.extract_boxed(text) == content
-
-
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        (r"\boxed{5} the answer is 6", "5"),
-        (r"so \boxed{5", "5"),
-        ("Reasoning 1 2 3.\n#### 42", "42"),
-        ("The final answer is $7$.", "7"),
-        ("Answer: (B)", "(B)"),
-        ("we get 3 and then 1,234", "1,234"),
-        ("no idea", None),
-    ],
-)
-def test_lenient_extraction_is_for_evaluation_only(text, content):
-    assert verify.extract_boxed(text, lenient=True) == content
-    if "\\boxed{5}" not in text:
-        assert verify.extract_boxed(text) is None
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -147,7 +129,7 @@ def test_labelled_pairs():
 
 def test_most_pairs_never_reach_a_worker():
     results = [decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)]
-    assert sum(r.reason == "open" for r in results) < 0.15 * len(results)
+    assert results.count(None) < 0.15 * len(results)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +207,7 @@ def test_unusable_gold_is_none(gold):
 
 def test_no_box_is_wrong_if_the_gold_is_usable():
     assert verify.is_equal(None, "5") is False
-    assert verify.explain(None, "5").reason == "no answer"
+    assert verify.explain_many([(None, "5")])[0].reason == "no answer"
 
 
 def test_numbers_and_lists_as_golds():
@@ -244,16 +226,18 @@ def test_a_batch_keeps_its_order():
     assert verify.verify_many([]) == []
 
 
-def test_results_are_cached_within_bounds(monkeypatch):
-    calls = Counter()
-    monkeypatch.setattr(verify, "decide", lambda p, g: calls.update([(p, g)]) or decide(p, g))
-    assert verify.verify_many([("17/34", "0.5"), ("17/34", "0.5")]) == [True, True]
-    assert verify.is_equal("17/34", "0.5") is True
-    assert calls == {("17/34", "0.5"): 1}
-    monkeypatch.setattr(verify, "CACHE_BYTES", 20_000)
-    verify.verify_many([(f"{i}/7", "1") for i in range(200)])
-    assert verify._cache.bytes <= 20_000
-    assert verify._cache.bytes == sum(400 + len(p) + len(g) for p, g in verify._cache.results)
+def test_what_a_worker_decided_is_not_asked_again(monkeypatch):
+    pairs = [(rf"\lfloor {n}.25 \rfloor", str(n)) for n in range(201, 207)]
+    assert verify.verify_many(pairs, timeout=60) == [True] * 6
+    monkeypatch.setattr(workers._Worker, "ask", lambda *_: pytest.fail("asked again"))
+    assert verify.verify_many(pairs, timeout=60) == [True] * 6
+
+
+def test_no_more_results_are_kept_than_allowed(monkeypatch):
+    monkeypatch.setattr(workers, "MAX_CACHED", 3)
+    pairs = [(rf"\lfloor {n}.25 \rfloor", str(n)) for n in range(301, 306)]
+    assert verify.verify_many(pairs, timeout=60) == [True] * 5
+    assert len(workers.pool.results) == 3
 
 
 # --------------------------------------------------------------------------- rewards
@@ -284,22 +268,6 @@ def test_verdict_reward(wrap):
         1.0,
         None,
     ]
-
-
-def test_spark_reward_chooses_by_task():
-    completions = [
-        chat(t) for t in (r"\boxed{7}", r"\boxed{7}", r"\boxed{Yes}", r"\boxed{A}", r"\boxed{No}", "cut off")
-    ]
-    tasks = ["policy", "reflection", "pointwise", "pairwise", "pointwise", "pairwise"]
-    solution = ["7", "8", None, None, None, None]
-    label = [None, None, "Yes", "B", "No", "A"]
-    rewards = verify.spark_reward(
-        ["q"] * 6, completions, task=tasks, solution=solution, label=label, trainer_state=None
-    )
-    assert rewards == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
-    assert verify.spark_reward(["q"], [r"\boxed{7}"], solution=["7"]) == [1.0]
-    with pytest.raises(ValueError, match="unknown task"):
-        verify.spark_reward(["q"], [r"\boxed{7}"], task=["judge"], solution=["7"])
 
 
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):

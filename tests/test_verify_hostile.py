@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import verify
-import workers
-from equality import decide
+from answers import workers
+from answers.rules import decide
 
 ROOT = Path(__file__).parent.parent
 # legal, and far beyond two seconds
@@ -36,7 +36,7 @@ def workers_of(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "--worker" in child.cmdline():
+                if "answers.workers" in child.cmdline():
                     found.append(child)
     return found
 
@@ -158,7 +158,6 @@ def test_the_fast_path_is_fast_on_hostile_text(name):
 def test_extraction_is_linear(text):
     start = time.monotonic()
     verify.extract_boxed(text)
-    verify.extract_boxed(text, lenient=True)
     verify.parse_verdict(text)
     assert time.monotonic() - start < 30.0  # a second; quadratic would take hours
 
@@ -311,7 +310,8 @@ def test_pool_elsewhere(tmp_path):
     code = f"""if True:
         import os, sys
         sys.path.insert(0, os.path.relpath({str(ROOT)!r}))
-        import verify, workers
+        import verify
+        from answers import workers
         os.chdir("/")
         sys.executable = sys._base_executable
         assert verify.verify_many([{deep(17)!r}], timeout=60) == [True]
@@ -326,15 +326,18 @@ def test_a_worker_imports_the_rules_and_nothing_else_of_ours():
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        import workers
-        workers.equality.math_verify("x", "x")
+        from answers import workers
+        workers.math_verify("x", "x")
         assert "torch" not in sys.modules
         root = {str(ROOT)!r}
         files = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
         print(*sorted(f.removeprefix(root) for f in files if f.startswith(root) and ".venv" not in f))
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["/calculator.py", "/equality.py", "/normalisation.py", "/structure.py", "/workers.py"]
+    assert run.stdout.split() == [
+        f"/answers/{name}.py"
+        for name in ("__init__", "calculator", "normalize", "rules", "structure", "units", "workers")
+    ]
 
 
 def test_import_is_light():
@@ -398,11 +401,11 @@ def test_twenty_thousand_seeded_strings():
     verify.verify_many(pairs[:300], timeout=0.1)
     before = process.memory_info().rss
     results = [decide(*pair) for pair in pairs]
-    assert {r.verdict for r in results} <= {True, False, None}
-    unreadable = [pair for pair, r in zip(pairs, results, strict=True) if r.reason == "open"]
+    assert {r.verdict for r in results if r} <= {True, False, None}
+    unreadable = [pair for pair, r in zip(pairs, results, strict=True) if r is None]
     assert len(unreadable) > 1000
     decided = verify.explain_many(unreadable[:500], timeout=0.1)  # ten milliseconds each for the grammar
-    assert "open" not in {r.reason for r in decided}
+    assert all(r.reason for r in decided)
     grown = process.memory_info().rss - before
     print(f"fuzz: {len(unreadable)} of {len(pairs)} unreadable, parent grew {grown / 2**20:.1f} MiB")
     assert grown < 60 << 20
@@ -416,7 +419,6 @@ def test_twenty_thousand_seeded_strings():
 @given(st.text(max_size=200), st.sampled_from(GOLDS))
 def test_any_text(text, gold):
     assert verify.explain_many([(text, gold)], timeout=0.5)[0].verdict in (True, False, None)
-    verify.extract_boxed(text, lenient=True)
     verify.parse_verdict(text)
 
 

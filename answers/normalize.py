@@ -10,7 +10,7 @@ import re
 import unicodedata
 from functools import lru_cache
 
-from calculator import FUNCTIONS, MAX_DEPTH, TooBig
+from answers.calculator import FUNCTIONS, MAX_DEPTH, TooBig
 
 _UNICODE = r"""
     −–—‐‑‒﹣－ -  ⋅·∙• \cdot  ×✕ \times  ⁄∕÷ /  √ \sqrt  ∞ \infty  ± \pm  ∓ \mp  ≤⩽ \leq  ≥⩾ \geq
@@ -123,7 +123,7 @@ def clean(text: str) -> str:
         text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0].strip(), m[0].strip() if len(m[0]) > 2 else m[0]), text)
         text = _apply(_AFTER_COMMANDS, text)
     text = strip_braces(_apply(_PLAIN, text).strip())
-    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and closing_bracket(text, box.end()) == len(text) - 1:
+    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and is_enclosed(text, box.end()):
         text = text[box.end() + 1 : -1].strip()
     text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
     text = re.sub(r"^=(?=.)", "", text.strip())
@@ -151,7 +151,7 @@ def _apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
 def strip_braces(text: str) -> str:
     """Without invisible outer braces; around a list they were meant as the braces of a set."""
     for _ in range(MAX_DEPTH):
-        if text[:1] != "{" or closing_bracket(text, 0) != len(text) - 1:
+        if text[:1] != "{" or not is_enclosed(text):
             break
         inner = text[1:-1].strip()
         if len(split(inner, {","})[0]) > 1:
@@ -170,14 +170,14 @@ _SPLIT_TOKENS = re.compile(
 )
 
 
-def closing_bracket(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start` (of any kind), or -1."""
+def is_enclosed(text: str, start: int = 0) -> bool:
+    """Whether the bracket at `start` is closed (by one of any kind) at the end of the text."""
     depth = 0
     for token in _BRACKETS.finditer(text, start):
-        depth += (token.group() in _OPEN) - (token.group() in _CLOSE)
-        if depth == 0 and token.group() in _CLOSE:
-            return token.end() - 1
-    return -1
+        depth += (token[0] in _OPEN) - (token[0] in _CLOSE)
+        if depth == 0:
+            return token.end() == len(text)
+    return False
 
 
 def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
