@@ -35,6 +35,7 @@ MAX_CHARS = 400  # math-verify's grammar takes a millisecond for a few character
 MAX_CACHED = 4096  # results
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # now: the working directory may change
+_PROGRAM = ["-m", "answers.workers"]
 
 
 # --------------------------------------------------------------------------- inside a worker
@@ -100,7 +101,7 @@ def _compare(pred: str, gold: str, limit: float) -> Result:
     return result
 
 
-def _worker_main(search_path: list[str]) -> None:
+def worker_main(search_path: list[str]) -> None:
     """Read {pred, gold, limit} lines of JSON from stdin, write {verdict, reason} lines to stdout.
 
     It ends by itself when stdin closes: a thread waits for that, also while sympy is busy.
@@ -149,7 +150,7 @@ class _Worker:
 
     def __init__(self):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
-        command = [sys.executable, "-m", "answers.workers", json.dumps([os.path.abspath(path) for path in sys.path])]
+        command = [sys.executable, *_PROGRAM, json.dumps([os.path.abspath(path) for path in sys.path])]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=env, cwd=_ROOT)
         self.started = False
@@ -286,4 +287,4 @@ atexit.register(lambda: pool.close())
 
 
 if __name__ == "__main__":
-    _worker_main(json.loads(sys.argv[1]))
+    worker_main(json.loads(sys.argv[1]))
