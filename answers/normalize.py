@@ -1,9 +1,9 @@
-r"""One spelling for one thing, and texts cut up outside their brackets.
+r"""One spelling for what is written in several ways, and texts split outside their brackets.
 
     clean("½")                      # \frac{1}{2}, and so for \dfrac12 and $\tfrac{1}{2}$.
     split("(1,2),3", {","})         # (["(1,2)", "3"], [","])
 
-Unicode becomes LaTeX, synonyms become one command, decoration goes. What the text means is not asked here.
+Unicode becomes LaTeX, synonyms become one command, decoration is removed.
 """
 
 import re
@@ -103,7 +103,7 @@ _ANSWER_IS = re.compile(
 
 @lru_cache(maxsize=4096)  # a gold comes once for each of its rollouts
 def clean(text: str) -> str:
-    """One spelling for one thing: Unicode to LaTeX, synonyms to one command, decoration away."""
+    """The one spelling of an answer."""
     text = text.translate(ZERO_WIDTH)
     text = (text if text.isascii() else _from_unicode(text)).strip()
     if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
@@ -116,11 +116,11 @@ def clean(text: str) -> str:
         text = text.replace(r"\begin{cases}", "").replace(r"\end{cases}", "").replace(r"\\", ", ").replace("&", " ")
     if r"\begin" in text:
         text = text.replace(r"\\", ROW)
-    elif "\\" in text:  # doubled by somebody's escaping, or a line break
+    elif "\\" in text:  # doubled by escaping, or a line break
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
     if "\\" in text:
         text = _apply(_BEFORE_COMMANDS, text)
-        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0].strip(), m[0].strip() if len(m[0]) > 2 else m[0]), text)
+        text = _COMMAND.sub(lambda match: _COMMANDS.get(command := match[0].strip(), command), text)
         text = _apply(_AFTER_COMMANDS, text)
     text = strip_braces(_apply(_PLAIN, text).strip())
     if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and is_enclosed(text, box.end()):
@@ -184,7 +184,7 @@ def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
     """Pieces between separators that stand outside every bracket, and those separators."""
     if not any(separator in text for separator in separators):
         return [text], []
-    pieces, found, depth, start = [], [], 0, 0
+    pieces, signs, depth, start = [], [], 0, 0
     for token in _SPLIT_TOKENS.finditer(text):
         symbol = token.group()
         if symbol in _OPEN or symbol.startswith(r"\begin"):
@@ -197,10 +197,10 @@ def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
             word = symbol[6:-1].strip() if symbol.startswith(r"\text{") else symbol
             if word in separators:
                 pieces.append(text[start : token.start()].strip())
-                found.append(word)
+                signs.append(word)
                 start = token.end()
     pieces.append(text[start:].strip())
-    return pieces, found
+    return pieces, signs
 
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")

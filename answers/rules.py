@@ -33,6 +33,9 @@ MAX_CHARS = 2000  # longer answers are equal only if identical
 DIGITS = 6  # significant digits from which on a decimal may stand for the exact gold that it rounds
 DIGITS_OF_PART = 5  # the same inside a list, tuple or interval, where the other parts must be right too
 
+_PLAIN_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
+
 
 @dataclass(frozen=True)
 class Result:
@@ -47,12 +50,12 @@ class GoldTooBig(TooBig):
 
 
 def last_resort(pred: str, gold: str) -> bool | None:
-    """What the calculator cannot read: None, a worker must look. There, this is workers.math_verify."""
+    """What the calculator cannot read is left to a worker (None), in which this is workers.math_verify."""
     return None
 
 
 def decide(pred: str | None, gold: str) -> Result | None:
-    """Compare one pair; None where a worker must look."""
+    """Compare one pair; None where only a worker can tell."""
     pred = pred or ""
     if pred.strip() == gold.strip():
         return Result(True, "identical")
@@ -60,6 +63,9 @@ def decide(pred: str | None, gold: str) -> Result | None:
         return Result(None, "gold too long")
     if len(pred) > MAX_CHARS:
         return Result(False, "too long")
+    if _PLAIN_NUMBER.fullmatch(pred) and _PLAIN_NUMBER.fullmatch(gold):  # most pairs: 4 microseconds, not 70
+        a, b = Fraction(pred), Fraction(gold)
+        return Result(a == b or _same_rounded(a, b, pred, gold, DIGITS), "numbers")
     if not pred.isprintable() and _has_control_characters(pred):
         return Result(False, "control characters")
     try:
@@ -122,8 +128,6 @@ def _same_choice(pred: str, gold: str) -> bool | None:
 
 # --------------------------------------------------------------------------- answers of several parts
 
-_DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
-
 
 def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
     """Equality of two normalized answers, by what they are made of."""
@@ -151,7 +155,7 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
         return _unordered(*(list(dict.fromkeys(map(squeeze, answer.parts))) for answer in (p, g)))
     if kinds <= {"list", "set"} or kinds == {"union"}:
         return _unordered(p.parts, g.parts)
-    if len(kinds) == 1:
+    if len(kinds) == 1 or kinds == {"()", "vector"}:
         return _ordered(p.parts, g.parts)
     if kinds == {"set", "scalar"}:
         if not p.parts or not g.parts:
@@ -161,7 +165,11 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
 
 
 def _ordered(pred: list[str], gold: list[str]) -> bool | None:
-    return len(pred) == len(gold) and _all(_same(p, g, DIGITS_OF_PART) for p, g in zip(pred, gold, strict=True))
+    return len(pred) == len(gold) and _all(_same_part(p, g, gold) for p, g in zip(pred, gold, strict=True))
+
+
+def _same_part(pred: str, gold: str, parts: list[str]) -> bool | None:
+    return _same(pred, gold, DIGITS_OF_PART if len(parts) > 1 else DIGITS)
 
 
 def _unordered(pred: list[str], gold: list[str]) -> bool | None:
@@ -170,7 +178,7 @@ def _unordered(pred: list[str], gold: list[str]) -> bool | None:
         return False
     left, undecided = list(pred), False
     for g in gold:
-        verdicts = [_same(p, g, DIGITS_OF_PART) for p in left]
+        verdicts = [_same_part(p, g, gold) for p in left]
         if True in verdicts:
             left.pop(verdicts.index(True))
         elif None in verdicts:
@@ -205,7 +213,7 @@ def _same_assignments(pred: Answer, gold: Answer) -> bool | None:
     names, values = solutions(p_named or g_named)
     other, compare, kinds = gold if p_named else pred, _unordered, ("list", "set")
     if len(values) == 1 and len(names) > 1:
-        values, compare, kinds = take_apart(values[0]).parts, _ordered, ("list", "()")
+        values, compare, kinds = take_apart(values[0]).parts, _ordered, ("list", "()", "vector")
     if other.kind not in kinds:
         return False
     return compare(values, other.parts) if p_named else compare(other.parts, values)

@@ -35,15 +35,18 @@ _REALS = (r"\mathbb R", r"\R", "all real numbers", "all reals")
 
 
 class Answer(NamedTuple):
-    """ "list", "set", "union", "()", "[]", "[)", "(]", "matrix" (of rows), "relation" or "scalar"."""
+    """The kind is "list", "set", "union", "()", "[]", "[)", "(]", "vector", "matrix", "relation" or "scalar".
+
+    The parts of a matrix are its rows, those of a relation its sides.
+    """
 
     kind: str
     parts: list[str]
-    signs: list[str] = []  # noqa: RUF012 - of a relation, between its parts
+    signs: list[str] = []  # noqa: RUF012 - of a relation, between its sides
 
 
 def take_apart(text: str) -> Answer:
-    """What kind of answer this is, and its parts; a vector is "()", by column or by row."""
+    """What kind of answer this is, and its parts."""
     text = strip_braces(text.strip())
     if any(sign in text for sign in _LIST_SIGNS) and not _is_one_number(text):
         parts, signs = split(text, _LIST_SIGNS)
@@ -59,7 +62,7 @@ def take_apart(text: str) -> Answer:
     if matrix := _MATRIX.fullmatch(text):
         rows = [[plain_number(cell.strip()) for cell in row.split("&")] for row in matrix[2].split(ROW) if row.strip()]
         if all(len(row) == 1 for row in rows):
-            return Answer("()", [row[0] for row in rows])
+            return Answer("vector", [row[0] for row in rows])
         return Answer("matrix", [f"({','.join(row)})" for row in rows])
     if (bracketed := _BRACKETED.fullmatch(text)) and is_enclosed(text):
         return _bracketed(*bracketed.groups())
@@ -85,7 +88,7 @@ def _bracketed(opening: str, inner: str, closing: str) -> Answer:
     if len(parts) == 1 and brackets in ("()", "[]"):
         return take_apart(inner)
     is_vector = opening == r"\langle" or (brackets == "[]" and len(parts) > 2)  # no interval
-    return Answer("()" if is_vector else brackets, parts)
+    return Answer("vector" if is_vector else brackets, parts)
 
 
 def _collection(kind: str, parts: list[str]) -> Answer:
@@ -169,7 +172,7 @@ def assignments(answer: Answer) -> list[tuple[str, str]]:
 def _coordinates(name: str, value: str) -> list[tuple[str, str]]:
     """`(x,y) = (1,2)` as x = 1, y = 2."""
     names, point = name.strip("()").split(","), take_apart(value)
-    if not name.startswith("(") or point.kind != "()" or len(names) != len(point.parts):
+    if not name.startswith("(") or point.kind not in ("()", "vector") or len(names) != len(point.parts):
         return [(name, value)]
     return list(zip(names, point.parts, strict=True))
 

@@ -81,7 +81,7 @@ def _compare(pred: str, gold: str, limit: float) -> Result:
     """One comparison, interrupted by an exception at its limit: the worker, with all it has imported, stays.
 
     Where a long C call keeps that from happening, the parent kills the worker; if the parent is dead,
-    a second timer does, one second of the worker's own time after the limit.
+    a second timer does, one second of processor time after the limit.
     """
     signal.setitimer(signal.ITIMER_VIRTUAL, limit + 1.0)  # default action: the process ends
     try:
@@ -209,7 +209,7 @@ class Pool:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            except BaseException:  # Ctrl-C: nobody waits for the answers any more
+            except BaseException:  # Ctrl-C: the answers are no longer wanted
                 waiting.clear()
                 self.close()
                 raise
@@ -221,7 +221,7 @@ class Pool:
         return results
 
     def _known(self, pair: tuple[str, str], limit: float) -> bool:
-        """Whether it has been asked before; what hit its limit is not known for a longer one."""
+        """Whether the result is kept; one that hit its limit says nothing about a longer limit."""
         result, had = self.results.get(pair, (None, 0.0))
         if result is None or (result.verdict is None and had < limit):
             self.results.pop(pair, None)
@@ -278,7 +278,7 @@ def _after_fork() -> None:
     global pool
     for worker in pool.workers:
         worker.close()
-        worker.process.returncode = 0  # so that Popen does not wait for somebody else's child
+        worker.process.returncode = 0  # so that Popen does not wait for it: it is not our child
     pool = Pool()
 
 
