@@ -17,7 +17,7 @@ MAX_ITEMS = 64  # elements of a list or set
 
 _RELATIONS = {"=", "<", ">", r"\leq", r"\geq", r"\neq", r"\in", r"\approx"}
 FLIP = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
-_VARIABLE = re.compile(r"(?!\\pi$)\\?[A-Za-z]+(?:_\{?\w\}?)?")
+_VARIABLE = re.compile(r"(?!\\pi$)\\?[A-Za-z]+(?:_\{?\w\}?)?(?:\(\w\))?")
 _QUANTITY = (  # x, a_1, f(2), |AB|, \angle ABC, \text{area}, but not the curve xy = 4
     r"(?!\\pi$|[xyz]{2,}$)(?:\\?[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w+))?'?(?:\^\{-1\})?(?:\([\w\s,\\]*\))?|"
     r"\|[^|]+\||m?\\angle [A-Z]+|\\frac\{d\w?\}\{d\w\}|\\overline\{[A-Z]+\}"

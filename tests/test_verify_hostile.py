@@ -486,7 +486,7 @@ def test_any_text(text, gold):
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
 def test_every_usable_text_equals_itself(text):
-    """Also through normalisation: with spaces around it and inside a box."""
+    """Also through normalization: with spaces around it and inside a box."""
     assert verify.is_equal(text, text) in ((True,) if text.strip() else (None, False))
 
 
