@@ -173,7 +173,7 @@ def _same_part(pred: str, gold: str, parts: list[str]) -> bool | None:
 
 
 def _unordered(pred: list[str], gold: list[str]) -> bool | None:
-    """Whether the parts pair up in some order (greedily, for what equals the same is the same)."""
+    """Whether the parts pair up in some order; greedily, as equality is transitive but for rounding."""
     if len(pred) != len(gold):
         return False
     left, undecided = list(pred), False
