@@ -1,17 +1,17 @@
-r"""Boxed answers, verdicts, answer equality and rewards: every label rests on this file.
+r"""Boxed answers, verdicts, answer equality and rewards: every training label rests on this file.
 
-    from verify import extract_boxed, parse_verdict, is_equal, verify_many, spark_reward
+    from verify import extract_boxed, parse_verdict, is_equal, verify_many, answer_reward
     is_equal(r"\dfrac12", "0.5")                        # True
     python verify.py '1\frac{1}{2}' '3/2'               # True, and the rule that decided
 
-Import from here. Which answers are the same is decided in equality.py, with normalisation.py,
-structure.py and calculator.py below it; workers.py runs what may hang. Departures from plain
-math-verify (https://github.com/huggingface/Math-Verify), which is the last resort here and not the first:
+Import from here; answers/ holds the rules. Departures from plain math-verify
+(https://github.com/huggingface/Math-Verify), which is the last resort here and not the first:
 
 1. Lists, tuples, sets, intervals, relations, units and words are taken apart before any algebra, so
    (1,2) is not {1,2}, [1,2) is not (1,2], 2x = 10 is not 10, and `listen` is not `silent`.
-2. Numbers are exact fractions. A decimal stands for an exact value only where the gold itself is a
-   decimal, and then at the gold's own precision: pi equals a gold 3.14, 3.14 never equals pi.
+2. Numbers are exact fractions. A decimal gold is met at its own precision: pi equals a gold 3.14. An exact
+   gold is met by a decimal only if it is that gold rounded, to six significant digits or more (five inside a
+   list, tuple or interval): 3.14159 equals a gold pi, 3.14 does not.
 3. Expressions are evaluated at fixed random points, exactly or with 60 digits, in microseconds.
    Only what the calculator cannot read (integrals, floors, ...) goes to math-verify in a worker.
 4. Workers are killed when they overrun. No text of a model is ever evaluated as code: sympy's
@@ -19,71 +19,51 @@ math-verify (https://github.com/huggingface/Math-Verify), which is the last reso
 """
 
 import logging
-import os
 import re
 import sys
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
-import calculator
-import workers
-from equality import MAX_CHARS, Result, decide
-from normalisation import TEXT_COMMANDS
+from answers import calculator, workers
+from answers.normalize import TEXT_COMMANDS
+from answers.rules import Result, decide
 
 logger = logging.getLogger(__name__)
 
 TIMEOUT = 2.0  # seconds of wall time for one comparison in a worker
-CACHE_BYTES = 16 << 20
 
 
 # --------------------------------------------------------------------------- extraction
 
 _BRACE_TOKENS = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*\{?|\\.|[{}]", re.DOTALL)
 _BARE_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*([^\s{}$\\]+)")
-_FINAL_ANSWER = re.compile(r"(?:####|answer\s+is|answer\s*:)[ \t:]*([^\n]+)", re.IGNORECASE)
 
 
-def extract_boxed(text: str, lenient: bool = False) -> str | None:
-    r"""Content of the last balanced `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`).
+def extract_boxed(text: str) -> str | None:
+    r"""Content of the last balanced `\boxed{...}` (or `\fbox{...}`, or `\boxed 5`), stripped.
 
-    Args:
-        text: a whole completion, of any length (one pass).
-        lenient: for evaluation only. Where there is no closed box, fall back to an unclosed last
-            box, then to the last "answer is ..." or "#### ...", then to the last number.
-
-    Returns:
-        The stripped content; None where the box is missing, unclosed or empty.
+    None where there is no box, or the last one is empty. One pass over a text of any length.
     """
-    last_start, last, unclosed = -1, None, None
-    stack = []  # start of the content for a box, None for any other brace
+    start, content = -1, ""
+    open_braces = []  # where the content of a box starts; None for any other brace
     for token in _BRACE_TOKENS.finditer(text):
         symbol = token.group()
-        if symbol.endswith("{") and len(symbol) > 2:
-            stack.append(token.end())
-            unclosed = token.end()
-        elif symbol == "{":
-            stack.append(None)
-        elif symbol == "}" and stack:
-            start = stack.pop()
-            if start is not None and start > last_start:
-                last_start, last = start, text[start : token.start()]
+        if symbol == "{":
+            open_braces.append(None)
+        elif symbol == "}":
+            opened = open_braces.pop() if open_braces else None
+            if opened is not None and opened > start:
+                start, content = opened, text[opened : token.start()]
+        elif len(symbol) > 2 and symbol.endswith("{"):
+            open_braces.append(token.end())
         elif len(symbol) > 2 and (bare := _BARE_BOX.match(text, token.start())):
-            last_start, last = bare.start(1), bare.group(1).rstrip(".,;:")
-    content = (last or "").strip() or None
-    if content is not None or not lenient:
-        return content
-    if unclosed is not None and (rest := text[unclosed:].strip().rstrip("$.} ")):
-        return rest
-    if found := list(_FINAL_ANSWER.finditer(text)):
-        return found[-1].group(1).strip().strip("*$. ") or None
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?", text)
-    return numbers[-1].rstrip(",") if numbers else None
+            start, content = bare.start(1), bare.group(1).rstrip(".,;:")
+    return content.strip() or None
 
 
 # --------------------------------------------------------------------------- verdicts
 
 _TEXT = re.compile(r"(?:\\text|" + "|".join(map(re.escape, TEXT_COMMANDS.split())) + r")\s*(?=\{)")
+_DECORATION = re.compile(r"\\[,;!]|\\[()\[\]]|[{}$*_`\"'.!\u200b]")
 _VERDICT = re.compile(
     r"(?:(?:final\s+)?(?:answer|verdict|option|choice|response|solution)\s*(?:is\b|:)?\s*)?"
     r"[(\[]?\s*(yes|no|a|b)\s*[)\]]?",
@@ -102,50 +82,23 @@ def parse_verdict(text: str) -> str | None:
         text = extract_boxed(text) or ""
     if len(text) > 200:
         return None
-    text = _TEXT.sub("", text)
-    text = re.sub(r"\\[,;!]|\\[()\[\]]|[{}$*_`\"'.!\u200b]", " ", text).strip()
-    found = _VERDICT.fullmatch(text)
-    return found.group(1).capitalize() if found else None
+    match = _VERDICT.fullmatch(_DECORATION.sub(" ", _TEXT.sub("", text)).strip())
+    return match.group(1).capitalize() if match else None
 
 
-# --------------------------------------------------------------------------- the public comparison
+# --------------------------------------------------------------------------- equality
 
 
-class _Cache:
-    """The latest results, within CACHE_BYTES. One that hit its limit does not hold for a longer limit."""
-
-    def __init__(self):
-        self.results: OrderedDict[tuple[str, str], tuple[Result, float]] = OrderedDict()  # the latest last
-        self.bytes = 0
-        self.lock = threading.Lock()
-
-    def get(self, key: tuple[str, str], limit: float) -> Result | None:
-        with self.lock:
-            if (found := self.results.get(key)) is None or (found[0].verdict is None and found[1] < limit):
-                return None
-            self.results.move_to_end(key)
-            return found[0]
-
-    def put(self, key: tuple[str, str], result: Result, limit: float) -> None:
-        with self.lock:
-            if key not in self.results:
-                self.bytes += self.size(key)
-            self.results[key] = (result, limit)
-            while self.bytes > CACHE_BYTES:
-                old, _ = self.results.popitem(last=False)
-                self.bytes -= self.size(old)
-
-    @staticmethod
-    def size(key: tuple[str, str]) -> int:
-        return 400 + len(key[0]) + len(key[1])
-
-    def unlock(self) -> None:
-        """For a forked child: another thread of the parent may have held the lock."""
-        self.lock = threading.Lock()
-
-
-_cache = _Cache()
-os.register_at_fork(after_in_child=_cache.unlock)
+def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Result]:
+    """`verify_many` with reasons: one Result(verdict, reason) for each pair, in order."""
+    questions = []  # (pred, its acceptable golds)
+    for pred, gold in pairs:
+        golds = gold if isinstance(gold, (list, tuple)) else [gold]
+        questions.append((pred, [str(g) for g in golds if _usable(g)]))
+    results = {key: decide(*key) for key in dict.fromkeys((pred, gold) for pred, golds in questions for gold in golds)}
+    undecided = [key for key, result in results.items() if result is None]
+    results.update(zip(undecided, workers.pool.run(undecided, timeout), strict=True))
+    return [_best([results[pred, gold] for gold in golds]) for pred, golds in questions]
 
 
 def _usable(gold) -> bool:
@@ -154,36 +107,11 @@ def _usable(gold) -> bool:
     return isinstance(gold, (int, float)) and not isinstance(gold, bool) and abs(gold) < float("inf")
 
 
-def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Result]:
-    """`verify_many` with reasons: one Result(verdict, reason) for each pair, in order."""
-    flat: dict[tuple[str, str], Result] = {}
-    wanted: list[tuple[str | None, list[str]]] = []
-    for pred, gold in pairs:
-        golds = gold if isinstance(gold, (list, tuple)) else [gold]
-        wanted.append((pred, [str(g) for g in golds if _usable(g)]))
-    open_jobs = []
-    for key in dict.fromkeys((pred, gold) for pred, golds in wanted for gold in golds):
-        cacheable = key[0] is not None and len(key[0]) + len(key[1]) < 2 * MAX_CHARS
-        result = _cache.get(key, timeout) if cacheable else None
-        if result is None:
-            result = decide(*key)
-            if result.reason == "open":
-                open_jobs.append(key)
-            elif cacheable:
-                _cache.put(key, result, timeout)
-        flat[key] = result
-    if open_jobs:
-        for key, result in zip(open_jobs, workers.pool.run(open_jobs, timeout), strict=True):
-            flat[key] = result
-            _cache.put(key, result, timeout)
-    return [_best([flat[pred, gold] for gold in golds]) for pred, golds in wanted]
-
-
 def _best(results: list[Result]) -> Result:
     """Any acceptable gold will do; None wins over False, for the pair may yet be right."""
     if not results:
         return Result(None, "no usable gold")
-    return max(results, key=lambda r: {True: 2, None: 1, False: 0}[r.verdict])
+    return max(results, key=lambda result: {True: 2, None: 1, False: 0}[result.verdict])
 
 
 def verify_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[bool | None]:
@@ -204,20 +132,15 @@ def verify_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[bool |
     return [result.verdict for result in explain_many(pairs, timeout)]
 
 
+def is_equal(pred: str | None, gold) -> bool | None:
+    """`verify_many` for one pair."""
+    return verify_many([(pred, gold)])[0]
+
+
 def warm_up() -> None:
     """Start the worker processes now (seconds), so that no training step waits for them."""
     calculator.mp()
     workers.pool.warm_up()
-
-
-def explain(pred: str | None, gold) -> Result:
-    """`explain_many` for one pair."""
-    return explain_many([(pred, gold)])[0]
-
-
-def is_equal(pred: str | None, gold) -> bool | None:
-    """`verify_many` for one pair."""
-    return explain(pred, gold).verdict
 
 
 # --------------------------------------------------------------------------- rewards
@@ -268,36 +191,9 @@ def verdict_reward(prompts, completions, label, **columns) -> list[float | None]
     return rewards
 
 
-def spark_reward(prompts, completions, task=None, solution=None, label=None, **columns):
-    """The reward of each row by its task: policy and reflection by answer, judges by verdict.
-
-    Args:
-        task: per row "policy", "reflection", "pointwise" or "pairwise"; no column: all policy.
-        solution, label: per row, None where the row has none.
-
-    Raises:
-        ValueError: a task that does not exist.
-    """
-    n = len(completions)
-    task, solution, label = task or ["policy"] * n, solution or [None] * n, label or [None] * n
-    rewards: list[float | None] = [None] * n
-    for tasks, reward, column, values in (
-        (("policy", "reflection"), answer_reward, "solution", solution),
-        (("pointwise", "pairwise"), verdict_reward, "label", label),
-    ):
-        rows = [i for i in range(n) if task[i] in tasks]
-        scored = reward(None, [completions[i] for i in rows], **{column: [values[i] for i in rows]})
-        for i, value in zip(rows, scored, strict=True):
-            rewards[i] = value
-    if unknown := set(task) - {"policy", "reflection", "pointwise", "pairwise"}:
-        raise ValueError(
-            f"unknown task {sorted(map(str, unknown))}, expected policy, reflection, pointwise or pairwise"
-        )
-    return rewards
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: python verify.py PREDICTION GOLD")
-    answer = explain(*sys.argv[1:])
+        print("usage: python verify.py PREDICTION GOLD", file=sys.stderr)
+        sys.exit(2)
+    answer = explain_many([(sys.argv[1], sys.argv[2])])[0]
     print(answer.verdict, "|", answer.reason)

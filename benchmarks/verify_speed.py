@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import verify  # noqa: E402
-from normalisation import clean  # noqa: E402
+from answers import workers  # noqa: E402
+from answers.normalize import clean  # noqa: E402
 
 HOSTILE = [rf"\int_0^1 \int_0^1 \int_0^1 e^{{\sin(x^y)^{{\cos z}}}} dx dy dz + {k}" for k in (1, 2)]
 
@@ -98,7 +99,7 @@ def mix(seed: int) -> list[tuple[str, str, str]]:
 
 
 def ours(rows) -> tuple[list, float]:
-    verify._cache.results.clear()
+    workers.pool.results.clear()
     clean.cache_clear()
     completions = [rf"We compute. The answer is \boxed{{{pred}}}." for _, pred, _ in rows]
     start = time.perf_counter()

@@ -3,13 +3,13 @@
 import json
 import logging
 import random
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import verify
-from equality import decide
+from answers import workers
+from answers.rules import decide
 
 _FILE = Path(__file__).parent / "data" / "verify_pairs.jsonl"
 PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlines()]
@@ -49,24 +49,6 @@ PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlin
 )
 def test_extract_boxed(text, content):
     assert verify.extract_boxed(text) == content
-
-
-@pytest.mark.parametrize(
-    ("text", "content"),
-    [
-        (r"\boxed{5} the answer is 6", "5"),
-        (r"so \boxed{5", "5"),
-        ("Reasoning 1 2 3.\n#### 42", "42"),
-        ("The final answer is $7$.", "7"),
-        ("Answer: (B)", "(B)"),
-        ("we get 3 and then 1,234", "1,234"),
-        ("no idea", None),
-    ],
-)
-def test_lenient_extraction_is_for_evaluation_only(text, content):
-    assert verify.extract_boxed(text, lenient=True) == content
-    if "\\boxed{5}" not in text:
-        assert verify.extract_boxed(text) is None
 
 
 # --------------------------------------------------------------------------- verdicts
@@ -134,25 +116,20 @@ def test_the_last_box_is_the_verdict():
 
 
 def test_labelled_pairs():
-    """The rates of issue 3: false positives at most 0.5 %, false negatives at most 3 %."""
+    """Every pair as labelled, but for those marked as missed, which are equal and refused."""
     results = verify.explain_many([(row["pred"], row["gold"]) for row in PAIRS], timeout=60)
     wrong = [(row, r) for row, r in zip(PAIRS, results, strict=True) if r.verdict is not row["equal"]]
+    assert [row for row, _ in wrong] == [row for row in PAIRS if "missed" in row], wrong
     positives = sum(row["equal"] for row in PAIRS)
-    false_positives = sum(not row["equal"] for row, _ in wrong) / (len(PAIRS) - positives)
-    false_negatives = sum(row["equal"] for row, _ in wrong) / positives
-    print(f"{len(PAIRS)} pairs: {false_positives:.2%} false positives, {false_negatives:.2%} missed")
-    for row, result in wrong:
-        print(row, result)
-    assert len(PAIRS) >= 400
-    assert min(positives, len(PAIRS) - positives) > 200
-    assert len({row["kind"] for row in PAIRS}) >= 30
-    assert false_positives <= 0.005
-    assert false_negatives <= 0.005  # stricter than for unseen pairs
+    assert all(row["equal"] for row, _ in wrong), "no false positives"
+    assert len(wrong) / positives < 0.005
+    assert min(positives, len(PAIRS) - positives) > 1900
+    assert len({row["kind"] for row in PAIRS}) >= 50
 
 
 def test_most_pairs_never_reach_a_worker():
     results = [decide(row["pred"], row["gold"]) for row in PAIRS if isinstance(row["gold"], str)]
-    assert sum(r.reason == "open" for r in results) < 0.15 * len(results)
+    assert results.count(None) < 0.15 * len(results)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +140,7 @@ def test_most_pairs_never_reach_a_worker():
         ("2x = 10", "10", False),
         ("0", "10^{-20}", False),
         (r"e^{\pi\sqrt{163}}", "262537412640768744", False),
-        ("0.333333", r"\frac{1}{3}", False),
+        ("0.333", r"\frac{1}{3}", False),
         (r"\{1,2\}", "(1,2)", False),
         ("silent", "listen", False),
         ("[1,2)", "(1,2]", False),
@@ -197,6 +174,31 @@ def test_tolerance_is_the_golds_own(pred, gold, equal):
     assert verify.is_equal(pred, gold) is equal
 
 
+@pytest.mark.parametrize(
+    ("pred", "gold", "equal"),
+    [
+        ("0.571429", r"\frac{4}{7}", True),  # six digits of an exact gold, rounded
+        ("0.571428", r"\frac{4}{7}", False),  # cut off
+        ("0.57143", r"\frac{4}{7}", False),
+        ("0.571", r"\frac{4}{7}", False),
+        ("0.00571429", r"\frac{4}{700}", True),  # leading zeros do not count
+        ("0.005714", r"\frac{4}{700}", False),
+        ("2.23607", r"\sqrt{5}", True),
+        ("2.2361", r"\sqrt{5}", False),
+        ("(2.2361, 3)", r"(\sqrt{5}, 3)", True),  # five where another part is right too
+        ("(2.236, 3)", r"(\sqrt{5}, 3)", False),
+        ("(2.2361, 3.0001)", r"(\sqrt{5}, 3)", False),
+        ("x = 2.2361", r"x = \sqrt{5}", False),  # an equation has one part
+        ("6.9999999", "7", False),
+        ("0.00000001", "10^{-20}", False),
+        ("0.5714286x", r"\frac{4}{7}x", False),
+        ("0.571429", "0.5714286", False),  # a decimal gold has its own precision
+    ],
+)
+def test_a_rounded_decimal_may_stand_for_an_exact_gold(pred, gold, equal):
+    assert verify.is_equal(pred, gold) is equal
+
+
 @pytest.mark.parametrize("gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"])
 def test_unusable_gold_is_none(gold):
     assert verify.is_equal("5", gold) is None
@@ -205,7 +207,7 @@ def test_unusable_gold_is_none(gold):
 
 def test_no_box_is_wrong_if_the_gold_is_usable():
     assert verify.is_equal(None, "5") is False
-    assert verify.explain(None, "5").reason == "no answer"
+    assert verify.explain_many([(None, "5")])[0].reason == "no answer"
 
 
 def test_numbers_and_lists_as_golds():
@@ -224,16 +226,18 @@ def test_a_batch_keeps_its_order():
     assert verify.verify_many([]) == []
 
 
-def test_results_are_cached_within_bounds(monkeypatch):
-    calls = Counter()
-    monkeypatch.setattr(verify, "decide", lambda p, g: calls.update([(p, g)]) or decide(p, g))
-    assert verify.verify_many([("17/34", "0.5"), ("17/34", "0.5")]) == [True, True]
-    assert verify.is_equal("17/34", "0.5") is True
-    assert calls == {("17/34", "0.5"): 1}
-    monkeypatch.setattr(verify, "CACHE_BYTES", 20_000)
-    verify.verify_many([(f"{i}/7", "1") for i in range(200)])
-    assert verify._cache.bytes <= 20_000
-    assert verify._cache.bytes == sum(400 + len(p) + len(g) for p, g in verify._cache.results)
+def test_what_a_worker_decided_is_not_asked_again(monkeypatch):
+    pairs = [(rf"\lfloor {n}.25 \rfloor", str(n)) for n in range(201, 207)]
+    assert verify.verify_many(pairs, timeout=60) == [True] * 6
+    monkeypatch.setattr(workers._Worker, "ask", lambda *_: pytest.fail("asked again"))
+    assert verify.verify_many(pairs, timeout=60) == [True] * 6
+
+
+def test_no_more_results_are_kept_than_allowed(monkeypatch):
+    monkeypatch.setattr(workers, "MAX_CACHED", 3)
+    pairs = [(rf"\lfloor {n}.25 \rfloor", str(n)) for n in range(301, 306)]
+    assert verify.verify_many(pairs, timeout=60) == [True] * 5
+    assert len(workers.pool.results) == 3
 
 
 # --------------------------------------------------------------------------- rewards
@@ -264,22 +268,6 @@ def test_verdict_reward(wrap):
         1.0,
         None,
     ]
-
-
-def test_spark_reward_chooses_by_task():
-    completions = [
-        chat(t) for t in (r"\boxed{7}", r"\boxed{7}", r"\boxed{Yes}", r"\boxed{A}", r"\boxed{No}", "cut off")
-    ]
-    tasks = ["policy", "reflection", "pointwise", "pairwise", "pointwise", "pairwise"]
-    solution = ["7", "8", None, None, None, None]
-    label = [None, None, "Yes", "B", "No", "A"]
-    rewards = verify.spark_reward(
-        ["q"] * 6, completions, task=tasks, solution=solution, label=label, trainer_state=None
-    )
-    assert rewards == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
-    assert verify.spark_reward(["q"], [r"\boxed{7}"], solution=["7"]) == [1.0]
-    with pytest.raises(ValueError, match="unknown task"):
-        verify.spark_reward(["q"], [r"\boxed{7}"], task=["judge"], solution=["7"])
 
 
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):

@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import verify
-import workers
-from equality import decide
+from answers import workers
+from answers.rules import decide
 
 ROOT = Path(__file__).parent.parent
-# legal, and far beyond two seconds
+# legal, and far beyond any limit
 BUSY = r"\int_0^1 \int_0^1 \int_0^1 e^{\sin(x^y)^{\cos z}} dx dy dz"
 
 
@@ -31,14 +31,14 @@ def deep(n: int) -> tuple[str, str]:
 
 
 def workers_of(pid: int) -> list[psutil.Process]:
-    """The live worker processes below `pid`; those that end while we look do not count."""
-    found = []
+    """The live worker processes below `pid`; one that ends meanwhile is left out."""
+    live = []
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                if "--worker" in child.cmdline():
-                    found.append(child)
-    return found
+                if "answers" in " ".join(child.cmdline()):
+                    live.append(child)
+    return live
 
 
 def gone(pids: list[int], within: float) -> bool:
@@ -126,14 +126,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("gold", ["43", r"\frac{3\sqrt{2}}{4}"])
-def test_hostile_text_is_refused_in_time(gold):
-    start = time.monotonic()
+def test_hostile_text_is_refused_with_a_reason(gold):
     results = verify.explain_many([(text, gold) for text in HOSTILE.values()], timeout=0.4)
-    spent = time.monotonic() - start
     for name, result in zip(HOSTILE, results, strict=True):
         assert result.verdict in (False, None), name
         assert result.reason, name
-    assert spent < 60  # a dozen of them reach a limit; without one the first tower would never end
     assert not os.path.exists(SENTINEL)
 
 
@@ -144,83 +141,143 @@ def test_hostile_gold_is_never_confirmed():
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_the_fast_path_is_fast_on_hostile_text(name):
-    """What is decided without a worker has no limit to save it: processor time, not wall time."""
+def test_hostile_text_does_not_hold_up_the_rules(name):
+    """What is decided without a worker has no limit. Half a second of processor time at most; a hang would be hours."""
     start = time.process_time()
     decide(HOSTILE[name], r"\frac{3\sqrt{2}}{4}")
     decide("x^2", HOSTILE[name])
-    assert time.process_time() - start < 2.0
+    assert time.process_time() - start < 30.0
 
 
 @pytest.mark.parametrize(
     "text", [r"\boxed{" * 25_000, "{" * 200_000, r"\boxed{5}" * 25_000, "\\" * 100_000, r"\boxed" * 25_000]
 )
 def test_extraction_is_linear(text):
-    start = time.monotonic()
+    start = time.process_time()
     verify.extract_boxed(text)
-    verify.extract_boxed(text, lenient=True)
     verify.parse_verdict(text)
-    assert time.monotonic() - start < 30.0  # a second; quadratic would take hours
+    assert time.process_time() - start < 30.0  # a second; quadratic would take hours
 
 
-def test_two_hostile_items_cost_one_limit():
-    """Two workers spend their limit side by side, and everybody else is still answered."""
-    pairs = [(BUSY, "1"), ("5", "5"), (BUSY + "+1", "1"), deep(2)]
-    start = time.monotonic()
-    results = verify.explain_many(pairs, timeout=2.0)
-    spent = time.monotonic() - start
-    assert [r.verdict for r in results] == [None, True, None, True]
-    assert results[0].reason == "time limit"
-    assert spent > 1.7  # nine tenths of the limit; the rest is for killing
-    if os.getloadavg()[0] < 1:  # on a busy machine the replacement of a worker takes long
-        assert spent < 3.7
+def test_what_hit_its_limit_is_asked_again_for_a_longer_one(monkeypatch):
+    limits = []
+    ask = workers._Worker.ask
+    monkeypatch.setattr(workers._Worker, "ask", lambda *args: limits.append(args[-1]) or ask(*args))
+    for timeout in (0.3, 0.3, 0.2, 0.6):
+        assert verify.verify_many([(BUSY + "+2", "1")], timeout=timeout) == [None]
+    assert limits == pytest.approx([0.27, 0.54])
 
 
-def test_a_limit_is_cached_but_not_for_a_longer_one():
-    pair = (BUSY + "+2", "1")
-    verify.verify_many([pair], timeout=0.3)
-    start = time.monotonic()
-    assert verify.verify_many([pair], timeout=0.3) == [None]
-    cached = time.monotonic() - start
-    verify.verify_many([pair], timeout=0.6)
-    assert cached < 0.3
-    assert time.monotonic() - start - cached > 0.5
+# --------------------------------------------------------------------------- workers that misbehave
+
+MISBEHAVIOUR = """
+import json, os, signal, sys
+from answers import workers
+
+def spin():
+    while True:
+        pass
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def die_once():
+    if not os.path.exists(os.environ["DIED_ONCE"]):
+        open(os.environ["DIED_ONCE"], "w").close()
+        die()
+    return True
+
+acts = {
+    "1000": spin,
+    "1001": spin,
+    "1002": lambda: sum(range(10**13)),  # in C: hours in which Python sees no signal and runs no other thread
+    "1003": lambda: bool(bytearray(workers.MEMORY + (1 << 30))),
+    "1004": lambda: bool(b"1" * (workers.MEMORY // 2 + (64 << 20))),
+    "1005": die,
+    "1006": die_once,
+}
+math_verify = workers.math_verify
+workers.math_verify = lambda pred, gold: acts[gold]() if gold in acts else math_verify(pred, gold)
+workers.worker_main(json.loads(sys.argv[1]))
+"""
+SPIN, SPIN_TOO, DEAF, HOG, GROW, DIE, DIE_ONCE = ((r"\lfloor 0.5 \rfloor", str(gold)) for gold in range(1000, 1007))
+
+
+@pytest.fixture
+def pool(monkeypatch, tmp_path):
+    """A pool of one worker, in which the pairs above misbehave instead of sympy."""
+    monkeypatch.setenv("DIED_ONCE", str(tmp_path / "died"))
+    monkeypatch.setattr(workers, "_PROGRAM", ["-c", MISBEHAVIOUR])
+    pool = workers.Pool()
+    pool.size = 1
+    monkeypatch.setattr(workers, "pool", pool)
+    yield pool
+    pool.close()
+
+
+def outcome(pool: workers.Pool, pair: tuple[str, str], timeout: float) -> tuple:
+    """The result of a pair, and whether the worker stays; a well-behaved pair must be answered afterwards."""
+    pool.warm_up()
+    before = pool.workers[0].process.pid
+    result = verify.explain_many([pair], timeout)[0]
+    assert verify.verify_many([deep(6)], timeout=60) == [True]
+    return result.verdict, result.reason, pool.workers[0].process.pid == before
+
+
+def test_a_worker_stops_at_its_limit_and_stays(pool, monkeypatch):
+    monkeypatch.setattr(workers, "GRACE", 60.0)  # the machine may be busy
+    assert outcome(pool, SPIN, timeout=0.5) == (None, "time limit", True)
+
+
+def test_a_worker_that_does_not_stop_at_its_limit_is_killed_and_replaced(pool):
+    assert outcome(pool, DEAF, timeout=0.5) == (None, "time limit", False)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no limit of address space")
+def test_a_worker_gets_no_more_memory_than_its_limit(pool):
+    assert outcome(pool, HOG, timeout=60) == (None, "memory limit", True)
+
+
+def test_a_worker_that_has_grown_is_replaced(pool):
+    assert outcome(pool, GROW, timeout=60) == (True, "rules", False)
+
+
+def test_a_worker_that_dies_at_work_gives_none(pool):
+    assert outcome(pool, DIE, timeout=60) == (None, "its worker died (memory or stack)", False)
+
+
+def test_a_pair_whose_worker_was_killed_is_tried_again(pool):
+    assert outcome(pool, DIE_ONCE, timeout=60) == (True, "rules", False)
+
+
+def test_two_hostile_pairs_spend_their_limit_side_by_side(pool, monkeypatch):
+    pool.size = 2
+    pool.warm_up()
+    spans, ask = {}, workers._Worker.ask
+
+    def timed(worker, pred, gold, limit):
+        start = time.monotonic()
+        result = ask(worker, pred, gold, limit)
+        spans[gold] = (start, time.monotonic())
+        return result
+
+    monkeypatch.setattr(workers._Worker, "ask", timed)
+    monkeypatch.setattr(workers, "GRACE", 60.0)
+    results = verify.verify_many([SPIN, ("5", "5"), SPIN_TOO, deep(2)], timeout=2.0)
+    assert results == [None, True, None, True]
+    (start, end), (other_start, other_end) = spans[SPIN[1]], spans[SPIN_TOO[1]]
+    assert max(start, other_start) < min(end, other_end)
+
+
+# --------------------------------------------------------------------------- threads, forks, ends
 
 
 def test_killed_workers_are_replaced():
-    verify.verify_many([(BUSY + "+3", "1"), (BUSY + "+4", "1")], timeout=0.3)
-    assert verify.verify_many([deep(5)], timeout=30) == [True]
+    assert verify.verify_many([deep(5)], timeout=60) == [True]
     for worker in workers_of(os.getpid()):
         worker.kill()
-    assert verify.verify_many([deep(7)], timeout=30) == [True]
+    assert verify.verify_many([deep(7)], timeout=60) == [True]
     assert len(workers_of(os.getpid())) <= workers.pool.size
-
-
-def test_a_worker_that_dies_at_work_gives_none():
-    done = threading.Event()
-
-    def kill_the_busy():
-        while not done.wait(0.5):
-            for worker in workers_of(os.getpid()):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if worker.cpu_times().user > 1.0:
-                        worker.kill()
-
-    killer = threading.Thread(target=kill_the_busy, daemon=True)
-    killer.start()
-    result = verify.explain_many([(BUSY + "+5", "1")], timeout=60)[0]
-    done.set()
-    killer.join()
-    assert result.verdict is None
-    assert "died" in result.reason
-
-
-def test_memory_limit(monkeypatch):
-    """A worker that wants too much memory is stopped, the parent stays as it is."""
-    before = psutil.Process().memory_info().rss
-    result = verify.explain_many([(r"\operatorname{zeros}(30000,30000)", "43")], timeout=4.0)[0]
-    assert result.verdict in (None, False)
-    assert psutil.Process().memory_info().rss - before < 50 << 20
 
 
 def test_threads_share_the_pool():
@@ -250,7 +307,7 @@ def test_a_forked_child_has_its_own_pool():
     assert answer is True
     assert pids
     assert not before & set(pids)
-    assert gone(pids, within=30.0)
+    assert gone(pids, within=120.0)
     assert verify.verify_many([deep(13)], timeout=30) == [True]
     assert {w.pid for w in workers_of(os.getpid())} == before
 
@@ -259,20 +316,23 @@ CHILD = f"""
 import sys, threading
 sys.path.insert(0, {str(ROOT)!r})
 import verify
-verify.verify_many([("f(x)", "f(y)"), ("g(x)", "g(y)")], timeout=60)
-if sys.argv[1] != "exit":
-    jobs = [({BUSY!r} + sys.argv[2] * i, "1") for i in (1, 2)] if sys.argv[1] == "busy" else []
+from answers import workers
+mode = sys.argv[1]
+if mode == "deaf":
+    workers._PROGRAM = ["-c", sys.argv[2]]
+verify.warm_up()
+if mode != "exit":
     print("ready", flush=True)
-    verify.verify_many(jobs, timeout=60)
+    verify.verify_many({{"busy": [({BUSY!r}, "1")], "deaf": [{DEAF!r}]}}.get(mode, []), timeout=5)
     threading.Event().wait()
 """
 
 
 def start_child(mode: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", CHILD, mode, "+1"], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", CHILD, mode, MISBEHAVIOUR], stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("mode", ["idle", "busy"])
+@pytest.mark.parametrize("mode", ["idle", "busy", "deaf"])
 def test_workers_end_when_their_parent_is_killed(mode):
     child = start_child(mode)
     assert child.stdout.readline().strip() == "ready"
@@ -281,7 +341,7 @@ def test_workers_end_when_their_parent_is_killed(mode):
     assert pids
     child.kill()
     child.wait()
-    assert gone(pids, within=30.0)
+    assert gone(pids, within=120.0)
 
 
 def test_interrupt_ends_the_parent_and_its_workers():
@@ -292,7 +352,7 @@ def test_interrupt_ends_the_parent_and_its_workers():
     child.send_signal(signal.SIGINT)
     assert child.wait(60) != 0
     assert pids
-    assert gone(pids, within=30.0)
+    assert gone(pids, within=120.0)
 
 
 def test_normal_exit_leaves_no_worker():
@@ -303,15 +363,16 @@ def test_normal_exit_leaves_no_worker():
         time.sleep(0.05)
     assert child.returncode == 0
     assert pids
-    assert gone(pids, within=30.0)
+    assert gone(pids, within=120.0)
 
 
-def test_pool_elsewhere(tmp_path):
+def test_the_pool_works_in_another_folder_and_interpreter(tmp_path):
     """From another directory, by a relative path, and with an interpreter that lacks our packages."""
     code = f"""if True:
         import os, sys
         sys.path.insert(0, os.path.relpath({str(ROOT)!r}))
-        import verify, workers
+        import verify
+        from answers import workers
         os.chdir("/")
         sys.executable = sys._base_executable
         assert verify.verify_many([{deep(17)!r}], timeout=60) == [True]
@@ -326,15 +387,18 @@ def test_a_worker_imports_the_rules_and_nothing_else_of_ours():
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
-        import workers
-        workers.equality.math_verify("x", "x")
+        from answers import workers
+        workers.math_verify("x", "x")
         assert "torch" not in sys.modules
         root = {str(ROOT)!r}
         files = [getattr(m, "__file__", None) or "" for m in list(sys.modules.values())]
         print(*sorted(f.removeprefix(root) for f in files if f.startswith(root) and ".venv" not in f))
     """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["/calculator.py", "/equality.py", "/normalisation.py", "/structure.py", "/workers.py"]
+    assert run.stdout.split() == [
+        f"/answers/{name}.py"
+        for name in ("__init__", "calculator", "normalize", "rules", "structure", "units", "workers")
+    ]
 
 
 def test_import_is_light():
@@ -398,11 +462,11 @@ def test_twenty_thousand_seeded_strings():
     verify.verify_many(pairs[:300], timeout=0.1)
     before = process.memory_info().rss
     results = [decide(*pair) for pair in pairs]
-    assert {r.verdict for r in results} <= {True, False, None}
-    unreadable = [pair for pair, r in zip(pairs, results, strict=True) if r.reason == "open"]
+    assert {r.verdict for r in results if r} <= {True, False, None}
+    unreadable = [pair for pair, r in zip(pairs, results, strict=True) if r is None]
     assert len(unreadable) > 1000
     decided = verify.explain_many(unreadable[:500], timeout=0.1)  # ten milliseconds each for the grammar
-    assert "open" not in {r.reason for r in decided}
+    assert all(r.reason for r in decided)
     grown = process.memory_info().rss - before
     print(f"fuzz: {len(unreadable)} of {len(pairs)} unreadable, parent grew {grown / 2**20:.1f} MiB")
     assert grown < 60 << 20
@@ -416,14 +480,13 @@ def test_twenty_thousand_seeded_strings():
 @given(st.text(max_size=200), st.sampled_from(GOLDS))
 def test_any_text(text, gold):
     assert verify.explain_many([(text, gold)], timeout=0.5)[0].verdict in (True, False, None)
-    verify.extract_boxed(text, lenient=True)
     verify.parse_verdict(text)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join))
 def test_every_usable_text_equals_itself(text):
-    """Also through normalisation: with spaces around it and inside a box."""
+    """Also through normalization: with spaces around it and inside a box."""
     assert verify.is_equal(text, text) in ((True,) if text.strip() else (None, False))
 
 

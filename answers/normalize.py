@@ -1,16 +1,16 @@
-r"""One spelling for one thing, and texts cut up outside their brackets.
+r"""One spelling for what is written in several ways, and texts split outside their brackets.
 
     clean("½")                      # \frac{1}{2}, and so for \dfrac12 and $\tfrac{1}{2}$.
     split("(1,2),3", {","})         # (["(1,2)", "3"], [","])
 
-Unicode becomes LaTeX, synonyms become one command, decoration goes. What the text means is not asked here.
+Unicode becomes LaTeX, synonyms become one command, decoration is removed.
 """
 
 import re
 import unicodedata
 from functools import lru_cache
 
-from calculator import FUNCTIONS, MAX_DEPTH, TooBig
+from answers.calculator import FUNCTIONS, MAX_DEPTH, TooBig
 
 _UNICODE = r"""
     −–—‐‑‒﹣－ -  ⋅·∙• \cdot  ×✕ \times  ⁄∕÷ /  √ \sqrt  ∞ \infty  ± \pm  ∓ \mp  ≤⩽ \leq  ≥⩾ \geq
@@ -65,6 +65,7 @@ def _rewrites(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
 _BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
     (r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow)\s*\{\s*(\\?[a-zA-Z]+|\d)\s*\}(?<![a-z]{2}\})", r"\1 "),
     (r"\\(?:text)?color\s*\{\w+\}", " "),
+    (r"(?<=\d)(?<!\d{4}),\s*(?:\\!\s*)+(?=\d{3}(?!\d))", ""),  # 11,\! 111 is one number
 )
 _AFTER_COMMANDS = _rewrites(
     (  # x = 2k + 1, k \in \mathbb{Z}
@@ -102,7 +103,7 @@ _ANSWER_IS = re.compile(
 
 @lru_cache(maxsize=4096)  # a gold comes once for each of its rollouts
 def clean(text: str) -> str:
-    """One spelling for one thing: Unicode to LaTeX, synonyms to one command, decoration away."""
+    """The one spelling of an answer."""
     text = text.translate(ZERO_WIDTH)
     text = (text if text.isascii() else _from_unicode(text)).strip()
     if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
@@ -115,14 +116,14 @@ def clean(text: str) -> str:
         text = text.replace(r"\begin{cases}", "").replace(r"\end{cases}", "").replace(r"\\", ", ").replace("&", " ")
     if r"\begin" in text:
         text = text.replace(r"\\", ROW)
-    elif "\\" in text:  # doubled by somebody's escaping, or a line break
+    elif "\\" in text:  # doubled by escaping, or a line break
         text = re.sub(r"\\\\(?=[a-zA-Z])", r"\\", text).replace(r"\\", " ")
     if "\\" in text:
         text = _apply(_BEFORE_COMMANDS, text)
-        text = _COMMAND.sub(lambda m: _COMMANDS.get(m[0].strip(), m[0].strip() if len(m[0]) > 2 else m[0]), text)
+        text = _COMMAND.sub(lambda match: _COMMANDS.get(command := match[0].strip(), command), text)
         text = _apply(_AFTER_COMMANDS, text)
     text = strip_braces(_apply(_PLAIN, text).strip())
-    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and closing_bracket(text, box.end()) == len(text) - 1:
+    if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and is_enclosed(text, box.end()):
         text = text[box.end() + 1 : -1].strip()
     text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
     text = re.sub(r"^=(?=.)", "", text.strip())
@@ -150,7 +151,7 @@ def _apply(rules: list[tuple[re.Pattern, str]], text: str) -> str:
 def strip_braces(text: str) -> str:
     """Without invisible outer braces; around a list they were meant as the braces of a set."""
     for _ in range(MAX_DEPTH):
-        if text[:1] != "{" or closing_bracket(text, 0) != len(text) - 1:
+        if text[:1] != "{" or not is_enclosed(text):
             break
         inner = text[1:-1].strip()
         if len(split(inner, {","})[0]) > 1:
@@ -169,21 +170,21 @@ _SPLIT_TOKENS = re.compile(
 )
 
 
-def closing_bracket(text: str, start: int) -> int:
-    """Index of the bracket that closes the one at `start` (of any kind), or -1."""
+def is_enclosed(text: str, start: int = 0) -> bool:
+    """Whether the bracket at `start` is closed (by one of any kind) at the end of the text."""
     depth = 0
     for token in _BRACKETS.finditer(text, start):
-        depth += (token.group() in _OPEN) - (token.group() in _CLOSE)
-        if depth == 0 and token.group() in _CLOSE:
-            return token.end() - 1
-    return -1
+        depth += (token[0] in _OPEN) - (token[0] in _CLOSE)
+        if depth == 0:
+            return token.end() == len(text)
+    return False
 
 
 def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
     """Pieces between separators that stand outside every bracket, and those separators."""
     if not any(separator in text for separator in separators):
         return [text], []
-    pieces, found, depth, start = [], [], 0, 0
+    pieces, signs, depth, start = [], [], 0, 0
     for token in _SPLIT_TOKENS.finditer(text):
         symbol = token.group()
         if symbol in _OPEN or symbol.startswith(r"\begin"):
@@ -196,10 +197,10 @@ def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
             word = symbol[6:-1].strip() if symbol.startswith(r"\text{") else symbol
             if word in separators:
                 pieces.append(text[start : token.start()].strip())
-                found.append(word)
+                signs.append(word)
                 start = token.end()
     pieces.append(text[start:].strip())
-    return pieces, found
+    return pieces, signs
 
 
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")

@@ -1,8 +1,8 @@
-"""Processes that compare one pair at a time and are killed when they overrun.
+"""math-verify, in processes that compare one pair at a time and are killed when they overrun.
 
     pool.run([(pred, gold), ...], limit=2.0)    # a Result each, in order
 
-sympy, under math-verify, may hang in C code or want all memory for a short text of a model; no alarm
+sympy, under math-verify, may hang in C code or take all memory over a short text of a model; no alarm
 inside the process stops that for certain. So it runs in processes with a limit of time and memory,
 started when first needed, kept, and replaced when they die. They speak lines of JSON over pipes, see
 no GPU and import no torch.
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import re
 import resource
 import selectors
 import signal
@@ -22,17 +23,50 @@ import threading
 import time
 from collections import deque
 
-import equality
-from equality import Result
+from answers import rules
+from answers.calculator import TooBig
+from answers.normalize import ROW
+from answers.rules import GoldTooBig, Result
 
 MEMORY = 2 << 30  # bytes of address space
 START = 300.0  # seconds in which a worker must have imported sympy
 GRACE = 0.5  # seconds beyond the limit after which the parent kills the worker
+MAX_CHARS = 400  # math-verify's grammar takes a millisecond for a few characters
+MAX_CACHED = 4096  # results
 
-_FILE = os.path.abspath(__file__)  # now: the working directory may change
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # now: the working directory may change
+_PROGRAM = ["-m", "answers.workers"]
 
 
 # --------------------------------------------------------------------------- inside a worker
+
+_TOWERS = re.compile(r"\^\s*[{(]*\s*\d+\s*[})]*\s*\^|\^\s*[{(]*\s*-?\d{4,}|\d{4,}\s*[})]*\s*!|!\s*[)}]*\s*!|\d{400}")
+_VETTED = re.compile(r"[\w\s+\-*/^=<>()\[\]{}|\\.,:;!&%'~]*", re.ASCII)
+
+
+def math_verify(pred: str, gold: str) -> bool:
+    """math-verify on two vetted LaTeX strings, by its LaTeX grammar alone (never parse_expr)."""
+    from latex2sympy2_extended import NormalizationConfig, latex2sympy
+    from math_verify import verify
+    from sympy import Basic, MatrixBase
+
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="none")
+    parsed = []
+    for text, error in ((gold, GoldTooBig), (pred, TooBig)):
+        text = text.replace(ROW, r"\\")
+        if len(text) > MAX_CHARS or _TOWERS.search(text):
+            raise error("for sympy")
+        if not _VETTED.fullmatch(text) or "__" in text:
+            return False
+        try:
+            parsed.append(latex2sympy(text, is_real=True, normalization_config=config))
+        except (MemoryError, RecursionError):
+            raise
+        except Exception:  # the grammar raises bare Exception for whatever it cannot read
+            return False
+    if not all(isinstance(x, Basic | MatrixBase) for x in parsed):
+        return False
+    return bool(verify(*parsed, float_rounding=12, numeric_precision=30, timeout_seconds=None))
 
 
 class _Overrun(BaseException):
@@ -47,13 +81,13 @@ def _compare(pred: str, gold: str, limit: float) -> Result:
     """One comparison, interrupted by an exception at its limit: the worker, with all it has imported, stays.
 
     Where a long C call keeps that from happening, the parent kills the worker; if the parent is dead,
-    a second timer does, one second of the worker's own time after the limit.
+    a second timer does, one second of processor time after the limit.
     """
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit + 1.0)  # default action: the end
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit + 1.0)  # default action: the process ends
     try:
         signal.setitimer(signal.ITIMER_REAL, limit)
         try:
-            result = equality.decide(pred, gold)
+            result = rules.decide(pred, gold)
         except MemoryError:
             result = Result(None, "memory limit")
         except RecursionError:
@@ -67,7 +101,7 @@ def _compare(pred: str, gold: str, limit: float) -> Result:
     return result
 
 
-def _worker_main(search_path: list[str]) -> None:
+def worker_main(search_path: list[str]) -> None:
     """Read {pred, gold, limit} lines of JSON from stdin, write {verdict, reason} lines to stdout.
 
     It ends by itself when stdin closes: a thread waits for that, also while sympy is busy.
@@ -75,22 +109,22 @@ def _worker_main(search_path: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints must not reach the protocol
-    items: queue.SimpleQueue = queue.SimpleQueue()
+    questions: queue.SimpleQueue = queue.SimpleQueue()
 
     def read() -> None:
         for line in sys.stdin:
-            items.put(json.loads(line))
+            questions.put(json.loads(line))
         os._exit(0)
 
     def answer(**message) -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    del sys.path[0]  # this folder: no library shall find a file of ours instead of its own
+    del sys.path[0]  # the project's folder: a library must not find a file of ours instead of its own
     sys.path += [path for path in search_path if path not in sys.path]
     logging.disable(logging.CRITICAL)
-    equality.in_worker = True
-    equality.math_verify(r"\int_0^1 x^2 dx", r"\lfloor x \rfloor")  # sympy imports much of itself on first use
+    rules.last_resort = math_verify
+    math_verify(r"\int_0^1 x^2 dx", r"\lfloor x \rfloor")  # sympy imports much of itself on first use
     try:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     except (ValueError, OSError) as error:  # macOS has no such limit
@@ -102,7 +136,7 @@ def _worker_main(search_path: list[str]) -> None:
     signal.signal(signal.SIGALRM, _interrupt)
     maxrss_unit = 1 if sys.platform == "darwin" else 1024  # bytes
     while True:
-        result = _compare(**items.get())
+        result = _compare(**questions.get())
         answer(verdict=result.verdict, reason=result.reason)
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * maxrss_unit > MEMORY // 2:
             os._exit(0)  # a fresh one will take over
@@ -112,12 +146,13 @@ def _worker_main(search_path: list[str]) -> None:
 
 
 class _Worker:
-    """One worker process, asked for one item at a time."""
+    """One worker process, asked one question at a time."""
 
     def __init__(self):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
-        command = [sys.executable, _FILE, "--worker", json.dumps(sys.path)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, env=env)
+        command = [sys.executable, *_PROGRAM, json.dumps([os.path.abspath(path) for path in sys.path])]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=env, cwd=_ROOT)
         self.started = False
 
     def start(self) -> None:
@@ -158,54 +193,67 @@ class Pool:
     def __init__(self):
         self.size = max(2, min(4, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.workers: list[_Worker] = []
+        self.results: dict[tuple[str, str], tuple[Result, float]] = {}  # with the limit each had; the latest last
         self.lock = threading.Lock()
 
-    def run(self, jobs: list[tuple[str, str]], limit: float) -> list[Result]:
-        """Results of `jobs` in order; each takes at most `limit` seconds, killing its worker included."""
-        results: list[Result | None] = [None] * len(jobs)
-        waiting = deque(enumerate(jobs))
+    def run(self, pairs: list[tuple[str, str]], limit: float) -> list[Result]:
+        """Results of `pairs` in order; each takes at most `limit` seconds, killing its worker included."""
         with self.lock:
+            waiting = deque(pair for pair in pairs if not self._known(pair, limit))
             threads = [
-                threading.Thread(target=self._serve, args=(slot, waiting, results, limit), daemon=True)
-                for slot in range(self._grow(len(jobs)))
+                threading.Thread(target=self._serve, args=(slot, waiting, limit), daemon=True)
+                for slot in range(self._grow(len(waiting)))
             ]
             try:
                 for thread in threads:
                     thread.start()
                 for thread in threads:
                     thread.join()
-            except BaseException:  # Ctrl-C: nobody waits for the answers any more
+            except BaseException:  # Ctrl-C: the answers are no longer wanted
                 waiting.clear()
                 self.close()
                 raise
-        if None in results:
-            raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
+            if not all(pair in self.results for pair in pairs):
+                raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
+            results = [self.results[pair][0] for pair in pairs]
+            for pair in list(self.results)[:-MAX_CACHED]:
+                del self.results[pair]
         return results
+
+    def _known(self, pair: tuple[str, str], limit: float) -> bool:
+        """Whether the result is kept; one that hit its limit says nothing about a longer limit."""
+        result, had = self.results.get(pair, (None, 0.0))
+        if result is None or (result.verdict is None and had < limit):
+            self.results.pop(pair, None)
+            return False
+        return True
 
     def _grow(self, wanted: int) -> int:
         self.workers += [_Worker() for _ in range(min(self.size, wanted) - len(self.workers))]
         return min(self.size, wanted)
 
-    def _serve(self, slot: int, waiting: deque, results: list, limit: float) -> None:
-        """Give the worker of one slot an item after the other; replace it when it is late or dead."""
-        item, deaths = None, 0
-        while (item or waiting) and deaths < 3:
+    def _serve(self, slot: int, waiting: deque, limit: float) -> None:
+        """Give the worker of one slot a pair after the other; replace it when it is late or dead."""
+        pair, deaths = None, 0
+        while (pair or waiting) and deaths < 3:
             try:
                 self.workers[slot].start()
-                item = item or waiting.popleft()
-                results[item[0]] = self.workers[slot].ask(*item[1], 0.9 * limit)  # the rest is for killing it
-                item, deaths = None, 0
+                pair = pair or waiting.popleft()
+                result = self.workers[slot].ask(*pair, 0.9 * limit)  # the rest is for killing it
+                self.results[pair] = result, limit
+                pair, deaths = None, 0
                 continue
-            except IndexError:  # another thread took the last item, or the pool was closed
+            except IndexError:  # another thread took the last pair, or the pool was closed
                 return
             except TimeoutError:
-                deaths += item is None
+                deaths += pair is None
                 reason = "time limit"
             except (EOFError, OSError, ValueError):
                 deaths += 1
                 reason = "its worker died (memory or stack)" if deaths == 2 else None
-            if item and reason:  # the first death may be a kill from outside: the item is tried again
-                results[item[0]], item, deaths = Result(None, reason), None, 0
+            if pair and reason:  # the first death may be a kill from outside: the pair is tried again
+                self.results[pair] = Result(None, reason), limit
+                pair, deaths = None, 0
             if slot < len(self.workers):
                 self.workers[slot].kill()
                 self.workers[slot] = _Worker()  # it starts while the others work
@@ -230,7 +278,7 @@ def _after_fork() -> None:
     global pool
     for worker in pool.workers:
         worker.close()
-        worker.process.returncode = 0  # so that Popen does not wait for somebody else's child
+        worker.process.returncode = 0  # so that Popen does not wait for it: it is not our child
     pool = Pool()
 
 
@@ -239,4 +287,4 @@ atexit.register(lambda: pool.close())
 
 
 if __name__ == "__main__":
-    _worker_main(json.loads(sys.argv[2]))
+    worker_main(json.loads(sys.argv[1]))

@@ -210,13 +210,13 @@ class _Calculator:
     def mixed(self) -> Fraction:
         """The proper fraction that follows an integer, as in 1\\frac{1}{2} or 1 1/2; else 0."""
         ahead = " ".join(self.tokens[self.i : self.i + 7])
-        found = re.match(r"\\frac (?:\{ (\d+) \}|(\d)) ?(?:\{ (\d+) \}|(\d))|(\d+) / (\d+)(?!\S)", ahead)
-        if not found:
+        match = re.match(r"\\frac (?:\{ (\d+) \}|(\d)) ?(?:\{ (\d+) \}|(\d))|(\d+) / (\d+)(?!\S)", ahead)
+        if not match:
             return Fraction(0)
-        top, bottom = (int(n) for n in found.groups() if n)
+        top, bottom = (int(n) for n in match.groups() if n)
         if not 0 < top < bottom:
             return Fraction(0)
-        if found[5]:
+        if match[5]:
             self.i += 3
             return Fraction(top, bottom)
         return self.primary()
