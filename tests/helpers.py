@@ -1,5 +1,8 @@
 """Shared by the tests: small data sets, a trainer's settings, and a verifier for a model that writes noise."""
 
+import json
+from pathlib import Path
+
 from datasets import Dataset, Features, Image, List, Value
 
 from data.digits import digit_rows
@@ -66,3 +69,12 @@ def weights(trainer):
 def history(trainer):
     """The logs of the optimizer steps."""
     return [logs for logs in trainer.state.log_history if "loss" in logs]
+
+
+def save_text_model(model, tokenizer, folder: Path) -> None:
+    """A folder as a text model's is; the tests' tokenizer comes from a model that sees, and says so."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["processor_class"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))

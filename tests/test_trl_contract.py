@@ -136,7 +136,7 @@ def test_the_docstring_lists_every_private_member_that_is_overridden():
         name for row in re.findall(r"^ *\| `.*$", SparkTrainer.__doc__, re.M) for name in re.findall(r"`(\w+)`", row)
     }
     assert overridden == listed
-    assert {name for owner, name in MEMBERS if issubclass(GRPOTrainer, owner)} >= {n for n in listed if n[0] == "_"}
+    assert {name for owner, name in MEMBERS if owner in GRPOTrainer.__mro__} >= {n for n in listed if n[0] == "_"}
     with open("README.md", encoding="utf-8") as file:
         assert f"{sum(name.startswith('_') for name in listed)} private" in file.read()
 
