@@ -8,8 +8,8 @@
              that training and test-time scaling are never mixed up. --tts says how:
                reflect         answer, judge the own answer, reflect while the verdict is negative (paper, section 3.4)
                vote            --n answers, the most frequent one
-               weighted_vote   the same, each answer weighing what the judge thinks of it
-               best_of_n       --n answers, a knock-out of pairwise judgements
+               weighted_vote   the same, each answer weighing what the judge thinks of it, asked with both letterings
+               best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
     judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is it
 
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
@@ -157,43 +157,68 @@ def reflect_row(row: Row, settings: Settings) -> Solver:
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
     """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
-    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer."""
+    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer.
+
+    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. A pair is won
+    by the side that both verdicts name; where one can't be read, or they contradict each other, by the side with more
+    votes.
+    """
     tokens = _Tokens()
     messages, images = _question(row, settings.suffix)
     outputs = yield [Request(messages, images)] * settings.n
     texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
     groups = _same_answers([verify.extract_boxed(text) for text in texts])
     rounds = [_round(text) for text in texts]
+    candidates = [_shown(text, settings.judge_source)[0] for text in texts]
     matches = []
+
+    def asked_twice(instructions: Iterable[tuple[str, str]]) -> list[Request]:
+        """Each question as its instructions word it in one order, then in the other."""
+        return [Request(ask(messages, text, settings.suffix), images) for both in instructions for text in both]
+
     if settings.tts == "weighted_vote":
-        asked = [
-            ask(messages, pointwise_instruction(_shown(text, settings.judge_source)[0]), settings.suffix)
-            for text in texts
-        ]
-        judged = tokens.read((yield [Request(question, images) for question in asked]))
-        rounds = [_round(t, verify.parse_verdict(j), j) for t, j in zip(texts, judged, strict=True)]
-        weight = {"Yes": 1.0, "No": 0.0}
-        groups.sort(key=lambda g: (-sum(weight.get(rounds[i]["verdict"], 0.5) for i in g), -len(g)))
+        outputs = yield asked_twice(
+            tuple(pointwise_instruction(candidate, right_letter=letter) for letter in "AB") for candidate in candidates
+        )
+        judged = tokens.read(outputs)
+        weights = []
+        for i, texts_of_both in enumerate(zip(judged[::2], judged[1::2], strict=True)):
+            beliefs = [_belief(text, letter) for text, letter in zip(texts_of_both, "AB", strict=True)]
+            weights.append(sum(beliefs) / 2)
+            verdict = {0.0: "No", 1.0: "Yes"}.get(weights[i])
+            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(texts_of_both)), "weight": weights[i]}
+        groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
     elif settings.tts == "vote":
         groups.sort(key=lambda g: -len(g))
     else:
         while len(groups) > 1:
             pairs = list(zip(groups[::2], groups[1::2], strict=False))
-            asked = []
-            for a, b in pairs:
-                shown = [_shown(texts[g[0]], settings.judge_source)[0] for g in (a, b)]
-                asked.append(ask(messages, pairwise_instruction(*shown), settings.suffix))
-            judged = tokens.read((yield [Request(question, images) for question in asked]))
-            verdicts = [verify.parse_verdict(j) for j in judged]
-            matches += [
-                {"a": a[0], "b": b[0], "verdict": v, "judge_output": j}
-                for (a, b), v, j in zip(pairs, verdicts, judged, strict=True)
-            ]
-            winners = [b if v == "B" else a for (a, b), v in zip(pairs, verdicts, strict=True)]
+            outputs = yield asked_twice(
+                tuple(pairwise_instruction(candidates[x[0]], candidates[y[0]]) for x, y in ((a, b), (b, a)))
+                for a, b in pairs
+            )
+            judged = tokens.read(outputs)
+            winners = []
+            for (a, b), first, swapped in zip(pairs, judged[::2], judged[1::2], strict=True):
+                verdicts = verify.parse_verdict(first), verify.parse_verdict(swapped)
+                winner = {("A", "B"): a, ("B", "A"): b}.get(verdicts, max(a, b, key=len))  # equal votes: a, the earlier
+                winners.append(winner)
+                matches.append({
+                    "a": a[0], "b": b[0], "verdict": verdicts[0], "verdict_swapped": verdicts[1],
+                    "winner": winner[0], "judge_output": f"{first}\n---\n{swapped}",
+                })  # fmt: skip
             groups = winners + groups[2 * len(pairs) :]
     chosen = groups[0][0]
     found = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, round_num=0)
     return {**found, "chosen": chosen, "matches": matches}
+
+
+def _belief(judged: str, right_letter: str) -> float:
+    """What a pointwise verdict says of a response: 1 right, 0 wrong, 0.5 nothing, where it can't be read."""
+    verdict = verify.parse_verdict(judged)
+    if verdict in ("A", "B"):
+        return float(verdict == right_letter)
+    return {"Yes": 1.0, "No": 0.0}.get(verdict, 0.5)
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:

@@ -132,16 +132,42 @@ def test_the_first_answer_s_tokens_are_its_own():
     assert (row["first_completion_tokens"], row["completion_tokens"]) == (2, 2 + 3 + 4 + 5)
 
 
-def test_weighted_vote_believes_the_judge():
-    def judge(text):
-        return "\\boxed{Yes}" if "\\boxed{3}" in text else "\\boxed{No}"
+def lettered(right):
+    """A judge of single responses that knows the right answer, and says it with the letter that it is asked for."""
 
+    def judge(text):
+        a_is_right = "A: correct" in text
+        return "\\boxed{A}" if a_is_right == (f"\\boxed{{{right}}}" in text) else "\\boxed{B}"
+
+    return judge
+
+
+def test_weighted_vote_believes_the_judge():
     answers = ["\\boxed{4}", "\\boxed{4}", "\\boxed{3}"]
-    row = sampled(answers, judge, "weighted_vote")
+    row = sampled(answers, lettered(3), "weighted_vote")
     assert (row["extracted_answer"], row["chosen"]) == ("3", 2)
-    assert [r["verdict"] for r in row["rounds"]] == ["No", "No", "Yes"]
-    assert sampled(answers, lambda text: "\\boxed{No}", "weighted_vote")["extracted_answer"] == "4"  # the majority then
-    assert row["completion_tokens"] == 6 * 5
+    assert [(r["verdict"], r["weight"]) for r in row["rounds"]] == [("No", 0.0), ("No", 0.0), ("Yes", 1.0)]
+    assert row["completion_tokens"] == (3 + 2 * 3) * 5
+    row = sampled(answers, lettered(5), "weighted_vote")  # says of none that it is right: the majority then
+    assert (row["extracted_answer"], [r["verdict"] for r in row["rounds"]]) == ("4", ["No"] * 3)
+
+
+@pytest.mark.parametrize("reply", ["\\boxed{A}", "\\boxed{B}", "hard to say", "\\boxed{A or B}"])
+def test_a_judge_of_one_letter_or_of_none_weighs_every_answer_alike(reply):
+    """Always A is right once and wrong once; what can't be read says nothing either."""
+    row = sampled(["\\boxed{3}", "\\boxed{4}", "\\boxed{4}"], lambda text: reply, "weighted_vote")
+    assert [(r["verdict"], r["weight"]) for r in row["rounds"]] == [(None, 0.5)] * 3
+    assert (row["extracted_answer"], row["chosen"]) == ("4", 1)
+
+
+def test_one_readable_verdict_of_two_weighs_half_as_much():
+    row = sampled(
+        ["\\boxed{3}", "\\boxed{4}"],
+        lambda text: lettered(4)(text) if "A: correct" in text else "...",
+        "weighted_vote",
+    )
+    assert [r["weight"] for r in row["rounds"]] == [0.25, 0.75]
+    assert row["extracted_answer"] == "4"
 
 
 def test_best_of_n_is_a_knock_out_among_different_answers():
@@ -149,13 +175,33 @@ def test_best_of_n_is_a_knock_out_among_different_answers():
 
     def judge(text):
         asked.append(text)
-        return "\\boxed{B}" if "{3}" in text.split("<response_b>")[1] else "\\boxed{A}"
+        first, second = text.split("<response_b>")
+        return "\\boxed{A}" if "{3}" in first or ("{1}" in first and "{3}" not in second) else "\\boxed{B}"
 
     row = sampled([f"\\boxed{{{i}}}" for i in (1, 1, 2, 3, 5, 5)], judge, "best_of_n")
     assert (row["extracted_answer"], row["is_correct"], row["chosen"]) == ("3", True, 3)
-    assert len(asked) == len(row["matches"]) == 3  # four different answers
-    assert {(m["a"], m["b"]) for m in row["matches"]} == {(0, 2), (3, 4), (0, 3)}
+    assert len(row["matches"]) == 3  # four different answers
+    assert len(asked) == 2 * 3 and row["completion_tokens"] == (6 + 2 * 3) * 5
+    assert {(m["a"], m["b"], m["winner"]) for m in row["matches"]} == {(0, 2, 0), (3, 4, 3), (0, 3, 3)}
+    assert all((m["verdict"], m["verdict_swapped"]) in (("A", "B"), ("B", "A")) for m in row["matches"])
     assert sampled(["none", "at all"], judge, "best_of_n")["chosen"] == 0
+
+
+@pytest.mark.parametrize("reply", ["\\boxed{A}", "\\boxed{B}", "hard to say", "\\boxed{A or B}", "\\boxed{Yes}"])
+def test_a_pair_without_a_verdict_that_holds_in_both_orders_goes_to_the_votes(reply):
+    row = sampled(["\\boxed{4}", "\\boxed{3}", "\\boxed{3}"], lambda text: reply, "best_of_n")
+    assert (row["extracted_answer"], row["matches"][0]["winner"]) == ("3", 1)
+    row = sampled(["\\boxed{3}", "\\boxed{4}"], lambda text: reply, "best_of_n")
+    assert row["extracted_answer"] == "3"  # as many votes: the first
+
+
+def test_one_unreadable_verdict_of_a_pair_makes_it_a_tie():
+    def judge(text):
+        return "\\boxed{A}" if "{4}" in text.split("<response_b>")[0] else "..."
+
+    row = sampled(["\\boxed{4}", "\\boxed{3}", "\\boxed{3}"], judge, "best_of_n")
+    (match,) = row["matches"]
+    assert (match["verdict"], match["verdict_swapped"], row["extracted_answer"]) == ("A", None, "3")
 
 
 def test_judge_mode_asks_both_orders_and_takes_labels():
