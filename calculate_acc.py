@@ -7,11 +7,12 @@ an answer: it is left out of every rate and counted apart, as is an answer that 
 answer without a box is an answer, and wrong. Intervals are Wilson's at 95 %.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
-file holds no problem), and every file is compared with the first: difference, its paired bootstrap interval (10,000
-resamples, seeded) and McNemar's exact test.
+file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
+answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
+(10,000 resamples, seeded) and McNemar's exact test.
 
 Files are read as a stream (a JSON list, or JSON lines), and large ones are scored on all cores: a million rows take a
-minute or less. Memory stays bounded; with several files, 13 bytes a row are kept for the pairing. The seed's own files
+minute or less. Memory stays bounded; with several files, 14 bytes a row are kept for the pairing. The seed's own files
 (dataset, ground_truth, extracted_answer) are read too.
 """
 
@@ -174,6 +175,7 @@ class Tally:
     keys: array = field(default_factory=lambda: array("Q"))
     outcomes: array = field(default_factory=lambda: array("b"))
     dataset_ids: array = field(default_factory=lambda: array("I"))
+    kinds: array = field(default_factory=lambda: array("b"))  # places in KINDS
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
@@ -197,6 +199,7 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 found.keys.append(row["key"])
                 found.outcomes.append(-1 if outcome is None else outcome)
                 found.dataset_ids.append(dataset_id)
+                found.kinds.append(KINDS.index(kind_of(row)))
     for dataset, failed in found.failed.items():  # beside the rows of its dataset, or of its file, that did not fail
         kinds = [kind for name, kind in found.counts if name == dataset] or [kind for _, kind in found.counts]
         found.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
@@ -422,14 +425,15 @@ def occurrence_keys(found: Tally):
 
 
 def compare(base: Tally, other: Tally) -> list[Row]:
-    """Differences on the rows that both files answered: of each benchmark, of their mean, and of all rows."""
+    """Differences on the rows that both files answered in the same mode: of each benchmark, of their mean, of all."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     _, i, j = np.intersect1d(occurrence_keys(base), occurrence_keys(other), assume_unique=True, return_indices=True)
     before, after = (np.frombuffer(t.outcomes, np.int8)[k] for t, k in ((base, i), (other, j)))
     dataset_ids = np.frombuffer(base.dataset_ids, np.uint32)[i]
-    both = (before >= 0) & (after >= 0)
+    same_kind = np.frombuffer(base.kinds, np.int8)[i] == np.frombuffer(other.kinds, np.int8)[j]
+    both = (before >= 0) & (after >= 0) & same_kind
 
     def difference(name: str, chosen) -> tuple[Row, Any]:
         n = int(chosen.sum())
@@ -545,7 +549,7 @@ def tables(found: Row) -> list[Table]:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
             keep = [i for i in range(len(head)) if several or i != 1]
             result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
-    for file in files[1:]:
+    for file in (f for f in files[1:] if not other_mode(f, files[0])):
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
         rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
         head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
@@ -556,9 +560,24 @@ def tables(found: Row) -> list[Table]:
     return result
 
 
+def other_mode(file: Row, base: Row) -> tuple[str, str] | None:
+    """What either file holds, where nothing that one of them holds is held by the other."""
+    kinds = [{b["kind"] for b in f["benchmarks"] if b["answered"]} for f in (file, base)]
+    if not all(kinds) or kinds[0] & kinds[1]:
+        return None
+    return tuple(" and ".join(kind for kind in KINDS if kind in held) for held in kinds)
+
+
 def notices(found: Row) -> list[str]:
     """What must not be overlooked."""
     lines = []
+    base = found["files"][0]
+    for file in found["files"][1:]:
+        if held := other_mode(file, base):
+            lines.append(
+                f"NOT COMPARED: {file['path']} holds results of {held[0]}, {base['path']} of {held[1]}; only results "
+                "of one mode are compared"
+            )
     for file in found["files"]:
         if not file["rows"]:
             lines.append(f"empty: {file['path']} holds no row")

@@ -255,6 +255,37 @@ def test_nothing_in_common_is_no_error():
     assert "b against a, on the 0 rows both answered, of 1 and 1\n" in render(report(tallies), "table")
 
 
+def test_only_results_of_one_mode_are_compared():
+    """Of the same questions: an answer, what test-time scaling made of it, and verdicts on it."""
+
+    def tts(first, final, problem):
+        return row(final, problem=problem, first_answer=first, rounds=[], round_num=0)
+
+    kinds = {
+        "answer": [row("4", problem=str(i)) for i in range(8)],
+        "tts": [tts("4", "5", str(i)) for i in range(8)],
+        "pointwise": [judged("pointwise", "Yes", "No", problem=str(i)) for i in range(8)],
+        "pairwise": [judged("pairwise", "A", "A", "A", problem=str(i)) for i in range(8)],
+    }
+    for name, rows in kinds.items():
+        for other, others in kinds.items():
+            found = report([tally("a", pair=True, rows=rows), tally("b", pair=True, rows=others)])
+            text = render(found, "table")
+            assert [r["rows"] for r in found["paired"]] == ([8] if name == other else [])
+            refused = f"NOT COMPARED: b holds results of {other}, a of {name}; only results of one mode are compared"
+            assert (refused in text) is (name != other)
+            assert ("rows both answered" in text) is (name == other)
+
+
+def test_a_mixed_file_is_compared_kind_by_kind():
+    """A failed row says nothing of its kind, and keeps its place among the rows of its question."""
+    failed = row(None, gold=None, error="HTTP 500")
+    pair, single = judged("pairwise", "A", "A", "B"), judged("pointwise", "Yes", "Yes")
+    base, other = [failed, pair, single], [pair, pair, row("4", gold=None)]
+    found = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
+    assert [(r["rows"], r["gained"], r["lost"]) for r in found["paired"]] == [(1, 0, 0)]
+
+
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
