@@ -25,7 +25,7 @@ from typing import Any
 
 from data import table
 from data.images import BadImage, check_image
-from data.read import Reader, Row, Rules, Source
+from data.read import Reader, Row, Source, add_source_flags, source_of
 from data.rows import BadInput, BadRow, question_text
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
@@ -149,7 +149,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     bad, repeated, tasks, golds, images = [], [], Counter(), Counter(), Counter()
     conflicts = total = 0
     lengths: dict[str, list[int]] = {"prompt": [], "image": []}
-    reader = Reader(source, judge=True, look=False)
+    reader = Reader(source, "check", look=False)
     for batch in batches(examined_rows(reader, workers), 256):
         good = [(row, found, key) for (row, _, found), key in batch if isinstance(found, dict)]
         bad += [found for (_, _, found), _ in batch if isinstance(found, BadRow)]
@@ -177,7 +177,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     }
     if against is not None:
         shared, unusable = [], 0
-        for (row, _, found), key in examined_rows(Reader(against, judge=True, look=False), workers):
+        for (row, _, found), key in examined_rows(Reader(against, "check", look=False), workers):
             if isinstance(found, BadRow):
                 unusable += 1
             elif key in seen:
@@ -254,19 +254,6 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how data is read, as train_spark.py has them."""
-    parser.add_argument("--prompt_column", default="prompt")
-    parser.add_argument("--solution_column", default="solution")
-    parser.add_argument("--image_column")
-    parser.add_argument("--image_root", help="folder that image paths are relative to, and may not leave")
-    parser.add_argument("--dataset_config", help="configuration of a hub dataset")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--allow_remote_images", action="store_true", help="fetch http(s) images")
-    parser.add_argument("--min_pixels", type=int)
-    parser.add_argument("--max_pixels", type=int)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", help="a training or benchmark file, a folder, a hub name")
@@ -277,20 +264,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that look into images")
     args = parser.parse_args(arguments)
 
-    rules = Rules(
-        image_root=args.image_root,
-        allow_remote_images=args.allow_remote_images,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-    )
-
-    def source(name: str, own_columns: bool = False) -> Source:
-        columns = (args.prompt_column, args.solution_column, args.image_column)
-        return Source(name, *columns, args.dataset_config, args.dataset_split, rules, own_columns)
-
     try:
-        against = source(args.against, own_columns=True) if args.against else None
-        report = check(source(args.file), against, args.model, args.workers)
+        against = source_of(args.against, args, own_columns=True) if args.against else None
+        report = check(source_of(args.file, args), against, args.model, args.workers)
     except BadInput as error:
         print(f"data.check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

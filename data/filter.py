@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.check import add_source_flags, batches
+from data.check import batches
+from data.read import add_source_flags
 from data.rows import BadInput, BadRow
 from recycle import PROMPT_SUFFIX
 
@@ -223,6 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
             image_factor=image_factor(processor),
             config=args.dataset_config,
             split=args.dataset_split,
+            answer_kind=args.answer_kind,
             fits=too_long(longest, processor, "max_model_len"),
             bad_rows=bad_rows,
             checked=math.inf,  # each of them is used

@@ -49,6 +49,14 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Found]:
         raise BadInput(f"{path}: {error.strerror or error}") from None
 
 
+def delimiter(path: Any) -> str | None:
+    """What stands between the fields of a CSV file, by its header; spreadsheets write any of these. None for others."""
+    if not isinstance(path, str) or Path(path).suffix.lower() not in (".csv", ".tsv") or not Path(path).is_file():
+        return None
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return max(",;\t|", key=file.readline().count)
+
+
 def _starts_with_list(path: str) -> bool:
     with open(path, encoding="utf-8-sig") as file:
         while block := file.read(1 << 12):
@@ -154,10 +162,7 @@ def _csv(path: str) -> Iterator[Found]:
     would swallow the rows after it: refused."""
     csv.field_size_limit(MAX_ROW)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(",;\t|", key=header.count)  # spreadsheets write any of them
-        file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter=delimiter(path), strict=True)
         names: list[str] = []
         row, line = 0, 1
         try:

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import table
+from data.golds import gold
 from data.read import BadInput, Reader, Source, read_dataset, report, summary
-from data.rows import BadRow, Record, RowError, Rules, build_row, gold, question_text
+from data.rows import BadRow, Record, RowError, Rules, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
 
 
@@ -39,7 +40,7 @@ def write(path, found, lines=False) -> str:
 
 def read(path, **options) -> list:
     """The rows of a file, or what is wrong with them."""
-    return [found for _, _, found in Reader(Source(str(path), **options), judge=True)]
+    return [found for _, _, found in Reader(Source(str(path), **options), "check")]
 
 
 def parquet(path, found) -> str:
@@ -87,14 +88,18 @@ def test_math(tmp_path):
         (["4", "7", "9"], "B", "B"),
         (["4", "7", "9"], "(b).", "B"),
         (["4", "7", "9"], "7", "B"),
-        (["x", "y"], 1, "B"),
+        (["x", "y"], 2, "B"),  # can only be counted from 1
+        (["x", "y"], 0, "A"),
+        (["x", "y"], 1, None),
+        (["x", "y"], "1", None),
         ('["4", "7"]', "7", "B"),
         ({"A": "4", "B": "7"}, "7", "B"),
         ({"a": "4", "b": "7"}, "(b)", "b"),
         ({"text": ["4", "7"], "label": ["1", "2"]}, "2", "2"),
-        (["1", "2", "3"], 2, "B"),
+        (["1", "2", "3"], 2, None),  # its text, or counted from 0
+        (["4", "2"], 2, "B"),  # its text, or counted from 1
         (["4", "7"], "C", None),
-        (["4", "7"], 2, None),
+        (["4", "7"], 3, None),
         (["4", "4"], "4", None),
         (["4"], "A", None),
         (["4", ""], "A", None),
@@ -105,7 +110,7 @@ def test_math(tmp_path):
 def test_multiple_choice(options, answer, letter, tmp_path):
     (found,) = read(write(tmp_path / "x.json", [{"question": "Prime?", "options": options, "answer": answer}]))
     if letter is None:
-        assert found.field in ("answer", "options")
+        assert isinstance(found, BadRow) and found.field in ("answer", "options")
     else:
         assert found["solution"] == letter
         assert re.fullmatch(r"Prime\?(\n\w\. \w)+", text_of(found))
@@ -164,13 +169,13 @@ def test_spark_data_with_turns_budgets_and_places(folder):
     assert found[0]["prompt"][1]["content"] == "What?"
     assert (found[0]["images"][0]["min_pixels"], found[0]["images"][0]["max_pixels"]) == (4, 1024)
     assert [len(m["content"]) for m in found[1]["prompt"]] == [2, 1, 2]  # all in parts: places are counted
-    assert [row.field for row in found[2:]] == ["message", "message", "prompt"]
+    assert [row.field for row in found[2:]] == ["message", "message", "message"]
 
 
 def test_the_examples_of_the_documentation_are_read(folder):
     text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
         found = read(folder / "x.json")
@@ -246,7 +251,7 @@ def test_several_images_in_a_field_of_csv(folder):
     (folder / "x.csv").write_text('prompt,solution,images\na,1,"[""a.png"", ""b.png""]"\nb,1,"[a.png"\n')
     several, broken = read(folder / "x.csv")
     assert [Path(ref["path"]).name for ref in several["images"]] == ["a.png", "b.png"]
-    assert broken.field == "image"
+    assert broken.field == "images"
 
 
 def test_what_cannot_be_written_is_refused_or_replaced(folder):
@@ -296,7 +301,7 @@ def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
         ("a.parquet", b"PAR1 no", "expected Parquet"),
         ("a.xlsx", b"PK", "exported as CSV"),
         ("a.jsonl", b"no\n", "line 1: expected a JSON object a line"),
-        ("a.jsonl", b'{"prompt": "a", "gold": "1"}', "no column 'solution'.*--solution_column, one of: gold, prompt"),
+        ("a.jsonl", b'{"prompt": "a", "gold": "1"}', "no column 'solution'.*--solution_column .*one of: gold, prompt"),
     ],
 )
 def test_files_that_cannot_be_read(name, content, expected, tmp_path):
@@ -341,7 +346,7 @@ COLUMNS = [
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), json_values, min_size=1), min_size=1, max_size=3))
 def test_any_json_is_a_row_or_named_as_bad(data):
     try:
-        found = [found for _, _, found in Reader(Source(data), judge=True)]
+        found = [found for _, _, found in Reader(Source(data), "check")]
     except BadInput:
         return
     assert len(found) == len(data)
