@@ -173,6 +173,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         "images": {"rows": total - len(bad) - images[0], "images": sum(n * rows for n, rows in images.items())},
         "tasks": dict(tasks.most_common()),
         "answers": answers(golds),
+        "options_counted_from": reader.layout.counted_from if reader.layout else None,
         "repeated": {"rows": len(repeated), "with_another_answer": conflicts, "row_and_first": repeated},
     }
     if against is not None:
@@ -229,7 +230,7 @@ def render(report: dict[str, Any]) -> str:
         )
 
     kinds = {k: n for k, n in report["answers"].items() if isinstance(n, int) and k not in ("asked", "different")}
-    repeated = report["repeated"]
+    repeated, counted = report["repeated"], report["options_counted_from"]
     lines = [
         f"{report['file']}: {report['rows']:,} rows, {report['usable']:,} usable, {len(report['bad']):,} unusable",
         f"columns   {', '.join(map(str, report['columns']))}",
@@ -237,6 +238,7 @@ def render(report: dict[str, Any]) -> str:
         f"tasks     {pairs(report['tasks'])}",
         f"answers   {pairs(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "
         f"{report['answers']['different']:,} that are no number or letter",
+        *([f"options   are named by number, counted from {counted}"] if counted is not None else []),
         f"repeated  {repeated['rows']:,} rows, {repeated['with_another_answer']:,} of them with another answer"
         + examples(repeated["row_and_first"]),
     ]

@@ -93,9 +93,10 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
 def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
     """Raises RowError for a letter whose options are in none of the columns that there are for them, and in no list in
     the question."""
+    if not (len(answer) == 1 and "A" <= answer <= "Z"):
+        return
     lists, members, _ = _columns(tuple(name for name in raw if isinstance(name, str)))
-    listed = re.search(rf"(?<!\w)\(?{re.escape(answer)}\)?[.):]", str(question))
-    if (lists or members) and re.fullmatch("[A-Z]", answer) and not listed:
+    if (lists or members) and not re.search(rf"(?<!\w)\(?{answer}\)?[.):]", str(question)):
         name = lists[0] if lists else next(iter(members.values()))
         raise RowError(name, f"expected options, of which the answer is {answer}, got none")
 

@@ -492,6 +492,12 @@ class Layout:
         answer, _ = extracted(made.solution)
         return right_label(answer, made.options, self.source.answer_kind, self.common)
 
+    @property
+    def counted_from(self) -> int | None:
+        """What the answers to questions with options count from, if they are numbers."""
+        kinds = {self.source.answer_kind} if self.source.answer_kind else set(self.common)
+        return {"from_0": 0, "from_1": 1}[kinds.pop()] if kinds in ({"from_0"}, {"from_1"}) else None
+
     def column_of(self, field: str, raw: dict[str, Any]) -> str:
         """What the data call a field of the row."""
         if field in ("image", "images"):
