@@ -288,7 +288,8 @@ def test_golds_that_no_answer_could_be_equal_to_are_named(gold, reason, tmp_path
 @pytest.mark.parametrize(
     "gold",
     ["3,5", "(3,5)", "-2,1", "1,234", "1,234.5", "(1.5,2)", "$3,5$", "1.234.567", "No", "None", "St. Louis",
-     "Dr. M. L. King Jr.", "an isosceles right triangle", "approx. 5 cm", "x = 3. y = 4", "The answer is 12.", "C#", "#1",
+     "Dr. M. L. King Jr.", "an isosceles right triangle", "approx. 5 cm", "x = 3. y = 4", "The answer is 12.",
+     "C#", "#1",
      r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} \text{ or } \begin{pmatrix} 5 & 6 \\ 7 & 8 \end{pmatrix}"],
 )  # fmt: skip
 def test_golds_that_only_look_odd_are_kept(gold):
