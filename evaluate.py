@@ -17,7 +17,7 @@ its last one is back, whatever the other rows do. Finished rows are appended to 
 same command again evaluates only what is missing or failed. A failed row is recorded with its error: it is not an
 answer, right or wrong, and the exit status is 1 while there is one.
 
-Rows are read as for training (data/README.md has the formats), and the judge prompts are recycle.py's, so a model is
+Rows are read as for training (data/README.md has the formats), and the judge prompts are prompts.py's, so a model is
 tested on what it was trained on. Where completions come from: engines.py. The same in a notebook, records in and
 records out:
 
@@ -44,7 +44,7 @@ from calculate_acc import printable
 from data.read import Reader, Source, add_source_flags, source_of
 from data.rows import BadInput, BadRow, Rules
 from engines import Output, Request, Sampling
-from recycle import (
+from prompts import (
     PROMPT_SUFFIX,
     ask,
     neutralise,

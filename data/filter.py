@@ -25,7 +25,7 @@ from typing import Any
 from data.check import batches
 from data.read import add_source_flags
 from data.rows import BadInput, BadRow
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 CHUNK = 256  # questions whose rates are written at once
 

@@ -34,7 +34,7 @@ from data.golds import extracted, gold
 from data.images import BadImage, NotFetched, pixels
 from data.options import KINDS, Options, check_letter, common_kinds, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Rules, build_row, question_of, unicode_text
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
 CHECKED = 50_000  # rows made and checked before training: seconds. A million would take a minute

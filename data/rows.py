@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.images import BadImage, Reference, narrower, reference, size_of
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 ROLES = ("system", "user", "assistant", "tool")
 

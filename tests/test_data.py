@@ -9,7 +9,7 @@ from PIL import Image
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
 from data.tiny_model import OUTPUT, Noise, batch, example
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 # ---- digits ---------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from data.read import Source, read_dataset
 from data.rows import Rules
 from engines import BatchEngine, Output, Request, TransformersEngine
 from evaluate import BadInput, Settings, read_benchmark, resume, run_to_file
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 
 class Scripted(BatchEngine):
