@@ -567,6 +567,11 @@ def main() -> int:
             raise BadInput("--engine server: expected --server URL")
         if args.mode == "tts" and args.tts != "reflect" and args.temperature == 0:
             raise BadInput(f"--tts {args.tts}: expected a --temperature above 0, or all answers are the same")
+        if args.engine != "server" and (Path(args.model) / "adapter_config.json").is_file():
+            raise BadInput(
+                f"--model {args.model}: expected a model, got an adapter (LoRA); python merge.py {args.model} makes a "
+                f"model of it, in {args.model}/merged"
+            )
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name in args})
         settings = replace(settings, benchmark=tuple(args.benchmark))
         rows = [
