@@ -558,6 +558,9 @@ def main() -> int:
     add_source_flags(parser, split="test")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
+
+    from safetensors import SafetensorError
+
     try:
         for name, least in LEAST.items():
             if (value := getattr(args, name)) is not None and not least <= value < math.inf:
@@ -582,7 +585,7 @@ def main() -> int:
             engine = make_engine(args)
         except BadInput:
             raise
-        except ValueError as error:  # transformers' and vLLM's, about a model that they can't load
+        except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
             raise BadInput(f"--model {args.model}: {error}") from error
         try:
             results = run_to_file(rows, engine, settings, args.output)

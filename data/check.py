@@ -177,12 +177,15 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         "repeated": {"rows": len(repeated), "with_another_answer": conflicts, "row_and_first": repeated},
     }
     if against is not None:
-        shared, unusable = [], 0
+        shared, unusable, compared = [], 0, 0
         for (row, _, found), key in examined_rows(Reader(against, "check", look=False), workers):
+            compared += 1
             if isinstance(found, BadRow):
                 unusable += 1
             elif key in seen:
                 shared.append([seen[key][0], row])
+        if unusable == compared:
+            raise BadInput(f"{against}: expected at least one usable row to compare with, found none")
         report["overlap"] = {"file": str(against), "rows": len(shared), "unusable": unusable, "row_and_its_row": shared}
     if processor is not None:
         report["tokens"] = {name: quantiles(values) for name, values in lengths.items() if values}
@@ -257,17 +260,20 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="a training or benchmark file, a folder, a hub name")
     add_source_flags(parser)
     parser.add_argument("--against", metavar="FILE", help="data that should share no question with it")
     parser.add_argument("--model", help="count prompt and image tokens with this model's processor")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that look into images")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
 
     try:
-        against = source_of(args.against, args, own_columns=True) if args.against else None
+        against = source_of(args.against, args, own_columns=True) if args.against is not None else None
         report = check(source_of(args.file, args), against, args.model, args.workers)
     except BadInput as error:
         print(f"data.check: {' '.join(str(error).split())}", file=sys.stderr)

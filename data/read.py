@@ -416,6 +416,8 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
         if isinstance(name, (Dataset, IterableDataset)):
             return hub.of(name)
         return ((i, None, record) for i, record in enumerate(name))
+    if not name.strip():
+        raise BadInput("data: expected a file, a folder or a hub name, got nothing")
     if Path(name).suffix.lower() in table.SUFFIXES and not Path(name).is_dir():
         return table.records(name, decoded)
     if Path(name).is_file():
