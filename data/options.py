@@ -15,11 +15,10 @@ import ast
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from data.rows import RowError
+from data.rows import Options, RowError
 
 KINDS = {
     "letter": "its letter",
@@ -33,14 +32,6 @@ _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
-
-
-@dataclass(frozen=True)
-class Options:
-    """label -> text. The labels are the data's own, or letters given here."""
-
-    texts: dict[str, str]
-    own_labels: bool
 
 
 # ---------------------------------------------------------------------------------------------------------------------

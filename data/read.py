@@ -32,8 +32,8 @@ from data import hub, table
 from data.formats import columns, gsm8k, math_boxed, spark_data
 from data.golds import extracted, gold
 from data.images import BadImage, NotFetched, pixels
-from data.options import KINDS, Options, check_letter, common_kinds, options_of, right_label
-from data.rows import BadInput, BadRow, Record, RowError, Rules, build_row, question_of, unicode_text
+from data.options import KINDS, check_letter, common_kinds, options_of, right_label
+from data.rows import BadInput, BadRow, Options, Record, RowError, Rules, build_row, question_of, unicode_text
 from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
@@ -284,7 +284,7 @@ class Reader:
 
     Args:
         use: what the rows are for.
-            train     a gold for each; rows for judging are refused
+            train     a gold for each
             answer    a gold for each, or a list of them; the rows also have `dataset`, `problem` and `image_path`
             judge     chosen and rejected, or response and label, and these three
             check     any of these
@@ -338,27 +338,24 @@ class Reader:
             raise RowError(self.layout.column_of(error.field, record), error.reason) from None
 
     def _build(self, raw: dict[str, Any], source: str, look: bool) -> Row:
-        made = self.layout.record(raw)
-        shown: dict[str, Any] = {}
-        for_judge = made.solution is None and columns.is_judged(raw)
-        if self.use == "train" and for_judge:
-            raise BadInput(f"{source}: a benchmark file for judging; expected data with a gold for each question")
-        if self.use == "answer" and for_judge:
-            raise RowError("solution", "expected a gold answer, got a row for --mode judge")
-        if self.use == "judge" or (self.use == "check" and for_judge):
-            shown, made.solution = columns.judged(raw)
-        elif made.options:
-            made.solution = self.layout.right_option(made)
-        elif isinstance(made.solution, list) and len(made.solution) > 1 and self._several_golds(raw):
-            made.solution = [gold(value, self.decimal_comma) for value in made.solution]
+        record = self.layout.record(raw)
+        judged: dict[str, Any] = {}
+        without_gold = record.solution is None and record.judged is not None
+        if self.use == "judge" or (self.use == "check" and without_gold):
+            judged, record.solution = columns.for_judge(record.judged or {})
+        elif without_gold:
+            raise RowError("solution", "expected a gold answer, got a row for judging")
+        elif record.options:
+            record.solution = self.layout.right_option(record)
+        elif isinstance(record.solution, list) and len(record.solution) > 1 and self._several_golds(raw):
+            record.solution = [gold(value, self.decimal_comma) for value in record.solution]
         else:
-            made.solution = gold(made.solution, self.decimal_comma)
-            check_letter(made.solution, raw, made.prompt)
-        made.options = made.options and made.options.texts
-        row = build_row(made, self.rules, source, look)
+            record.solution = gold(record.solution, self.decimal_comma)
+            check_letter(record.solution, raw, record.prompt)
+        row = build_row(record, self.rules, source, look)
         if self.use in ("answer", "judge"):
-            row |= {"dataset": self._benchmark(raw), "problem": question_of(row["prompt"], self.rules.suffix), **shown}
-            row["image_path"] = _path_of(made.images)
+            row |= {"dataset": self._benchmark(raw), "problem": question_of(row["prompt"], self.rules.suffix), **judged}
+            row["image_path"] = _path_of(record.images)
         return row
 
     def _several_golds(self, raw: dict[str, Any]) -> bool:
@@ -441,7 +438,7 @@ class Layout:
         if given and not source.own_columns:
             raise self._unknown(given[0], names[given[0]])
         self.image_column = None if "image" in missing else source.image_column
-        self.format = None
+        self.format = self.question = None
         if {"prompt", "solution"} & set(missing):
             self.format = next((module for module in _FORMATS if module.matches(self.columns, head)), None)
         if self.format:
@@ -449,12 +446,13 @@ class Layout:
         else:
             self.question = self._column("prompt", source.prompt_column, columns.QUESTIONS, needed=True)
             answers = columns.ANSWERS if "response" in self.columns else (*columns.ANSWERS, "label")
-            needed = use != "judge" and not any(map(columns.is_judged, head))
+            needed = use != "judge" and not any(map(columns.judged_fields, head))
             self.answer = self._column("solution", source.solution_column, answers, needed)
         self.common = common_kinds(self._with_options(head))
 
     def _column(self, what: str, name: str, usual: tuple[str, ...], needed: bool) -> str | None:
-        found = name if name in self.columns else columns.usual(usual, self.columns)
+        documented = name != what or self.question == "prompt"  # else `solution` beside an `answer` is how to get there
+        found = name if name in self.columns and documented else columns.usual(usual, self.columns)
         if found is None and needed:
             raise self._unknown(what, name)
         return found
@@ -470,29 +468,30 @@ class Layout:
     def _with_options(self, head: list[dict[str, Any]]) -> Iterator[tuple[str, Options]]:
         for raw in head:
             try:
-                made = self.record(raw)
-                answer, _ = extracted(made.solution)
+                record = self.record(raw)
+                answer, _ = extracted(record.solution)
             except RowError:  # it will be named when it is read
                 continue
-            if made.options:
-                yield answer, made.options
+            if record.options:
+                yield answer, record.options
 
     def record(self, raw: dict[str, Any]) -> Record:
         """Raises RowError. A column may be there in some rows only, and not in the first ones."""
-        made = self.format.record(raw) if self.format else Record(raw.get(self.question), raw.get(self.answer))
-        made.options = options_of(raw, made.solution if isinstance(made.solution, str) else "")
-        if made.images is None:
-            plain = isinstance(made.prompt, str) and not made.prompt.startswith("[{")
-            made.images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
-        kind = self.format.NAME if self.format else "multiple_choice" if made.options else "question"
-        made.task = made.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
-        made.min_pixels, made.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
-        return made
+        record = self.format.record(raw) if self.format else Record(raw.get(self.question), raw.get(self.answer))
+        record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
+        record.judged = record.judged or columns.judged_fields(raw)
+        if record.images is None:
+            plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
+            record.images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+        kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
+        record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
+        record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
+        return record
 
-    def right_option(self, made: Record) -> str:
+    def right_option(self, record: Record) -> str:
         """The letter of the right option. Raises RowError."""
-        answer, _ = extracted(made.solution)
-        return right_label(answer, made.options, self.source.answer_kind, self.common)
+        answer, _ = extracted(record.solution)
+        return right_label(answer, record.options, self.source.answer_kind, self.common)
 
     @property
     def counted_from(self) -> int | None:

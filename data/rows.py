@@ -54,20 +54,30 @@ class BadRow:
         return f"row {self.row}: field {self.field}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Options:
+    """label -> text of a question's options. The labels are the data's own, or letters given to them."""
+
+    texts: dict[str, str]
+    own_labels: bool
+
+
 @dataclass(slots=True)
 class Record:
     """What a layout found in one record of the data, as it is there.
 
     prompt: text, or messages with contents of text or parts.
     images: one image or a list of them, or None; those placed in the messages stay there.
-    options: label -> text of a multiple-choice question, None for an open one.
+    options: of a multiple-choice question, None for an open one.
+    judged: chosen and rejected, or response and label, of a row that a judge may be asked about.
     """
 
     prompt: Any
     solution: Any
     images: Any = None
     task: Any = None
-    options: Mapping[str, str] | None = None
+    options: Options | None = None
+    judged: Mapping[str, Any] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
 
@@ -91,7 +101,7 @@ def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> d
     """
     messages, placed = _messages(record.prompt)
     if record.options:
-        messages[-1] = _with_options(messages[-1], record.options)
+        messages[-1] = _with_options(messages[-1], record.options.texts)
     given = [image for image in _as_list(record.images) if image is not None]
     found = placed or given
     content = messages[0]["content"]

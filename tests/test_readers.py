@@ -154,6 +154,14 @@ def test_options_are_shown_in_every_layout_and_for_every_use(columns):
     assert (text_of(trained[0]), trained[0]["solution"]) == (ASKED, "B")
 
 
+def test_a_solution_beside_an_answer_is_how_to_get_there():
+    words = "First we add 3 and 4. Then we double it. That makes 14."
+    (row,) = read_rows([{"question": "a?", "answer": "14", "solution": words}])
+    assert row["solution"] == "14"
+    (row,) = read_rows([{"prompt": "a?", "answer": words, "solution": "14"}])  # as documented
+    assert row["solution"] == "14"
+
+
 def test_numbered_options_keep_their_numbers():
     (row,) = read_rows([{"question": "Prime?", "option1": "4", "option2": "7", "answer": 2}])
     assert (text_of(row), row["solution"]) == ("Prime?\n1. 4\n2. 7", "2")
@@ -354,7 +362,7 @@ def test_benchmark_files(folder):
     found = read(write(folder / "x.json", data))
     assert [row["solution"] for row in found[:3]] == ["12", "A", "No"]
     assert [row.field for row in found[3:]] == ["rejected", "label"]
-    with pytest.raises(BadInput, match="a benchmark file for judging"):
+    with pytest.raises(BadInput, match="row 1: field answer: expected a gold answer, got a row for judging"):
         read_dataset(str(folder / "x.json"))
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from data.rows import RowError, unicode_text
 
 QUESTIONS = ("prompt", "problem", "question", "query")
-ANSWERS = ("solution", "answer", "answerkey")
+ANSWERS = ("answer", "solution", "answerkey")
 IMAGES = ("images", "image", "image_path")
 TASKS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
@@ -91,28 +91,26 @@ def _holds_image(name: str, value: Any) -> bool:
 # What a judge is shown
 
 
-def is_judged(raw: dict[str, Any]) -> bool:
-    """Whether a record is one for judging."""
-    return any(raw.get(name) is not None for name in (PAIR[0], SINGLE[0]))
+def judged_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a record for judging, None where it is none."""
+    fields = {name: raw.get(name) for pair in (PAIR, SINGLE) if raw.get(pair[0]) is not None for name in pair}
+    return fields or None
 
 
-def judged(raw: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """(the fields that a judge is shown or scored by, the right verdict: A is the pair's first). Raises RowError."""
-    if raw.get("response") is not None:
-        label = {True: "Yes", False: "No"}.get(raw.get("label"), raw.get("label")) if _plain(raw.get("label")) else None
-        if label not in ("Yes", "No"):
-            raise RowError("label", f"expected Yes, No, true or false, got {raw.get('label')!r:.60}")
-        return {"response": _response("response", raw["response"]), "label": label}, label
-    if not is_judged(raw):
+def for_judge(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(the fields as text, the right verdict: A is the pair's first). Raises RowError."""
+    if fields.get("response") is not None:
+        label = fields.get("label")
+        verdict = {True: "Yes", False: "No"}.get(label, label) if isinstance(label, (str, int)) else None
+        if verdict not in ("Yes", "No"):
+            raise RowError("label", f"expected Yes, No, true or false, got {label!r:.60}")
+        return {"response": _response("response", fields["response"]), "label": verdict}, verdict
+    if fields.get("chosen") is None:
         raise RowError("chosen", "expected a pair of chosen and rejected, or a response with its label")
-    rejected = raw.get("rejected")
+    rejected = fields["rejected"]
     several = list(rejected) if isinstance(rejected, (list, tuple)) and rejected else [rejected]
-    pair = {"chosen": _response("chosen", raw["chosen"]), "rejected": [_response("rejected", r) for r in several]}
-    return pair, "A"
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, (str, int))
+    chosen = _response("chosen", fields["chosen"])
+    return {"chosen": chosen, "rejected": [_response("rejected", response) for response in several]}, "A"
 
 
 def _response(field: str, text: Any) -> str:
