@@ -20,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from array import array
 from collections import Counter, defaultdict, deque
@@ -28,8 +27,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import islice
 from typing import Any
+
+from data.rows import BadInput, BadRow
+from data.table import records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
@@ -38,83 +40,18 @@ KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct
         "verdict_swapped")  # fmt: skip
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
-MAX_ROW = 64 << 20  # characters
-
-
-class BadInput(ValueError):
-    """Input that can't be used: one line that names file, row and field, and what is expected."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 
-
-def read_rows(path: str, chunk: int = 1 << 20) -> Iterator[Row]:
-    """The rows of a JSON list or of JSON lines, one after the other, with little more than `chunk` in memory.
-
-    Raises BadInput for a file that is not there, or holds something else.
-    """
-    decode = json.JSONDecoder().raw_decode
-    text, at, index = "", 0, 0
-
-    def more() -> bool:
-        nonlocal text, at
-        new = file.read(max(chunk, len(text) - at))
-        text, at = text[at:] + new, 0
-        return bool(new)
-
-    def symbol() -> str:
-        """The next character that is no white space; "" at the end of the file."""
-        nonlocal at
-        while True:
-            at = _SPACE.match(text, at).end()
-            if at < len(text) or not more():
-                return text[at : at + 1]
-
-    def value() -> Row:
-        nonlocal at
-        while True:
-            try:
-                found, at = decode(text, at)
-                break
-            except json.JSONDecodeError as error:
-                # Cut off where this chunk ends, or broken? What is cut off goes wrong at the very end.
-                cut_off = error.pos > len(text) - 12 or error.msg.startswith("Unterminated")
-                if not cut_off or len(text) - at > MAX_ROW or not more():
-                    raise BadInput(f"{path}: row {index}: expected a JSON object: {error.msg}") from None
-            except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
-                raise BadInput(f"{path}: row {index}: expected a JSON object: {error}") from None
-        if not isinstance(found, dict):
-            raise BadInput(f"{path}: row {index}: expected a JSON object, got {str(found)[:40]!r}")
-        return found
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            start = symbol()
-            if start not in ("[", "{"):
-                raise BadInput(f"{path}: expected a JSON list of rows, or a row a line, got {text[at : at + 20]!r}")
-            at += start == "["
-            for index in count():
-                following = symbol()
-                if start == "{" and not following:
-                    return
-                if start == "[" and following == "]":
-                    at += 1
-                    if symbol():
-                        raise BadInput(f"{path}: expected nothing after the list, got {text[at : at + 20]!r}")
-                    return
-                if start == "[" and index:
-                    if following != ",":
-                        raise BadInput(f"{path}: row {index}: expected a comma and a row, or the end of the list")
-                    at += 1
-                    symbol()
-                yield value()
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: row {index}: expected text in UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a JSON list or of JSON lines, one after the other. Raises BadInput."""
+    for _, _, row in records(path):
+        if isinstance(row, BadRow):
+            raise BadInput(f"{path}: {row}")
+        yield row
 
 
 def checked(row: Row, path: str, index: int) -> Row:

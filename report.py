@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from data.read import BadInput
+from data.rows import BadInput
 
 Row = dict[str, Any]
 STATES = ("trainer_state.json", "checkpoint-*/trainer_state.json")

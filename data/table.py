@@ -5,6 +5,7 @@
 prompt,solution                                              .csv, .tsv; commas, semicolons, tabs or bars
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -124,7 +125,7 @@ def _json_lines(path: str, decoded: float) -> Iterator[Found]:
     row = 0
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
-            if text.strip():
+            if text.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     found = text.decode("utf-8-sig" if line == 1 else "utf-8")
                     found = found if row >= decoded else _object(row, line, json.loads(found))
