@@ -572,8 +572,8 @@ def main() -> int:
             raise BadInput(f"--tts {args.tts}: expected a --temperature above 0, or all answers are the same")
         if args.engine != "server" and (Path(args.model) / "adapter_config.json").is_file():
             raise BadInput(
-                f"--model {args.model}: expected a model, got an adapter (LoRA); python merge.py {args.model} makes a "
-                f"model of it, in {args.model}/merged"
+                f"--model {args.model}: expected a model, got an adapter (LoRA); python -m training.merge {args.model} "
+                f"makes a model of it, in {args.model}/merged"
             )
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name in args})
         settings = replace(settings, benchmark=tuple(args.benchmark))

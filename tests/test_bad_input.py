@@ -15,9 +15,16 @@ from PIL import Image
 from data.tiny_model import OUTPUT
 
 ROOT = Path(__file__).parent.parent
-MAINS = {"train_spark.py": "train_spark", "evaluate.py": "evaluate", "calculate_acc.py": "calculate_acc",
-         "report.py": "report", "merge.py": "merge", "-m data.check": "data.check", "-m data.filter": "data.filter",
-         "-m data.judge_sets": "data.judge_sets"}  # fmt: skip
+MAINS = {
+    "train_spark.py": "train_spark",
+    "evaluate.py": "evaluate",
+    "calculate_acc.py": "calculate_acc",
+    "report.py": "report",
+    "-m training.merge": "training.merge",
+    "-m data.check": "data.check",
+    "-m data.filter": "data.filter",
+    "-m data.judge_sets": "data.judge_sets",
+}
 
 
 def run(command: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, list[str]]:
@@ -114,8 +121,9 @@ def test_an_adapter_is_no_model_to_evaluate(tmp_path, monkeypatch, capsys):
     files = ["--model", "run", "--benchmark", "bench.json", "--output", "r.json"]
     status, lines = run("evaluate.py", files, monkeypatch, capsys)
     expected = (
-        "--model run: expected a model, got an adapter (LoRA); python merge.py run makes a model of it, in run/merged"
+        "--model run: expected a model, got an adapter (LoRA); python -m training.merge run makes a model of it, in "
     )
+    expected += "run/merged"
     assert (status, lines) == (2, [f"evaluate.py: {expected}"])
 
 
@@ -131,7 +139,7 @@ COMMANDS = {
     "evaluate.py --mode judge": "--mode judge --model {model} --benchmark {judged} --output out/r.json",
     "calculate_acc.py": "--result_path {results} {results}",
     "report.py": "{run} --output out/report.html",
-    "merge.py": "{adapter} --output out",
+    "-m training.merge": "{adapter} --output out",
     "-m data.check": "{train} --image_root {images} --against {benchmark} --model {model} --workers 1",
     "-m data.filter": "--model {model} --dataset {train} --image_root {images} --output out/hard.parquet",
     "-m data.judge_sets": "{pairs} --output out/judged.json",

@@ -1,6 +1,6 @@
 """An adapter and the model it was trained on as one model, which transformers and vLLM load like any other.
 
-python merge.py runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
+python -m training.merge runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
 """
 
 import argparse
