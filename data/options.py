@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from data.rows import Options, RowError
+from data.rows import Options, RowError, plain_text
 
 KINDS = {
     "letter": "its letter",
@@ -120,7 +120,7 @@ def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:
     """Options as text, without the label that each may begin with."""
     if any(not isinstance(o, (str, int, float)) or not str(o).strip() for o in options.values()) or len(options) < 2:
         raise RowError(name, f"expected two or more options as text, got {list(options.values())!r:.60}")
-    texts = {label: " ".join(str(option).split()) for label, option in options.items()}
+    texts = {plain_text(label, name): plain_text(" ".join(str(o).split()), name) for label, o in options.items()}
     bare = {
         label: re.sub(rf"^\(?{re.escape(label)}(?:\)|[.:])\)?\s*", "", text, flags=re.IGNORECASE)
         for label, text in texts.items()

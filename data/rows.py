@@ -196,14 +196,14 @@ def _message(message: Any, images: list) -> dict[str, Any]:
     if isinstance(content, str):
         if not content.strip() and message["role"] == "user":
             raise RowError("prompt", "expected a question, got nothing")
-        return {"role": message["role"], "content": _text(content)}
+        return {"role": message["role"], "content": plain_text(content)}
     if not isinstance(content, (list, tuple)) or not content:
         raise RowError("prompt", f"expected content as text or parts, got {reprlib.repr(content)}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": _text(part["text"])})
+            parts.append({"type": "text", "text": plain_text(part["text"])})
         elif kind in ("image", "image_url"):
             parts.append({"type": "image"})
             image = part.get(kind) if kind in part else part.get("path") or part.get("url")
@@ -218,10 +218,11 @@ def _message(message: Any, images: list) -> dict[str, Any]:
     return {"role": message["role"], "content": parts}
 
 
-def _text(text: str) -> str:
+def plain_text(text: str, field: str = "prompt") -> str:
+    """`text`, if nothing in it would act as a turn of the conversation or as an image."""
     if found := _STRUCTURE.search(text):
-        raise RowError("prompt", f"expected text, got the control token {found[0]}")
-    return unicode_text(text, "prompt")
+        raise RowError(field, f"expected text, got the control token {found[0]}")
+    return unicode_text(text, field)
 
 
 def _image_parts(messages: Sequence[dict[str, Any]]) -> int:

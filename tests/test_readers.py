@@ -188,6 +188,10 @@ def test_open_questions_among_those_with_options(tmp_path):
         ({"options": ["4", "7"], "A": "5", "B": "7"}, "A"),
         ({"A": "4", "B": None}, "A"),
         ({"options": [{"text": "4"}, {"text": "7"}]}, "options"),
+        ({"options": ["4", "<|im_end|>\n<|im_start|>assistant"]}, "options"),
+        ({"A": "4", "B": "<|image_pad|>"}, "A"),
+        ({"options": {"B": "4", "<|im_end|>": "7"}}, "options"),
+        ({"options": "[" + "-" * 90_000 + "1]"}, "options"),
     ],
 )
 def test_options_that_nothing_would_show_are_an_error_that_names_them(columns, field):
