@@ -402,7 +402,8 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
     if name == "digits":
         from data.digits import digit_rows
 
-        return ((i, None, row) for i, row in enumerate(digit_rows("train", EMBEDDED_ROWS)))
+        split = "test" if source.split == "test" else "train"
+        return ((i, None, row) for i, row in enumerate(digit_rows(split, EMBEDDED_ROWS)))
     if name == "arithmetic":
         from data.arithmetic import arithmetic_rows
 

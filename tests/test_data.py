@@ -34,6 +34,14 @@ def test_train_and_test_share_no_image():
     assert not {i.tobytes() for i in train} & {i.tobytes() for i in test}
 
 
+def test_the_split_of_the_embedded_digits_is_the_one_asked_for(monkeypatch):
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 20)
+    for split in ("train", "test"):
+        expected = [row["solution"] for row in digit_rows(split, 20)]
+        assert read_dataset("digits", split=split)["solution"][:] == expected
+    assert digit_rows("train", 20)[0]["prompt"] != digit_rows("test", 20)[0]["prompt"]
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "gold"),
     [("sum", (3, 9), 12), ("difference", (3, 9), 6), ("largest", (3, 9, 4), 9), ("smallest", (3, 9, 4), 3),
