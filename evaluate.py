@@ -164,28 +164,27 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     candidates = [_shown(text, settings.judge_source)[0] for text in texts]
     matches = []
 
-    def asked_twice(instructions: Iterable[tuple[str, str]]) -> list[Request]:
+    def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
         """Each question as its instructions word it in one order, then in the other."""
         return [Request(ask(messages, text, settings.suffix), images) for both in instructions for text in both]
 
     if settings.tts == "weighted_vote":
-        outputs = yield asked_twice(
+        outputs = yield in_both_orders(
             tuple(pointwise_instruction(candidate, right_letter=letter) for letter in "AB") for candidate in candidates
         )
         judged = tokens.read(outputs)
         weights = []
-        for i, texts_of_both in enumerate(zip(judged[::2], judged[1::2], strict=True)):
-            beliefs = [_belief(text, letter) for text, letter in zip(texts_of_both, "AB", strict=True)]
-            weights.append(sum(beliefs) / 2)
+        for i, replies in enumerate(zip(judged[::2], judged[1::2], strict=True)):
+            weights.append(sum(_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)) / 2)
             verdict = {0.0: "No", 1.0: "Yes"}.get(weights[i])
-            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(texts_of_both)), "weight": weights[i]}
+            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(replies)), "weight": weights[i]}
         groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
     elif settings.tts == "vote":
         groups.sort(key=lambda g: -len(g))
     else:
         while len(groups) > 1:
             pairs = list(zip(groups[::2], groups[1::2], strict=False))
-            outputs = yield asked_twice(
+            outputs = yield in_both_orders(
                 tuple(pairwise_instruction(candidates[x[0]], candidates[y[0]]) for x, y in ((a, b), (b, a)))
                 for a, b in pairs
             )
@@ -468,8 +467,8 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
         asked = {name: value for name, value in row.items() if name not in ("images", "source", "task")}
         budgets = [(image["min_pixels"], image["max_pixels"]) for image in row["images"]]
         questions.update(json.dumps([asked, budgets], sort_keys=True).encode())
-        for image in row["images"]:  # a file's name is in image_path, wherever it lies
-            questions.update(image["bytes"] or b"")
+        for image in row["images"]:  # a file by its name, wherever it lies
+            questions.update(image["bytes"] or os.path.basename(image["path"]).encode())
     digests = {"benchmark contents": questions.hexdigest()}
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
