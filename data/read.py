@@ -146,8 +146,8 @@ def read_dataset(
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     rules = Rules(suffix, ".", image_root, allow_remote_images, min_pixels, max_pixels)
-    columns = (prompt_column, solution_column, image_column)
-    where = Source(source, *columns, config, split, rules, own_columns, answer_kind)
+    names = (prompt_column, solution_column, image_column)
+    where = Source(source, *names, config, split, rules, own_columns, answer_kind)
     image = RowImage(factor=image_factor, allow_remote=allow_remote_images)
     features = Features(
         {
