@@ -7,11 +7,12 @@ an answer: it is left out of every rate and counted apart, as is an answer that 
 answer without a box is an answer, and wrong. Intervals are Wilson's at 95 %.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
-file holds no problem), and every file is compared with the first: difference, its paired bootstrap interval (10,000
-resamples, seeded) and McNemar's exact test.
+file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
+answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
+(10,000 resamples, seeded) and McNemar's exact test.
 
 Files are read as a stream (a JSON list, or JSON lines), and large ones are scored on all cores: a million rows take a
-minute or less. Memory stays bounded; with several files, 13 bytes a row are kept for the pairing. The seed's own files
+minute or less. Memory stays bounded; with several files, 14 bytes a row are kept for the pairing. The seed's own files
 (dataset, ground_truth, extracted_answer) are read too.
 """
 
@@ -19,7 +20,6 @@ import argparse
 import json
 import math
 import os
-import re
 import sys
 from array import array
 from collections import Counter, defaultdict, deque
@@ -27,8 +27,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import count, islice
+from itertools import islice
 from typing import Any
+
+from data.rows import BadInput, BadRow
+from data.table import records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
@@ -37,83 +40,18 @@ KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct
         "verdict_swapped")  # fmt: skip
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
-MAX_ROW = 64 << 20  # characters
-
-
-class BadInput(ValueError):
-    """Input that can't be used: one line that names file, row and field, and what is expected."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
-_SPACE = re.compile(r"[ \t\n\r]*")
 
-
-def read_rows(path: str, chunk: int = 1 << 20) -> Iterator[Row]:
-    """The rows of a JSON list or of JSON lines, one after the other, with little more than `chunk` in memory.
-
-    Raises BadInput for a file that is not there, or holds something else.
-    """
-    decode = json.JSONDecoder().raw_decode
-    text, at, index = "", 0, 0
-
-    def more() -> bool:
-        nonlocal text, at
-        new = file.read(max(chunk, len(text) - at))
-        text, at = text[at:] + new, 0
-        return bool(new)
-
-    def symbol() -> str:
-        """The next character that is no white space; "" at the end of the file."""
-        nonlocal at
-        while True:
-            at = _SPACE.match(text, at).end()
-            if at < len(text) or not more():
-                return text[at : at + 1]
-
-    def value() -> Row:
-        nonlocal at
-        while True:
-            try:
-                found, at = decode(text, at)
-                break
-            except json.JSONDecodeError as error:
-                # Cut off where this chunk ends, or broken? What is cut off goes wrong at the very end.
-                cut_off = error.pos > len(text) - 12 or error.msg.startswith("Unterminated")
-                if not cut_off or len(text) - at > MAX_ROW or not more():
-                    raise BadInput(f"{path}: row {index}: expected a JSON object: {error.msg}") from None
-            except (ValueError, RecursionError) as error:  # an integer of thousands of digits, a thousand brackets
-                raise BadInput(f"{path}: row {index}: expected a JSON object: {error}") from None
-        if not isinstance(found, dict):
-            raise BadInput(f"{path}: row {index}: expected a JSON object, got {str(found)[:40]!r}")
-        return found
-
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            start = symbol()
-            if start not in ("[", "{"):
-                raise BadInput(f"{path}: expected a JSON list of rows, or a row a line, got {text[at : at + 20]!r}")
-            at += start == "["
-            for index in count():
-                following = symbol()
-                if start == "{" and not following:
-                    return
-                if start == "[" and following == "]":
-                    at += 1
-                    if symbol():
-                        raise BadInput(f"{path}: expected nothing after the list, got {text[at : at + 20]!r}")
-                    return
-                if start == "[" and index:
-                    if following != ",":
-                        raise BadInput(f"{path}: row {index}: expected a comma and a row, or the end of the list")
-                    at += 1
-                    symbol()
-                yield value()
-    except UnicodeDecodeError:
-        raise BadInput(f"{path}: row {index}: expected text in UTF-8") from None
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror or error}") from None
+def read_rows(path: str) -> Iterator[Row]:
+    """The rows of a JSON list or of JSON lines, one after the other. Raises BadInput."""
+    for _, _, row in records(path):
+        if isinstance(row, BadRow):
+            raise BadInput(f"{path}: {row}")
+        yield row
 
 
 def checked(row: Row, path: str, index: int) -> Row:
@@ -174,6 +112,7 @@ class Tally:
     keys: array = field(default_factory=lambda: array("Q"))
     outcomes: array = field(default_factory=lambda: array("b"))
     dataset_ids: array = field(default_factory=lambda: array("I"))
+    kinds: array = field(default_factory=lambda: array("b"))  # places in KINDS
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
@@ -197,6 +136,7 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 found.keys.append(row["key"])
                 found.outcomes.append(-1 if outcome is None else outcome)
                 found.dataset_ids.append(dataset_id)
+                found.kinds.append(KINDS.index(kind_of(row)))
     for dataset, failed in found.failed.items():  # beside the rows of its dataset, or of its file, that did not fail
         kinds = [kind for name, kind in found.counts if name == dataset] or [kind for _, kind in found.counts]
         found.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
@@ -422,14 +362,15 @@ def occurrence_keys(found: Tally):
 
 
 def compare(base: Tally, other: Tally) -> list[Row]:
-    """Differences on the rows that both files answered: of each benchmark, of their mean, and of all rows."""
+    """Differences on the rows that both files answered in the same mode: of each benchmark, of their mean, of all."""
     import numpy as np
 
     rng = np.random.default_rng(0)
     _, i, j = np.intersect1d(occurrence_keys(base), occurrence_keys(other), assume_unique=True, return_indices=True)
     before, after = (np.frombuffer(t.outcomes, np.int8)[k] for t, k in ((base, i), (other, j)))
     dataset_ids = np.frombuffer(base.dataset_ids, np.uint32)[i]
-    both = (before >= 0) & (after >= 0)
+    same_kind = np.frombuffer(base.kinds, np.int8)[i] == np.frombuffer(other.kinds, np.int8)[j]
+    both = (before >= 0) & (after >= 0) & same_kind
 
     def difference(name: str, chosen) -> tuple[Row, Any]:
         n = int(chosen.sum())
@@ -545,7 +486,7 @@ def tables(found: Row) -> list[Table]:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
             keep = [i for i in range(len(head)) if several or i != 1]
             result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
-    for file in files[1:]:
+    for file in (f for f in files[1:] if not other_mode(f, files[0])):
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
         rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
         head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
@@ -556,9 +497,24 @@ def tables(found: Row) -> list[Table]:
     return result
 
 
+def other_mode(file: Row, base: Row) -> tuple[str, str] | None:
+    """What either file holds, where nothing that one of them holds is held by the other."""
+    kinds = [{b["kind"] for b in f["benchmarks"] if b["answered"]} for f in (file, base)]
+    if not all(kinds) or kinds[0] & kinds[1]:
+        return None
+    return tuple(" and ".join(kind for kind in KINDS if kind in held) for held in kinds)
+
+
 def notices(found: Row) -> list[str]:
     """What must not be overlooked."""
     lines = []
+    base = found["files"][0]
+    for file in found["files"][1:]:
+        if held := other_mode(file, base):
+            lines.append(
+                f"NOT COMPARED: {file['path']} holds results of {held[0]}, {base['path']} of {held[1]}; only results "
+                "of one mode are compared"
+            )
     for file in found["files"]:
         if not file["rows"]:
             lines.append(f"empty: {file['path']} holds no row")

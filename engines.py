@@ -6,9 +6,9 @@
                                                   enough for memory
     engine.close()
 
-All of them see the same messages: the images of a request stand before the text of its last message, and the model's
-own chat template does the rest. Images are what training sees (data/images.py); one that can't be used is its request's
-error. At temperature 0 they give the same completions.
+All of them see the same messages: the images of a request stand where its messages have parts for them, else in front
+of the first question, as in training; the model's own chat template does the rest. Images are what training sees
+(data/images.py); one that can't be used is its request's error. At temperature 0 they give the same completions.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ import msgspec
 import pybase64
 import uvloop
 
-from data.images import BadImage, as_file, loaded, reference
-from data.read import BadInput
+from data.images import BadImage, as_file, loaded
+from data.rows import BadInput
 
 
 class Request(NamedTuple):
-    """One call of the model: chat messages, with the images that stand before the last one's text."""
+    """One call of the model: chat messages and their images."""
 
     messages: list[dict[str, Any]]
-    images: tuple[Any, ...] = ()  # paths or PIL images
+    images: tuple[Any, ...] = ()  # references, paths or PIL images
     seed: int | None = None  # of this request's sampling, where the engine can
 
 
@@ -75,17 +75,27 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
     return [outputs[i] for i in range(len(requests))]
 
 
+def with_places(request: Request) -> list[dict[str, Any]]:
+    """The messages of a request with images, all in parts: where they have none for images, these stand in front of the
+    first question."""
+    messages = [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+        for m in request.messages
+    ]
+    if all(part["type"] == "text" for message in messages for part in message["content"]):
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        content = [{"type": "image"}] * len(request.images) + messages[first]["content"]
+        messages[first] = {**messages[first], "content": content}
+    return messages
+
+
 def prompt_text(processor, request: Request) -> str:
     """The request under the model's chat template. Raises BadImage if the model takes none."""
     from transformers import ProcessorMixin
 
-    messages = request.messages
     if request.images and not isinstance(processor, ProcessorMixin):
         raise BadImage("the model takes no images")
-    if request.images:
-        *before, last = messages
-        parts = [{"type": "image"}] * len(request.images) + [{"type": "text", "text": last["content"]}]
-        messages = [*before, {**last, "content": parts}]
+    messages = with_places(request) if request.images else request.messages
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
@@ -107,7 +117,7 @@ class BatchEngine:
 
     def finished(self) -> Done:
         def length(ticket: int) -> int:
-            return sum(len(m["content"]) for m in self._waiting[ticket][0].messages)
+            return sum(len(str(m["content"])) for m in self._waiting[ticket][0].messages)
 
         tickets = heapq.nlargest(self.batch_size, self._waiting, key=length)
         held = [self._waiting.pop(ticket) for ticket in tickets]
@@ -134,6 +144,8 @@ class TransformersEngine(BatchEngine):
             ProcessorMixin,
         )
 
+        from data.lengths import image_factor
+
         super().__init__(batch_size)
         if isinstance(model, str):
             processor = processor or AutoProcessor.from_pretrained(model, padding_side="left")
@@ -145,6 +157,7 @@ class TransformersEngine(BatchEngine):
             model = auto.from_pretrained(model, dtype=dtype).to(device)
         self.model, self.processor = model.eval(), processor
         self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        self.factor = image_factor(processor)
         if self.tokenizer.pad_token is None:  # Llama's
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -156,7 +169,7 @@ class TransformersEngine(BatchEngine):
         for i, request in enumerate(requests):
             try:
                 text = prompt_text(self.processor, request)
-                images += [loaded(image) for image in request.images]
+                images += [loaded(image, self.factor) for image in request.images]
             except BadImage as error:
                 outputs[i] = Output(error=str(error))
                 continue
@@ -203,10 +216,13 @@ class VLLMEngine:
         from transformers import AutoProcessor, ProcessorMixin
         from vllm import LLM
 
+        from data.lengths import image_factor
+
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
         self.processor = AutoProcessor.from_pretrained(model)
         self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
+        self.factor = image_factor(self.processor)
         self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **engine_arguments)
         self.capacity = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs + 256  # these are ready to go
         self._refused: Done = []
@@ -227,7 +243,7 @@ class VLLMEngine:
             text = prompt_text(self.processor, request)
             prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
             if request.images:
-                prompt["multi_modal_data"] = {"image": [loaded(image) for image in request.images]}
+                prompt["multi_modal_data"] = {"image": [loaded(image, self.factor) for image in request.images]}
             self.llm.llm_engine.add_request(str(ticket), prompt, parameters)
         except (ValueError, VLLMClientError) as error:  # a broken image; a prompt longer than the model takes
             self._refused.append((ticket, Output(error=" ".join(str(error).split())[:300])))
@@ -322,14 +338,17 @@ class ServerEngine:
             self._loop.call_soon_threadsafe(self._start, submitted)
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
-        *before, last = request.messages
+        messages = request.messages
         if request.images:
-            urls = [msgspec.Raw(b'"%s"' % data_url(image)) for image in request.images]  # nothing in it to escape
-            parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
-            last = {**last, "content": [*parts, {"type": "text", "text": last["content"]}]}
+            urls = iter([msgspec.Raw(b'"%s"' % data_url(image)) for image in request.images])  # nothing to escape
+            messages = [
+                {**m, "content": [p if p["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
+                                  for p in m["content"]]}
+                for m in with_places(request)
+            ]  # fmt: skip
         body = {
             "model": self.model,
-            "messages": [*before, last],
+            "messages": messages,
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
         }
@@ -582,6 +601,6 @@ def _read(body: bytes) -> Output | None:
 
 
 def data_url(image) -> bytes:
-    """A path or an image as the server is to see it: as training does. Raises BadImage."""
-    content, kind = as_file(reference(image))
+    """An image as the server is to see it: as training does. Raises BadImage."""
+    content, kind = as_file(image)
     return b"data:%s;base64,%s" % (kind.encode(), pybase64.b64encode(content))

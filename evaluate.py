@@ -8,8 +8,8 @@
              that training and test-time scaling are never mixed up. --tts says how:
                reflect         answer, judge the own answer, reflect while the verdict is negative (paper, section 3.4)
                vote            --n answers, the most frequent one
-               weighted_vote   the same, each answer weighing what the judge thinks of it
-               best_of_n       --n answers, a knock-out of pairwise judgements
+               weighted_vote   the same, each answer weighing what the judge thinks of it, asked with both letterings
+               best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
     judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is it
 
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
@@ -17,8 +17,9 @@ its last one is back, whatever the other rows do. Finished rows are appended to 
 same command again evaluates only what is missing or failed. A failed row is recorded with its error: it is not an
 answer, right or wrong, and the exit status is 1 while there is one.
 
-The judge prompts are recycle.py's, so a model is tested on what it was trained on. Where completions come from:
-engines.py. The same in a notebook, records in and records out:
+Rows are read as for training (data/README.md has the formats), and the judge prompts are prompts.py's, so a model is
+tested on what it was trained on. Where completions come from: engines.py. The same in a notebook, records in and
+records out:
 
     rows = [{"dataset": "sums", "problem": "1+1?", "answer": "2"}]
     results = evaluate(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
@@ -40,11 +41,10 @@ from typing import Any
 
 import verify
 from calculate_acc import printable
-from data import table
-from data.images import BadImage, locate
-from data.rows import BadInput
+from data.read import Reader, Source, add_source_flags, source_of
+from data.rows import BadInput, BadRow, Rules
 from engines import Output, Request, Sampling
-from recycle import (
+from prompts import (
     PROMPT_SUFFIX,
     ask,
     neutralise,
@@ -109,14 +109,6 @@ class _Tokens:
         return [output.text for output in outputs]
 
 
-def _question(row: Row, suffix: str) -> tuple[list[Row], tuple]:
-    problem = row["problem"]
-    text = problem if problem.endswith(suffix) else problem + suffix
-    image = row.get("image", row.get("image_path"))  # where a file's image_path was found, or a notebook's image
-    images = (image,) if image is not None else ()
-    return [{"role": "user", "content": text}], images
-
-
 def _shown(text: str, source: str) -> tuple[str, str]:
     """(what a judge sees of a response, its form): the box if asked for and there is one, else all of it."""
     boxed = verify.extract_boxed(text)
@@ -128,7 +120,7 @@ def _shown(text: str, source: str) -> tuple[str, str]:
 def answer_row(row: Row, settings: Settings) -> Solver:
     """One answer, scored against the gold."""
     tokens = _Tokens()
-    messages, images = _question(row, settings.suffix)
+    messages, images = row["prompt"], tuple(row["images"])
     (text,) = tokens.read((yield [Request(messages, images)]))
     return _scored(row, text, tokens)
 
@@ -136,7 +128,7 @@ def answer_row(row: Row, settings: Settings) -> Solver:
 def reflect_row(row: Row, settings: Settings) -> Solver:
     """Answer, judge the own answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
     tokens = _Tokens()
-    messages, images = _question(row, settings.suffix)
+    messages, images = row["prompt"], tuple(row["images"])
     (text,) = tokens.read((yield [Request(messages, images)]))
     first, first_tokens, rounds = text, tokens.completion, []
     for _ in range(settings.max_rounds):
@@ -157,43 +149,67 @@ def reflect_row(row: Row, settings: Settings) -> Solver:
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
     """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
-    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer."""
+    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer.
+
+    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. A pair is won
+    by the side that both verdicts name; where one can't be read, or they contradict each other, by the side with more
+    votes.
+    """
     tokens = _Tokens()
-    messages, images = _question(row, settings.suffix)
+    messages, images = row["prompt"], tuple(row["images"])
     outputs = yield [Request(messages, images)] * settings.n
     texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
     groups = _same_answers([verify.extract_boxed(text) for text in texts])
     rounds = [_round(text) for text in texts]
+    candidates = [_shown(text, settings.judge_source)[0] for text in texts]
     matches = []
+
+    def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
+        """Each question as its instructions word it in one order, then in the other."""
+        return [Request(ask(messages, text, settings.suffix), images) for both in instructions for text in both]
+
     if settings.tts == "weighted_vote":
-        asked = [
-            ask(messages, pointwise_instruction(_shown(text, settings.judge_source)[0]), settings.suffix)
-            for text in texts
-        ]
-        judged = tokens.read((yield [Request(question, images) for question in asked]))
-        rounds = [_round(t, verify.parse_verdict(j), j) for t, j in zip(texts, judged, strict=True)]
-        weight = {"Yes": 1.0, "No": 0.0}
-        groups.sort(key=lambda g: (-sum(weight.get(rounds[i]["verdict"], 0.5) for i in g), -len(g)))
+        outputs = yield in_both_orders(
+            tuple(pointwise_instruction(candidate, right_letter=letter) for letter in "AB") for candidate in candidates
+        )
+        judged = tokens.read(outputs)
+        weights = []
+        for i, replies in enumerate(zip(judged[::2], judged[1::2], strict=True)):
+            weights.append(sum(_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)) / 2)
+            verdict = {0.0: "No", 1.0: "Yes"}.get(weights[i])
+            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(replies)), "weight": weights[i]}
+        groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
     elif settings.tts == "vote":
         groups.sort(key=lambda g: -len(g))
     else:
         while len(groups) > 1:
             pairs = list(zip(groups[::2], groups[1::2], strict=False))
-            asked = []
-            for a, b in pairs:
-                shown = [_shown(texts[g[0]], settings.judge_source)[0] for g in (a, b)]
-                asked.append(ask(messages, pairwise_instruction(*shown), settings.suffix))
-            judged = tokens.read((yield [Request(question, images) for question in asked]))
-            verdicts = [verify.parse_verdict(j) for j in judged]
-            matches += [
-                {"a": a[0], "b": b[0], "verdict": v, "judge_output": j}
-                for (a, b), v, j in zip(pairs, verdicts, judged, strict=True)
-            ]
-            winners = [b if v == "B" else a for (a, b), v in zip(pairs, verdicts, strict=True)]
+            outputs = yield in_both_orders(
+                tuple(pairwise_instruction(candidates[x[0]], candidates[y[0]]) for x, y in ((a, b), (b, a)))
+                for a, b in pairs
+            )
+            judged = tokens.read(outputs)
+            winners = []
+            for (a, b), first, swapped in zip(pairs, judged[::2], judged[1::2], strict=True):
+                verdicts = verify.parse_verdict(first), verify.parse_verdict(swapped)
+                winner = {("A", "B"): a, ("B", "A"): b}.get(verdicts, max(a, b, key=len))  # equal votes: a, the earlier
+                winners.append(winner)
+                matches.append({
+                    "a": a[0], "b": b[0], "verdict": verdicts[0], "verdict_swapped": verdicts[1],
+                    "winner": winner[0], "judge_output": f"{first}\n---\n{swapped}",
+                })  # fmt: skip
             groups = winners + groups[2 * len(pairs) :]
     chosen = groups[0][0]
     found = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, round_num=0)
     return {**found, "chosen": chosen, "matches": matches}
+
+
+def _belief(judged: str, right_letter: str) -> float:
+    """What a pointwise verdict says of a response: 1 right, 0 wrong, 0.5 nothing, where it can't be read."""
+    verdict = verify.parse_verdict(judged)
+    if verdict in ("A", "B"):
+        return float(verdict == right_letter)
+    return {"Yes": 1.0, "No": 0.0}.get(verdict, 0.5)
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:
@@ -211,7 +227,7 @@ def _final(row: Row, text: str, tokens: _Tokens, first: str, first_tokens: int, 
         "round_num": round_num,  # reflections
         "rounds": rounds,
         "first_answer": answer,
-        "first_is_correct": verify.is_equal(answer, row["answer"]),
+        "first_is_correct": verify.is_equal(answer, row["solution"]),
         "first_completion_tokens": first_tokens,
     }
 
@@ -234,25 +250,24 @@ def _same_answers(answers: list[str | None]) -> list[list[int]]:
 def judge_row(row: Row, settings: Settings) -> Solver:
     """A pair in both orders, or one response with its label."""
     tokens = _Tokens()
-    messages, images = _question(row, settings.suffix)
+    messages, images = row["prompt"], tuple(row["images"])
     if row.get("response") is not None:
         shown, _ = _shown(row["response"], settings.judge_source)
         question = ask(messages, pointwise_instruction(shown), settings.suffix)
         (judged,) = tokens.read((yield [Request(question, images)]))
         verdict = verify.parse_verdict(judged)
-        found = {"task": "pointwise", "label": _label(row["label"]), "verdict": verdict, "verdict_swapped": None}
+        found = {"task": "pointwise", "label": row["label"], "verdict": verdict, "verdict_swapped": None}
         return {**_judged(row, judged, tokens), **found, "is_correct": verdict == found["label"]}
 
-    rejected = row["rejected"] if isinstance(row["rejected"], list) else [row["rejected"]]
     chosen, _ = _shown(row["chosen"], settings.judge_source)
     asked = []
-    for other in rejected:
+    for other in row["rejected"]:
         other, _ = _shown(other, settings.judge_source)
         for pair in ((chosen, other), (other, chosen)):
             asked.append(Request(ask(messages, pairwise_instruction(*pair), settings.suffix), images))
     outputs = tokens.read((yield asked))
     verdicts, swapped = ([verify.parse_verdict(text) for text in outputs[i::2]] for i in (0, 1))
-    one = len(rejected) == 1
+    one = len(row["rejected"]) == 1
     return {
         **_judged(row, "\n---\n".join(outputs), tokens),
         "task": "pairwise" if one else "best_of_n",
@@ -263,17 +278,12 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     }
 
 
-def _label(label) -> str:
-    """A pointwise label as the verdict that agrees with it."""
-    return {True: "Yes", False: "No"}.get(label, label)
-
-
 def _common(row: Row, text: str, tokens: _Tokens) -> Row:
     return {
-        "dataset": row.get("dataset", "unnamed"),
+        "dataset": row["dataset"],
         "problem": row["problem"],
-        "image_path": row["image_path"] if isinstance(row.get("image_path"), str) else None,
-        "ground_truth": row.get("answer"),
+        "image_path": row["image_path"],
+        "ground_truth": None if "chosen" in row or "response" in row else row["solution"],
         "vlm_output": text,
         "extracted_answer": None,
         "is_correct": None,
@@ -288,7 +298,7 @@ def _scored(row: Row, text: str, tokens: _Tokens) -> Row:
     return {
         **_common(row, text, tokens),
         "extracted_answer": answer,
-        "is_correct": verify.is_equal(answer, row["answer"]),
+        "is_correct": verify.is_equal(answer, row["solution"]),
     }
 
 
@@ -360,8 +370,13 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
 
 
-def evaluate(rows: list[Row], engine, settings: Settings) -> list[Row]:
-    """Results of `rows`, in their order. For notebooks and scripts; nothing is written."""
+def evaluate(records: list[Row], engine, settings: Settings) -> list[Row]:
+    """Results of `records`, in their order. For notebooks and scripts; nothing is written.
+
+    The records are what a benchmark file would hold; images may also be PIL images. Raises BadInput for one that can't
+    be used.
+    """
+    rows = read_benchmark(Source(records, rules=Rules(settings.suffix)), settings.mode)
     results: list[Row | None] = [None] * len(rows)
     for finished in run(enumerate(rows), engine, settings):
         for index, result in finished:
@@ -369,67 +384,19 @@ def evaluate(rows: list[Row], engine, settings: Settings) -> list[Row]:
     return results
 
 
-def read_benchmark(path: str, mode: str, image_root: str | None = None) -> list[Row]:
-    """The rows of a benchmark file (data/table.py has the formats); `image` is where an image was found.
+def read_benchmark(source: Source, mode: str) -> list[Row]:
+    """The rows of a benchmark. An image is looked for, and opened when it is asked about.
 
-    Raises BadInput for a file that can't be read, a field that its mode can't use, an image that is not there or, where
-    `image_root` is given, not in it.
+    Raises BadInput for data that can't be read, and for rows that the mode can't use.
     """
-    rows = []
-    for i, _, row in table.records(path):
-        if not isinstance(row, dict):
-            raise BadInput(f"{path}: {row}")
-        where = f"{path}: row {i}"
-        if (wrong := fault(row, mode)) is not None:
-            name, expected = wrong
-            got = repr(row[name])[:60] if name in row else "nothing"
-            raise BadInput(f"{where}: field {name}: expected {expected}, got {got}")
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-            row["image_path"] = row.get("image_path") or None
-            row.pop("image", None)
-            if row["image_path"] is not None:
-                row["image"] = locate(row["image_path"], image_root or os.path.dirname(path), image_root)
-        except UnicodeEncodeError:
-            raise BadInput(f"{where}: expected text, got half of a surrogate pair") from None
-        except BadImage as error:
-            raise BadInput(f"{where}: field image_path: {error}") from None
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: expected at least one row, found none")
-    return rows
-
-
-def fault(row: Row, mode: str) -> tuple[str, str] | None:
-    """The first field of a benchmark's row that `mode` can't use, and what is expected there."""
-
-    def is_text(value) -> bool:
-        return isinstance(value, str) and bool(value.strip())
-
-    def is_gold(value) -> bool:
-        return is_text(value) or isinstance(value, (int, float))
-
-    def several(value, fits) -> bool:
-        return bool(value) and all(map(fits, value)) if isinstance(value, list) else fits(value)
-
-    if not is_text(row.get("problem")):
-        return "problem", "the question as text"
-    if mode != "judge":
-        if not several(row.get("answer"), is_gold):
-            return "answer", "the gold answer, or a list of them"
-    elif row.get("response") is not None:
-        if not is_text(row["response"]):
-            return "response", "the response to be judged, as text"
-        if not isinstance(row.get("label"), (str, int)) or _label(row["label"]) not in ("Yes", "No"):
-            return "label", "Yes, No, true or false"
-    else:
-        if not is_text(row.get("chosen")):
-            return "chosen", "the better response as text (or a response with its label)"
-        if not several(row.get("rejected"), is_text):
-            return "rejected", "a response as text, or a list of them"
-    if not isinstance(row.get("image_path"), (str, type(None))):
-        return "image_path", "a path, or null"
-    return None if is_text(row.get("dataset")) else ("dataset", "the benchmark's name")
+    found = [row for _, _, row in Reader(source, "judge" if mode == "judge" else "answer", look=False)]
+    bad = [row for row in found if isinstance(row, BadRow)]
+    if bad:
+        more = f"; {len(bad) - 1:,} more rows can't be used, python -m data.check names them" if len(bad) > 1 else ""
+        raise BadInput(f"{source}: {bad[0]}{more}")
+    if not found:
+        raise BadInput(f"{source}: expected at least one row, found none")
+    return found
 
 
 def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> list[Row]:
@@ -495,9 +462,14 @@ def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row
 
 def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     """Digests of the questions and, for a model in a folder, of its files: the same name may hold another model."""
-    asked = [{name: value for name, value in row.items() if name != "image"} for row in rows]  # wherever they lie
-    text = json.dumps(asked, default=lambda image: "image")
-    digests = {"benchmark contents": hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}
+    questions = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        asked = {name: value for name, value in row.items() if name not in ("images", "source", "task")}
+        budgets = [(image["min_pixels"], image["max_pixels"]) for image in row["images"]]
+        questions.update(json.dumps([asked, budgets], sort_keys=True).encode())
+        for image in row["images"]:  # a file by its name, wherever it lies
+            questions.update(image["bytes"] or os.path.basename(image["path"]).encode())
+    digests = {"benchmark contents": questions.hexdigest()}
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
@@ -557,7 +529,7 @@ def choose_engine(args: argparse.Namespace) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--benchmark", required=True, nargs="+", help="JSON or JSONL files")
+    parser.add_argument("--benchmark", required=True, nargs="+", help="files (data/README.md), folders or hub names")
     parser.add_argument("--mode", choices=MODES, default="answer")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--engine", choices=ENGINES, default="auto")
@@ -568,7 +540,6 @@ def main() -> int:
     parser.add_argument("--max_rounds", type=int, default=2, help="tts reflect: reflections at most")
     parser.add_argument("--n", type=int, default=8, help="tts vote, weighted_vote, best_of_n: answers per question")
     parser.add_argument("--judge_source", choices=("cot", "answer"), default="cot", help="what a judge sees")
-    parser.add_argument("--image_root", help="folder that image paths are relative to and may not leave")
     parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -583,8 +554,12 @@ def main() -> int:
     parser.add_argument("--served_model", help="server: the name the model has there (default: --model)")
     parser.add_argument("--concurrency", type=int, default=64, help="server: requests under way, over all URLs")
     parser.add_argument("--timeout", type=float, default=600.0, help="server: seconds for one try")
+    add_source_flags(parser, split="test")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
+
+    from safetensors import SafetensorError
+
     try:
         for name, least in LEAST.items():
             if (value := getattr(args, name)) is not None and not least <= value < math.inf:
@@ -594,17 +569,22 @@ def main() -> int:
             raise BadInput("--engine server: expected --server URL")
         if args.mode == "tts" and args.tts != "reflect" and args.temperature == 0:
             raise BadInput(f"--tts {args.tts}: expected a --temperature above 0, or all answers are the same")
+        if args.engine != "server" and (Path(args.model) / "adapter_config.json").is_file():
+            raise BadInput(
+                f"--model {args.model}: expected a model, got an adapter (LoRA); python -m training.merge {args.model} "
+                f"makes a model of it, in {args.model}/merged"
+            )
         settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name in args})
         settings = replace(settings, benchmark=tuple(args.benchmark))
         rows = [
-            row for path in args.benchmark for row in read_benchmark(path, args.mode, args.image_root)[: args.limit]
+            row for name in args.benchmark for row in read_benchmark(source_of(name, args), args.mode)[: args.limit]
         ]
         resume(rows, settings, args.output)  # refused now, and not when the model is loaded
         try:
             engine = make_engine(args)
         except BadInput:
             raise
-        except ValueError as error:  # transformers' and vLLM's, about a model that they can't load
+        except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
             raise BadInput(f"--model {args.model}: {error}") from error
         try:
             results = run_to_file(rows, engine, settings, args.output)

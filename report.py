@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from data.read import BadInput
+from data.rows import BadInput
 
 Row = dict[str, Any]
 STATES = ("trainer_state.json", "checkpoint-*/trainer_state.json")
@@ -656,6 +656,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a train_spark.py output_dir")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
         print(write_report(args.run_dirs, args.output))

@@ -24,7 +24,6 @@ import copy
 import hashlib
 import json
 import math
-import os
 import sys
 import time
 import warnings
@@ -32,7 +31,6 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +53,7 @@ from training.images import MixedImages
 from training.metrics import images_of, judge_metrics, policy_metrics, recycled_table, recycling_metrics
 from training.model_card import SparkModelCard
 from training.rewards import JudgingRewards
+from training.settings import check_checkpoint, check_columns, check_files, check_optional_packages, check_weights
 from training.vllm import SparkGeneration, check_server
 
 TRL = "1.16.0"  # the seams overridden here are private methods of this version
@@ -96,10 +95,10 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     def __post_init__(self):
         if self.use_vllm is None:
             self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
-        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
         for name in (*sizes, "max_prompt_length", "max_completion_length"):
-            if (getattr(self, name) or 0) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+            if not (isinstance(size := getattr(self, name), int) and size >= 1):
+                raise ValueError(f"{name}: expected 1 or more, got {size!r}")
         super().__post_init__()
         self.check_recycling()
         if self.recycle_ratio > 0 and self.has_entropy_bonus and self.loss_type not in (*TOKEN_LOSSES, "bnpo"):
@@ -170,6 +169,8 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
 
     def __init__(self, model, reward_funcs=verify.answer_reward, args: SparkConfig | None = None, *rest, **kwargs):
         args = copy.copy(args if args is not None else SparkConfig("spark"))
+        for name, dataset in zip(("train_dataset", "eval_dataset"), (*rest, None, None), strict=False):
+            check_columns(name, kwargs.get(name, dataset), reward_funcs)
         if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
         config = model_config(model, args)
@@ -483,6 +484,13 @@ class DataArguments:
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the question: text or messages."})
     solution_column: str = field(default="solution", metadata={"help": "Column of the gold answer."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the image or images, if any."})
+    answer_kind: str | None = field(
+        default=None,
+        metadata={
+            "help": "What answers to questions with options are.",
+            "choices": ["letter", "text", "from_0", "from_1"],
+        },
+    )
     image_root: str | None = field(
         default=None, metadata={"help": "Folder that image paths are relative to, and may not leave."}
     )
@@ -512,13 +520,18 @@ def main() -> None:
     from training import plan
 
     try:
+        check_files(sys.argv[1:])
         launch = plan.requested(sys.argv[1:])
         config_class = plan.for_launch(SparkConfig, launch) if launch else SparkConfig
-        data, args, model = TrlParser((DataArguments, config_class, ModelConfig)).parse_args_and_config()
+        parser = TrlParser((DataArguments, config_class, ModelConfig))
+        parser.error = lambda message: parser.exit(2, f"train_spark.py: {message}\n")  # one line, without the usage
+        data, args, model = parser.parse_args_and_config()
         if launch is None:
             check_versions(args.use_vllm)
+            check_optional_packages(args, model)
             check_weights(model.model_name_or_path)
-    except (ValueError, FileNotFoundError) as error:
+            check_checkpoint(args.resume_from_checkpoint)
+    except (ValueError, TypeError, FileNotFoundError) as error:  # TypeError: a recipe's list where a number is expected
         raise SystemExit(refuse(error)) from None
 
     def read(source: str, split: str, own_columns: bool = False):
@@ -536,6 +549,7 @@ def main() -> None:
             config=data.dataset_config,
             split=split,
             own_columns=own_columns,
+            answer_kind=data.answer_kind,
             fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
@@ -663,13 +677,6 @@ def attention(args: SparkConfig) -> str | None:
     if not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
         return None
     return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
-
-
-def check_weights(model: str) -> None:
-    """Raise FileNotFoundError for a local folder without weights, before the data are read for it."""
-    files = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
-    if os.path.isdir(model) and not any(path for pattern in files for path in Path(model).glob(pattern)):
-        raise FileNotFoundError(f"model_name_or_path: {model} has no weights; expected {', '.join(files)}")
 
 
 def refuse(error: Exception) -> int:

@@ -142,9 +142,11 @@ def benchmark_rows(folder: Path, n: int) -> list[dict]:
 
 
 def ours(rows: list[dict], port: int, folder: Path) -> None:
+    from data.read import Source
     from engines import ServerEngine
-    from evaluate import Settings, run_to_file
+    from evaluate import Settings, read_benchmark, run_to_file
 
+    rows = read_benchmark(Source(rows), "answer")
     engine = ServerEngine([f"http://127.0.0.1:{port}"], "stub", concurrency=ROOM)
     run_to_file(rows[:32], engine, Settings("stub", "answer", (), "server"), folder / "warm.json")
     with Measured() as measured:

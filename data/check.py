@@ -25,7 +25,7 @@ from typing import Any
 
 from data import table
 from data.images import BadImage, check_image
-from data.read import Reader, Row, Rules, Source
+from data.read import Reader, Row, Source, add_source_flags, source_of
 from data.rows import BadInput, BadRow, question_text
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
@@ -149,7 +149,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     bad, repeated, tasks, golds, images = [], [], Counter(), Counter(), Counter()
     conflicts = total = 0
     lengths: dict[str, list[int]] = {"prompt": [], "image": []}
-    reader = Reader(source, judge=True, look=False)
+    reader = Reader(source, "check", look=False)
     for batch in batches(examined_rows(reader, workers), 256):
         good = [(row, found, key) for (row, _, found), key in batch if isinstance(found, dict)]
         bad += [found for (_, _, found), _ in batch if isinstance(found, BadRow)]
@@ -173,15 +173,19 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         "images": {"rows": total - len(bad) - images[0], "images": sum(n * rows for n, rows in images.items())},
         "tasks": dict(tasks.most_common()),
         "answers": answers(golds),
+        "options_counted_from": reader.layout.counted_from if reader.layout else None,
         "repeated": {"rows": len(repeated), "with_another_answer": conflicts, "row_and_first": repeated},
     }
     if against is not None:
-        shared, unusable = [], 0
-        for (row, _, found), key in examined_rows(Reader(against, judge=True, look=False), workers):
+        shared, unusable, compared = [], 0, 0
+        for (row, _, found), key in examined_rows(Reader(against, "check", look=False), workers):
+            compared += 1
             if isinstance(found, BadRow):
                 unusable += 1
             elif key in seen:
                 shared.append([seen[key][0], row])
+        if unusable == compared:
+            raise BadInput(f"{against}: expected at least one usable row to compare with, found none")
         report["overlap"] = {"file": str(against), "rows": len(shared), "unusable": unusable, "row_and_its_row": shared}
     if processor is not None:
         report["tokens"] = {name: quantiles(values) for name, values in lengths.items() if values}
@@ -229,7 +233,7 @@ def render(report: dict[str, Any]) -> str:
         )
 
     kinds = {k: n for k, n in report["answers"].items() if isinstance(n, int) and k not in ("asked", "different")}
-    repeated = report["repeated"]
+    repeated, counted = report["repeated"], report["options_counted_from"]
     lines = [
         f"{report['file']}: {report['rows']:,} rows, {report['usable']:,} usable, {len(report['bad']):,} unusable",
         f"columns   {', '.join(map(str, report['columns']))}",
@@ -237,6 +241,7 @@ def render(report: dict[str, Any]) -> str:
         f"tasks     {pairs(report['tasks'])}",
         f"answers   {pairs(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "
         f"{report['answers']['different']:,} that are no number or letter",
+        *([f"options   are named by number, counted from {counted}"] if counted is not None else []),
         f"repeated  {repeated['rows']:,} rows, {repeated['with_another_answer']:,} of them with another answer"
         + examples(repeated["row_and_first"]),
     ]
@@ -254,43 +259,22 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def add_source_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that say how data is read, as train_spark.py has them."""
-    parser.add_argument("--prompt_column", default="prompt")
-    parser.add_argument("--solution_column", default="solution")
-    parser.add_argument("--image_column")
-    parser.add_argument("--image_root", help="folder that image paths are relative to, and may not leave")
-    parser.add_argument("--dataset_config", help="configuration of a hub dataset")
-    parser.add_argument("--dataset_split", default="train")
-    parser.add_argument("--allow_remote_images", action="store_true", help="fetch http(s) images")
-    parser.add_argument("--min_pixels", type=int)
-    parser.add_argument("--max_pixels", type=int)
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("file", help="a training or benchmark file, a folder, a hub name")
     add_source_flags(parser)
     parser.add_argument("--against", metavar="FILE", help="data that should share no question with it")
     parser.add_argument("--model", help="count prompt and image tokens with this model's processor")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that look into images")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
 
-    rules = Rules(
-        image_root=args.image_root,
-        allow_remote_images=args.allow_remote_images,
-        min_pixels=args.min_pixels,
-        max_pixels=args.max_pixels,
-    )
-
-    def source(name: str, own_columns: bool = False) -> Source:
-        columns = (args.prompt_column, args.solution_column, args.image_column)
-        return Source(name, *columns, args.dataset_config, args.dataset_split, rules, own_columns)
-
     try:
-        against = source(args.against, own_columns=True) if args.against else None
-        report = check(source(args.file), against, args.model, args.workers)
+        against = source_of(args.against, args, own_columns=True) if args.against is not None else None
+        report = check(source_of(args.file, args), against, args.model, args.workers)
     except BadInput as error:
         print(f"data.check: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

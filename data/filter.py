@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.check import add_source_flags, batches
+from data.check import batches
+from data.read import add_source_flags
 from data.rows import BadInput, BadRow
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 CHUNK = 256  # questions whose rates are written at once
 
@@ -182,7 +183,9 @@ def _model(args: argparse.Namespace) -> tuple[Any, int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", required=True, help="a folder or a hub name")
     parser.add_argument("--dataset", required=True, help="a file, a folder or a hub name")
     parser.add_argument("--output", type=Path, required=True, help="the kept rows, as Parquet")
@@ -198,6 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--enforce_eager", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     add_source_flags(parser)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
     low, high = args.low if args.low is not None else 1e-9, args.high if args.high is not None else 1 - 1e-9
     if args.n < 1 or not 0 <= low <= high <= 1:
@@ -223,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             image_factor=image_factor(processor),
             config=args.dataset_config,
             split=args.dataset_split,
+            answer_kind=args.answer_kind,
             fits=too_long(longest, processor, "max_model_len"),
             bad_rows=bad_rows,
             checked=math.inf,  # each of them is used

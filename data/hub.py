@@ -7,6 +7,7 @@
 Code that comes with a dataset is never run (datasets 5 has no `trust_remote_code` any more), and nothing is unpickled.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,9 +17,11 @@ from data.table import Found
 
 def records(source: str, config: str | None = None, split: str = "train") -> Iterator[Found]:
     """The records of one split, images as their bytes or paths. Raises BadInput."""
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded = load_from_disk(source)

@@ -115,11 +115,7 @@ def _as_png(image: Image.Image) -> bytes:
     """An image in memory as a file's content, upright. Raises BadImage."""
     try:
         image = ImageOps.exif_transpose(image)
-        if image.mode not in _PNG_MODES:
-            image = to_rgb(image)
-        with BytesIO() as buffer:
-            image.save(buffer, format="PNG")
-            return buffer.getvalue()
+        return _encoded(image if image.mode in _PNG_MODES else to_rgb(image))
     except (OSError, SyntaxError, ValueError) as error:  # opened before, and broken behind its header
         raise BadImage(f"an image of mode {image.mode} can't be used ({str(error)[:120]})") from None
 
@@ -149,7 +145,7 @@ def _read_text(text: str, folder: str, root: str | None, allow_remote: bool) -> 
         if not head.endswith(";base64"):
             raise BadImage(f"expected data:image/...;base64,..., got {text[:40]!r}")
         return _decode_base64(body), None
-    if text.startswith(("http://", "https://")):
+    if is_remote(text):
         if not allow_remote:
             raise BadImage(f"{text:.80} is remote; give --allow_remote_images to fetch it when it is used")
         return None, text
@@ -163,6 +159,10 @@ def _decode_base64(text: str) -> bytes:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
         raise BadImage(f"expected base64, got {text[:40]!r}") from None
+
+
+def is_remote(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
 
 
 def _exists(text: str, folder: str) -> bool:
@@ -219,7 +219,7 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
             source = ref["path"]
             if ref["bytes"] is not None:
                 source = BytesIO(ref["bytes"])
-            elif source.startswith(("http://", "https://")):
+            elif is_remote(source):
                 source = BytesIO(fetch(source, allow_remote))
             with Image.open(source, formats=FORMATS) as image:
                 _check_shape(image, name)
@@ -354,12 +354,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def as_file(ref: Reference) -> tuple[bytes, str]:
-    """(content, MIME type) of a file in which any program sees what `open_image` gives: the image's own where that is
-    so, else a PNG. Raises BadImage."""
+def as_file(value: Any) -> tuple[bytes, str]:
+    """(content, MIME type) of a file in which any program sees what `loaded` gives: the image's own where that is so,
+    else a PNG. Raises BadImage."""
+    ref = value if is_reference(value) else reference(value)
     if ref["bytes"] is None:
         with suppress(OSError):  # `_opened` says what is wrong
-            ref = {**ref, "bytes": _content(ref["path"])}  # at once: Pillow would read a dozen small pieces
+            # At once: Pillow would read a dozen small pieces.
+            ref = {**ref, "bytes": fetch(ref["path"], True) if is_remote(ref["path"]) else _content(ref["path"])}
+    if ref["min_pixels"] or ref["max_pixels"]:
+        size = size_of(ref)
+        if fitted_size(*size, ref["min_pixels"], ref["max_pixels"]) != size:
+            return _encoded(open_image(ref)), "image/png"
     if ref["bytes"] is not None and _is_plain_png(ref["bytes"]):
         return ref["bytes"], "image/png"
     with _opened(ref) as image:
@@ -374,9 +380,13 @@ def as_file(ref: Reference) -> tuple[bytes, str]:
             image.draft("RGB", (image.width // 8, image.height // 8))  # enough of a JPEG to see that it is whole
             image.load()
             return ref["bytes"], kind
+    return _encoded(open_image(ref)), "image/png"
+
+
+def _encoded(image: Image.Image) -> bytes:
     with BytesIO() as buffer:
-        open_image(ref).save(buffer, format="PNG")
-        return buffer.getvalue(), "image/png"
+        image.save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def _content(path: str) -> bytes:
@@ -442,10 +452,18 @@ def open_image(ref: Reference, factor: int | None = None, allow_remote: bool = F
     return image
 
 
-def loaded(value: Any) -> Image.Image:
-    """`open_image` of what `reference` takes; an image in memory does not go by way of a file. Raises BadImage."""
+def is_reference(value: Any) -> bool:
+    """Whether `reference` made this; if it is a URL, fetching it was allowed then."""
+    return isinstance(value, dict) and "width" in value
+
+
+def loaded(value: Any, factor: int | None = None) -> Image.Image:
+    """`open_image` of a reference, or of what `reference` takes; an image in memory does not go by way of a file.
+
+    Raises BadImage.
+    """
     if not isinstance(value, Image.Image):
-        return open_image(reference(value))
+        return open_image(value if is_reference(value) else reference(value), factor, allow_remote=True)
     _check_shape(value, "image in memory")
     try:
         return to_rgb(value)

@@ -13,7 +13,9 @@ question, and a score of its own that pairs can't give: left out and counted, un
 
 import argparse
 import json
+import shutil
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,22 +115,29 @@ def convert(source: Source, images: Path, ties: bool = False) -> Iterator[tuple[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="data.judge_sets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", help="a file, a folder or a hub name")
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ties", action="store_true", help="RewardBench 2: a row for each of several right responses")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
     rows: list[Judged] = []
     left_out: Counter = Counter()
+    images = args.output.with_name(f"{args.output.stem}_images")
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        images = args.output.with_name(f"{args.output.stem}_images")
-        for found, why in convert(Source(args.source, split=args.split), images, args.ties):
-            rows += found
-            left_out.update([why] if why else [])
-        if not rows:
-            raise BadInput(f"{args.source}: expected at least one row to convert, found none")
+        with tempfile.TemporaryDirectory() as folder:  # nothing is written before every row is known to be good
+            saved = Path(folder) / images.name
+            for found, why in convert(Source(args.source, split=args.split), saved, args.ties):
+                rows += found
+                left_out.update([why] if why else [])
+            if not rows:
+                raise BadInput(f"{args.source}: expected at least one row to convert, found none")
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            if saved.exists():
+                shutil.copytree(saved, images, dirs_exist_ok=True)
         args.output.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
     except (BadInput, OSError) as error:
         print(f"data.judge_sets: {' '.join(str(error).split())}", file=sys.stderr)

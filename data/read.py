@@ -1,16 +1,18 @@
-"""Training data in the formats people have, all read into the same row (data/rows.py).
+"""Data in the formats people have, all read into the same row (data/rows.py), for training, checking and evaluation.
 
     read_dataset("train.json", image_root="images")      Spark-Data: message (a JSON string), answer
-    read_dataset("gsm8k.jsonl")                          known layouts: GSM8K, MATH, ViRL39K, options, ...
-    read_dataset("mine.csv", "question", "answer")       any columns of JSON, JSONL, CSV, TSV, Parquet
+    read_dataset("gsm8k.jsonl")                          known layouts (data/formats/), and columns by their names
+    read_dataset("mine.csv", "task", "result")           any columns of JSON, JSONL, CSV, TSV, Parquet
     read_dataset("photos")                               a folder or a hub name
     read_dataset("digits")                               the embedded task (data/digits.py); `arithmetic` for text
+    Reader(Source("test.json"), "answer")                the rows of a benchmark, as evaluate.py reads them
 
-Rows are written to a temporary file as they are read and mapped from there, so that a million of them take no memory;
-images are opened when a row is used. What is wrong with a row is known before any model is loaded; only of more than
-CHECKED rows, the others are kept as they are, and made and checked when they are used (`Used`).
+For training, rows are written to a temporary file as they are read and mapped from there, so that a million of them
+take no memory; images are opened when a row is used. What is wrong with a row is known before any model is loaded; only
+of more than CHECKED rows, the others are kept as they are, and made and checked when they are used (`Used`).
 """
 
+import argparse
 import atexit
 import itertools
 import json
@@ -26,19 +28,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data import benchmark, gsm8k, hub, math_boxed, multiple_choice, spark_json, table, virl39k
+from data import hub, table
+from data.formats import columns, gsm8k, math_boxed, spark_data
+from data.golds import extracted, gold
 from data.images import BadImage, NotFetched, pixels
-from data.rows import BadInput, BadRow, Record, RowError, Rules, build_row
-from recycle import PROMPT_SUFFIX
+from data.options import KINDS, check_letter, common_kinds, options_of, right_label
+from data.rows import BadInput, BadRow, Options, Record, RowError, Rules, build_row, question_of, unicode_text
+from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
 CHECKED = 50_000  # rows made and checked before training: seconds. A million would take a minute
 HEADERS = 20_000  # images whose header is read before training; of the rest, only that the file is there
 DRAWS = 100  # rows tried in place of one that can't be used
 _PEEK = 100  # records whose columns decide the layout
-_LAYOUTS = (spark_json, virl39k, gsm8k, benchmark, math_boxed, multiple_choice)
-IMAGES = ("images", "image", "image_path")
-TASKS = ("task", "category", "subject", "dataset")
+_FORMATS = (spark_data, gsm8k, math_boxed)
 
 Row = dict[str, Any]
 
@@ -55,6 +58,7 @@ class Source:
     split: str = "train"
     rules: Rules = field(default_factory=Rules)
     own_columns: bool = False
+    answer_kind: str | None = None
 
     def __str__(self):
         return self.name if isinstance(self.name, str) else "rows"
@@ -62,6 +66,33 @@ class Source:
     def row(self, number: int) -> str:
         """What a row of it is called."""
         return f"{self}: row {number}"
+
+    @property
+    def benchmark(self) -> str:
+        """What its rows are of, where they do not say so."""
+        return Path(self.name).stem if isinstance(self.name, str) else "unnamed"
+
+
+def add_source_flags(parser: argparse.ArgumentParser, split: str = "train") -> None:
+    """The flags that say how data are read, as train_spark.py has them."""
+    parser.add_argument("--prompt_column", default="prompt", help="the question: text or messages")
+    parser.add_argument("--solution_column", default="solution", help="the gold answer")
+    parser.add_argument("--image_column", help="the image or images")
+    parser.add_argument("--answer_kind", choices=KINDS, help="what the answer to a question with options is")
+    parser.add_argument("--image_root", help="folder that image paths are relative to, and may not leave")
+    parser.add_argument("--dataset_config", help="configuration of a hub dataset")
+    parser.add_argument("--dataset_split", default=split, help=f"of a hub dataset or a folder ({split})")
+    parser.add_argument("--allow_remote_images", action="store_true", help="fetch http(s) images")
+    parser.add_argument("--min_pixels", type=int, help="smaller images are enlarged to so many pixels")
+    parser.add_argument("--max_pixels", type=int, help="larger images are reduced to so many pixels")
+
+
+def source_of(name: str, args: argparse.Namespace, **changes: Any) -> Source:
+    """The source that `add_source_flags` describe."""
+    rules = Rules(PROMPT_SUFFIX, ".", args.image_root, args.allow_remote_images, args.min_pixels, args.max_pixels)
+    names = (args.prompt_column, args.solution_column, args.image_column)
+    found = Source(name, *names, args.dataset_config, args.dataset_split, rules, answer_kind=args.answer_kind)
+    return replace(found, **changes)
 
 
 def read_dataset(
@@ -79,6 +110,7 @@ def read_dataset(
     config: str | None = None,
     split: str = "train",
     own_columns: bool = False,
+    answer_kind: str | None = None,
     fits: Callable[[Row], str | None] | None = None,
     bad_rows: list[BadRow] | None = None,
     checked: float = CHECKED,
@@ -99,6 +131,7 @@ def read_dataset(
         config, split: of a hub dataset or a folder.
         own_columns: the names are those of other data, which this stands beside; where they are not there, and the
             layout is known, that is no error.
+        answer_kind: what the answer to a question with options is (data/options.py: KINDS), where that is not clear.
         fits: says why a row is not to be used (a prompt that is too long), or None.
         bad_rows: if given, rows that are left out are appended to it.
         checked: with `bad_rows`, rows that are made here; the others are when they are used.
@@ -113,7 +146,8 @@ def read_dataset(
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     rules = Rules(suffix, ".", image_root, allow_remote_images, min_pixels, max_pixels)
-    where = Source(source, prompt_column, solution_column, image_column, config, split, rules, own_columns)
+    names = (prompt_column, solution_column, image_column)
+    where = Source(source, *names, config, split, rules, own_columns, answer_kind)
     image = RowImage(factor=image_factor, allow_remote=allow_remote_images)
     features = Features(
         {
@@ -249,7 +283,11 @@ class Reader:
     """(row, line, the row or what is wrong with it) of everything in `source`, in order; nothing is left out.
 
     Args:
-        judge: rows for judging may be there; otherwise they are refused.
+        use: what the rows are for.
+            train     a gold for each
+            answer    a gold for each, or a list of them; the rows also have `dataset`, `problem` and `image_path`
+            judge     chosen and rejected, or response and label, and these three
+            check     any of these
         look: read the headers of the first HEADERS images.
         checked: records after so many come as their JSON text, to be built later; those that JSON can't hold (embedded
             images, for one) don't.
@@ -257,8 +295,8 @@ class Reader:
     Raises BadInput.
     """
 
-    def __init__(self, source: Source, judge: bool = False, look: bool = True, checked: float = math.inf):
-        self.source, self.judge, self.look, self.checked = source, judge, look, checked
+    def __init__(self, source: Source, use: str = "train", look: bool = True, checked: float = math.inf):
+        self.source, self.use, self.look, self.checked = source, use, look, checked
         rules = source.rules
         for name in ("min_pixels", "max_pixels"):
             try:
@@ -274,7 +312,8 @@ class Reader:
         if head and not found:
             raise BadInput(f"{source}: {head[0][2]}")
         self.columns: dict[str, None] = {}  # in order, of the rows read so far
-        self.make = layout(source, found) if found else None  # None: there is no row at all
+        self.layout = Layout(source, found, use) if found else None  # None: there is no row at all
+        self.decimal_comma = table.delimiter(source.name) == ";"  # as spreadsheets write where 3,5 is a number
         self.records = itertools.chain(head, records)
 
     def __iter__(self) -> Iterator[tuple[int, int | None, Row | BadRow | str]]:
@@ -292,11 +331,55 @@ class Reader:
             yield i, line, record
 
     def build(self, record: dict[str, Any], source: str, look: bool = True) -> Row:
-        """The row of a record. Raises RowError."""
-        made = self.make(record)
-        if made.judge and not self.judge:
-            raise BadInput(f"{source}: a benchmark file for judging; expected data with a gold for each question")
-        return build_row(made, self.rules, source, look)
+        """The row of a record. Raises RowError, which names the record's own column."""
+        try:
+            return self._build(record, source, look)
+        except RowError as error:
+            raise RowError(self.layout.column_of(error.field, record), error.reason) from None
+
+    def _build(self, raw: dict[str, Any], source: str, look: bool) -> Row:
+        record = self.layout.record(raw)
+        judged: dict[str, Any] = {}
+        without_gold = record.solution is None and record.judged is not None
+        if self.use == "judge" or (self.use == "check" and without_gold):
+            judged, record.solution = columns.for_judge(record.judged or {})
+        elif without_gold:
+            raise RowError("solution", "expected a gold answer, got a row for judging")
+        elif record.options:
+            record.solution = self.layout.right_option(record)
+        elif isinstance(record.solution, list) and len(record.solution) > 1 and self._several_golds(raw):
+            record.solution = [gold(value, self.decimal_comma) for value in record.solution]
+        else:
+            record.solution = gold(record.solution, self.decimal_comma)
+            check_letter(record.solution, raw, record.prompt)
+        row = build_row(record, self.rules, source, look)
+        if self.use in ("answer", "judge"):
+            row |= {"dataset": self._benchmark(raw), "problem": question_of(row["prompt"], self.rules.suffix), **judged}
+            row["image_path"] = _path_of(record.images)
+        return row
+
+    def _several_golds(self, raw: dict[str, Any]) -> bool:
+        """Whether any of several golds will do, as in a benchmark; training knows one."""
+        return self.use == "answer" or (self.use == "check" and "dataset" in raw)
+
+    def _benchmark(self, raw: dict[str, Any]) -> str:
+        if "dataset" not in self.layout.columns:
+            return self.source.benchmark
+        name = raw.get("dataset")
+        if not isinstance(name, str) or not name.strip():
+            raise RowError("dataset", f"expected the benchmark's name, got {'nothing' if name is None else repr(name)}")
+        return unicode_text(name, "dataset")
+
+
+def _path_of(images: Any) -> str | list[str] | None:
+    """Where the images of a record come from, as far as it says so."""
+    if isinstance(images, (list, tuple)):
+        paths = [_path_of(image) for image in images]
+        return None if None in paths or not paths else paths[0] if len(paths) == 1 else paths
+    if isinstance(images, dict):
+        images = images.get("path")
+    path = os.fspath(images) if isinstance(images, (str, os.PathLike)) else None
+    return path if path and len(path) < 1000 and not path.startswith("data:") else None
 
 
 def _as_json(record: dict[str, Any]) -> str | None:
@@ -319,7 +402,8 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
     if name == "digits":
         from data.digits import digit_rows
 
-        return ((i, None, row) for i, row in enumerate(digit_rows("train", EMBEDDED_ROWS)))
+        split = "test" if source.split == "test" else "train"
+        return ((i, None, row) for i, row in enumerate(digit_rows(split, EMBEDDED_ROWS)))
     if name == "arithmetic":
         from data.arithmetic import arithmetic_rows
 
@@ -330,6 +414,8 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
         if isinstance(name, (Dataset, IterableDataset)):
             return hub.of(name)
         return ((i, None, record) for i, record in enumerate(name))
+    if not name.strip():
+        raise BadInput("data: expected a file, a folder or a hub name, got nothing")
     if Path(name).suffix.lower() in table.SUFFIXES and not Path(name).is_dir():
         return table.records(name, decoded)
     if Path(name).is_file():
@@ -337,43 +423,88 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Fou
     return hub.records(name, source.config, source.split)
 
 
-def layout(source: Source, head: list[dict[str, Any]]) -> Callable[[dict[str, Any]], Record]:
-    """What makes a Record of each record: the named columns where they are there, else a known layout.
+class Layout:
+    """What makes a Record of each record: a known format, or the columns by their names.
 
-    Raises BadInput, naming the columns there are: for a name that was given and is not there, or where no layout is
-    known.
+    Raises BadInput, naming the columns there are: for a name that was given and is not there, or where nothing says
+    which column holds the question or its answer.
     """
-    columns = set().union(*head)
-    names = {"prompt": source.prompt_column, "solution": source.solution_column, "image": source.image_column}
-    missing = [what for what, name in names.items() if name is not None and name not in columns]
-    known = None
-    if {"prompt", "solution"} & set(missing):
-        known = next((module for module in _LAYOUTS if module.matches(columns, head)), None)
-    given = [what for what in missing if what == "image" or names[what] != what]  # other than the default
-    if (given and not source.own_columns) or (known is None and set(missing) - {"image"}):
-        what = (given or missing)[0]
-        raise BadInput(
-            f"{source}: no column {names[what]!r}; name the column of the {what} with --{what}_column, "
-            f"one of: {', '.join(sorted(map(str, columns)))}"
-        )
-    prompt, solution, images = source.prompt_column, source.solution_column, (source.image_column,)
-    if source.image_column is None or "image" in missing:
-        images = IMAGES
 
-    def make(raw: dict[str, Any]) -> Record:  # a column may be there in some rows only, and not in the first ones
-        if known:
-            found, kind = known.record(raw), known.NAME
-        elif any(raw.get(name) for name in multiple_choice.OPTIONS):  # a set may hold open questions as well
-            found, kind = multiple_choice.record(raw, prompt, solution), multiple_choice.NAME
+    def __init__(self, source: Source, head: list[dict[str, Any]], use: str):
+        self.source = source
+        self.columns = set().union(*head)
+        names = {"prompt": source.prompt_column, "solution": source.solution_column, "image": source.image_column}
+        missing = [what for what, name in names.items() if name is not None and name not in self.columns]
+        given = [what for what in missing if what == "image" or names[what] != what]  # other than the default
+        if given and not source.own_columns:
+            raise self._unknown(given[0], names[given[0]])
+        self.image_column = None if "image" in missing else source.image_column
+        self.format = self.question = None
+        if {"prompt", "solution"} & set(missing):
+            self.format = next((module for module in _FORMATS if module.matches(self.columns, head)), None)
+        if self.format:
+            self.question, self.answer = self.format.COLUMNS
         else:
-            found, kind = Record(raw.get(prompt), raw.get(solution)), "question"
-        if found.images is None:
-            found.images = next((raw[name] for name in images if raw.get(name) is not None), None)
-        found.task = found.task or next((raw[name] for name in TASKS if raw.get(name)), kind)
-        found.min_pixels, found.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
+            self.question = self._column("prompt", source.prompt_column, columns.QUESTIONS, needed=True)
+            answers = columns.ANSWERS if "response" in self.columns else (*columns.ANSWERS, "label")
+            needed = use != "judge" and not any(map(columns.judged_fields, head))
+            self.answer = self._column("solution", source.solution_column, answers, needed)
+        self.common = common_kinds(self._with_options(head))
+
+    def _column(self, what: str, name: str, usual: tuple[str, ...], needed: bool) -> str | None:
+        documented = name != what or self.question == "prompt"  # else `solution` beside an `answer` is how to get there
+        found = name if name in self.columns and documented else columns.usual(usual, self.columns)
+        if found is None and needed:
+            raise self._unknown(what, name)
         return found
 
-    return make
+    def _unknown(self, what: str, name: str) -> BadInput:
+        flags = {"prompt": "the question", "solution": "the answer", "image": "images"}
+        others = ", ".join(f"{words} with --{flag}_column" for flag, words in flags.items() if flag != what)
+        return BadInput(
+            f"{self.source}: no column {name!r} for {flags[what]}; name it with --{what}_column ({others}), one of: "
+            f"{', '.join(sorted(map(str, self.columns)))}"
+        )
+
+    def _with_options(self, head: list[dict[str, Any]]) -> Iterator[tuple[str, Options]]:
+        for raw in head:
+            try:
+                record = self.record(raw)
+                answer, _ = extracted(record.solution)
+            except RowError:  # it will be named when it is read
+                continue
+            if record.options:
+                yield answer, record.options
+
+    def record(self, raw: dict[str, Any]) -> Record:
+        """Raises RowError. A column may be there in some rows only, and not in the first ones."""
+        record = self.format.record(raw) if self.format else Record(raw.get(self.question), raw.get(self.answer))
+        record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
+        record.judged = record.judged or columns.judged_fields(raw)
+        if record.images is None:
+            plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
+            record.images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+        kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
+        record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
+        record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
+        return record
+
+    def right_option(self, record: Record) -> str:
+        """The letter of the right option. Raises RowError."""
+        answer, _ = extracted(record.solution)
+        return right_label(answer, record.options, self.source.answer_kind, self.common)
+
+    @property
+    def counted_from(self) -> int | None:
+        """What the answers to questions with options count from, if they are numbers."""
+        kinds = {self.source.answer_kind} if self.source.answer_kind else set(self.common)
+        return {"from_0": 0, "from_1": 1}[kinds.pop()] if kinds in ({"from_0"}, {"from_1"}) else None
+
+    def column_of(self, field: str, raw: dict[str, Any]) -> str:
+        """What the data call a field of the row."""
+        if field in ("image", "images"):
+            return self.image_column or columns.image_of(raw, strict=False)[0] or field
+        return {"prompt": self.question, "solution": self.answer, "answer": self.answer}.get(field) or field
 
 
 def _number(raw: dict[str, Any], name: str) -> int | None:

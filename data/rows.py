@@ -1,28 +1,28 @@
-"""The one row that every reader gives, and what makes a row unusable.
+"""The one row that training, checking and evaluation read, and what makes a row unusable.
 
     prompt    messages; contents are text where images only stand in front of the first question, parts otherwise
     images    references (data/images.py), in the order of their places; [] for a text-only row
-    solution  the gold answer, as text
+    solution  the gold answer, as text; for evaluation also a list of them, and the verdict of a row to be judged
     task      what kind of question it is: the data's own category, or the format's name
     source    file and row
 
-A format's file turns a record of the data into a `Record`; `build_row` turns that into the row. Nothing is opened but,
-where asked, the headers of images.
+A layout turns a record of the data into a `Record`; `build_row` turns that into the row. Nothing is opened but, where
+asked, the headers of images.
 """
 
 import json
-import math
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.images import BadImage, Reference, narrower, reference, size_of
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 ROLES = ("system", "user", "assistant", "tool")
-IMAGE_MARK = "<image>"
+
+_IMAGE_MARK = re.compile(r"<image ?(\d*)>")  # <image>, or <image 1>, <image 2>, ... in that order
 
 # Tokens of the Qwen family that are structure, not text: in a question they would forge a turn, or announce an image
 # that is not there.
@@ -54,22 +54,32 @@ class BadRow:
         return f"row {self.row}: field {self.field}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Options:
+    """label -> text of a question's options. The labels are the data's own, or letters given to them."""
+
+    texts: dict[str, str]
+    own_labels: bool
+
+
 @dataclass(slots=True)
 class Record:
-    """What a format found in one record of the data, as it is there.
+    """What a layout found in one record of the data, as it is there.
 
     prompt: text, or messages with contents of text or parts.
     images: one image or a list of them, or None; those placed in the messages stay there.
-    judge: a row for judging (its solution is the verdict), which is evaluated and never trained on.
+    options: of a multiple-choice question, None for an open one.
+    judged: chosen and rejected, or response and label, of a row that a judge may be asked about.
     """
 
     prompt: Any
     solution: Any
     images: Any = None
     task: Any = None
+    options: Options | None = None
+    judged: Mapping[str, Any] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
-    judge: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,13 +95,17 @@ class Rules:
 
 
 def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> dict[str, Any]:
-    """The row of `record`. With `look`, the headers of its images are read. Raises RowError."""
-    solution = gold(record.solution)
+    """The row of `record`, whose solution is taken as it is. With `look`, the headers of its images are read.
+
+    Raises RowError.
+    """
     messages, placed = _messages(record.prompt)
+    if record.options:
+        messages[-1] = _with_options(messages[-1], record.options.texts)
     given = [image for image in _as_list(record.images) if image is not None]
     found = placed or given
     content = messages[0]["content"]
-    if len(messages) > 1 or not isinstance(content, str) or IMAGE_MARK in content:  # else it is simple as it is
+    if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else it is simple as it is
         if given:
             messages = _place(messages, len(given))
         marks = _image_parts(messages)
@@ -99,13 +113,13 @@ def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> d
             raise RowError("images", f"expected {marks}, one for each place in the prompt, got {len(found)}")
         if placed and given:
             raise RowError("images", "expected images in the prompt or in their own column, got both")
-        if not found and any(IMAGE_MARK in text for text in _texts(messages)):
-            raise RowError("images", f"expected an image for each {IMAGE_MARK} in the prompt, got none")
+        if not found and (mark := _IMAGE_MARK.search(" ".join(_texts(messages)))):
+            raise RowError("images", f"expected an image for each {mark[0]} in the prompt, got none")
         messages = _simplest(messages)
     return {
         "prompt": [*messages[:-1], _with_suffix(messages[-1], rules.suffix)],
         "images": [_reference(image, record, rules, look) for image in found],
-        "solution": solution,
+        "solution": record.solution,
         "task": _written(str(record.task)),
         "source": _written(source),
     }
@@ -126,7 +140,7 @@ def _written(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _unicode(text: str, field: str) -> str:
+def unicode_text(text: str, field: str) -> str:
     """`text`, if it can be written: what is asked and answered is refused rather than changed."""
     if text != _written(text):
         raise RowError(field, "expected text in Unicode, got half a surrogate pair")
@@ -182,14 +196,14 @@ def _message(message: Any, images: list) -> dict[str, Any]:
     if isinstance(content, str):
         if not content.strip() and message["role"] == "user":
             raise RowError("prompt", "expected a question, got nothing")
-        return {"role": message["role"], "content": _text(content)}
+        return {"role": message["role"], "content": plain_text(content)}
     if not isinstance(content, (list, tuple)) or not content:
         raise RowError("prompt", f"expected content as text or parts, got {reprlib.repr(content)}")
     parts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts.append({"type": "text", "text": _text(part["text"])})
+            parts.append({"type": "text", "text": plain_text(part["text"])})
         elif kind in ("image", "image_url"):
             parts.append({"type": "image"})
             image = part.get(kind) if kind in part else part.get("path") or part.get("url")
@@ -204,10 +218,11 @@ def _message(message: Any, images: list) -> dict[str, Any]:
     return {"role": message["role"], "content": parts}
 
 
-def _text(text: str) -> str:
+def plain_text(text: str, field: str = "prompt") -> str:
+    """`text`, if nothing in it would act as a turn of the conversation or as an image."""
     if found := _STRUCTURE.search(text):
-        raise RowError("prompt", f"expected text, got the control token {found[0]}")
-    return _unicode(text, "prompt")
+        raise RowError(field, f"expected text, got the control token {found[0]}")
+    return unicode_text(text, field)
 
 
 def _image_parts(messages: Sequence[dict[str, Any]]) -> int:
@@ -220,13 +235,17 @@ def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Places for `count` images: where the messages have them, else where the text says <image> that many times, else
-    in front of the first question."""
+    """Places for `count` images: where the messages have them, else where the text says <image>, else in front of the
+    first question. Raises RowError where it says <image> of more or fewer images."""
     if _image_parts(messages):
         return messages
     contents = [[{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
                 for m in messages]  # fmt: skip
-    if sum(part["text"].count(IMAGE_MARK) for content in contents for part in content) == count:
+    numbers = [number for content in contents for part in content for number in _IMAGE_MARK.findall(part["text"])]
+    if numbers:
+        if len(numbers) != count or numbers not in ([""] * count, [str(n + 1) for n in range(count)]):
+            marks = ", ".join(f"<image{number and ' ' + number}>" for number in numbers)
+            raise RowError("images", f"expected an image for each of {marks} in the prompt, in that order, got {count}")
         contents = [[place for part in content for place in _split(part["text"])] for content in contents]
     else:
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
@@ -236,7 +255,8 @@ def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 def _split(text: str) -> list[dict[str, Any]]:
     """The parts of a text with <image> in it."""
-    parts = [part for piece in text.split(IMAGE_MARK) for part in ({"type": "image"}, {"type": "text", "text": piece})]
+    pieces = _IMAGE_MARK.split(text)[::2]  # between them are the numbers
+    parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})]
     return [part for part in parts[1:] if part["type"] == "image" or part["text"].strip()]
 
 
@@ -265,8 +285,6 @@ def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
     """The suffix at the end of the message's last text, once, whatever blank space or copies of it are there."""
-    if not suffix:
-        return message
 
     def suffixed(text: str) -> str:
         text = text.rstrip()
@@ -274,38 +292,36 @@ def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
             text = text.removesuffix(suffix.strip()).rstrip()
         return text + suffix
 
+    return _changed(message, suffixed) if suffix else message
+
+
+def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """The options as lines under the message's last text, unless it lists them itself."""
+
+    def listed(text: str) -> str:
+        patterns = (rf"(?<!\w)\(?{re.escape(label)}\)?[.):]?\s*{re.escape(o)}" for label, o in options.items())
+        if all(re.search(pattern, text) for pattern in patterns):
+            return text
+        return "\n".join([text.rstrip(), *(f"{label}. {option}" for label, option in options.items())])
+
+    return _changed(message, listed)
+
+
+def _changed(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """The message with another last text, "" where it has none."""
     content = message["content"]
     if isinstance(content, str):
-        return {**message, "content": suffixed(content)}
+        return {**message, "content": change(content)}
     last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=len(content))
     text = content[last]["text"] if last < len(content) else ""
-    return {**message, "content": [*content[:last], {"type": "text", "text": suffixed(text)}, *content[last + 1 :]]}
+    return {**message, "content": [*content[:last], {"type": "text", "text": change(text)}, *content[last + 1 :]]}
+
+
+def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:
+    """The words of the last question, without the suffix."""
+    return _texts(prompt)[-1].removesuffix(suffix)
 
 
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
     return " ".join(" ".join(_texts(prompt)).removesuffix(suffix).casefold().split())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Golds
-
-
-def gold(value: Any) -> str:
-    r"""The answer in a gold: after GSM8K's `####`, in MATH's last `\boxed{}`, or the gold itself. Raises RowError."""
-    from verify import extract_boxed
-
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, float) and not math.isfinite(value):
-        value = None
-    if isinstance(value, (dict, list, tuple, bytes)):
-        raise RowError("solution", f"expected one gold answer, got {reprlib.repr(value)}")
-    text = "" if value is None else str(value).strip()
-    if "####" in text:
-        text = text.rpartition("####")[2].strip()
-    if "\\" in text:
-        text = extract_boxed(text) or text
-    if not text:
-        raise RowError("solution", f"expected a gold answer, got {reprlib.repr(value)}")
-    return _unicode(text, "solution")

@@ -5,6 +5,7 @@
 prompt,solution                                              .csv, .tsv; commas, semicolons, tabs or bars
 """
 
+import codecs
 import csv
 import itertools
 import json
@@ -47,6 +48,14 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Found]:
         raise BadInput(f"{path}: expected text in UTF-8, got {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
+
+
+def delimiter(path: Any) -> str | None:
+    """What stands between the fields of a CSV file, by its header; spreadsheets write any of these. None for others."""
+    if not isinstance(path, str) or Path(path).suffix.lower() not in (".csv", ".tsv") or not Path(path).is_file():
+        return None
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        return max(",;\t|", key=file.readline().count)
 
 
 def _starts_with_list(path: str) -> bool:
@@ -116,7 +125,7 @@ def _json_lines(path: str, decoded: float) -> Iterator[Found]:
     row = 0
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
-            if text.strip():
+            if text.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     found = text.decode("utf-8-sig" if line == 1 else "utf-8")
                     found = found if row >= decoded else _object(row, line, json.loads(found))
@@ -154,10 +163,7 @@ def _csv(path: str) -> Iterator[Found]:
     would swallow the rows after it: refused."""
     csv.field_size_limit(MAX_ROW)
     with open(path, encoding="utf-8-sig", newline="") as file:
-        header = file.readline()
-        delimiter = max(",;\t|", key=header.count)  # spreadsheets write any of them
-        file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        reader = csv.reader(file, delimiter=delimiter(path), strict=True)
         names: list[str] = []
         row, line = 0, 1
         try:

@@ -9,7 +9,7 @@ from PIL import Image
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
 from data.tiny_model import OUTPUT, Noise, batch, example
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 # ---- digits ---------------------------------------------------------------------------------------------------------
 
@@ -32,6 +32,14 @@ def test_train_and_test_share_no_image():
     train, test = (np.concatenate([_digits(s)[v] for v in range(10)]) for s in ("train", "test"))
     assert len(train) + len(test) == 1797
     assert not {i.tobytes() for i in train} & {i.tobytes() for i in test}
+
+
+def test_the_split_of_the_embedded_digits_is_the_one_asked_for(monkeypatch):
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 20)
+    for split in ("train", "test"):
+        expected = [row["solution"] for row in digit_rows(split, 20)]
+        assert read_dataset("digits", split=split)["solution"][:] == expected
+    assert digit_rows("train", 20)[0]["prompt"] != digit_rows("test", 20)[0]["prompt"]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data import check, filter, judge_sets
 from data.filter import Rates, Settings, kept_rows, measure, questions_of
-from data.read import BadInput, read_dataset
+from data.read import BadInput, Source, read_dataset
 from data.tiny_model import OUTPUT
 
 
@@ -108,7 +108,7 @@ def test_tokens_are_what_the_processor_makes_of_them(processor, tmp_path):
     from trl.data_utils import prepare_multimodal_messages
 
     from data.lengths import image_factor, image_tokens, prompt_tokens, too_long
-    from data.read import Reader, Source
+    from data.read import Reader
 
     save(tmp_path / "a.png", size=(300, 200))
     data = [{"prompt": "How many?", "solution": "1", "images": ["a.png", {"path": "a.png", "max_pixels": 9000}]},
@@ -285,10 +285,10 @@ def test_vl_rewardbench(tmp_path):
     data[1]["image"] = {"bytes": None, "path": "photo.jpg"}  # beside the data
     output = tmp_path / "out" / "vl.json"
     assert judge_sets.main([parquet(tmp_path / "vl.parquet", data), "--output", str(output)]) == 0
-    rows = read_benchmark(str(output), "judge")
-    assert [(r["chosen"], r["rejected"]) for r in rows] == [("A cat.", "A dog."), ("A dog.", "A cat.")]
+    rows = read_benchmark(Source(str(output)), "judge")
+    assert [(r["chosen"], r["rejected"]) for r in rows] == [("A cat.", ["A dog."]), ("A dog.", ["A cat."])]
     assert {r["dataset"] for r in rows} == {"VL-RewardBench/made up"}
-    assert all(Image.open(r["image"]).size == (8, 8) for r in rows)
+    assert all(Image.open(r["images"][0]["path"]).size == (8, 8) for r in rows)
     assert check.main([str(output)]) == 0
 
 

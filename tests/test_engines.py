@@ -25,6 +25,7 @@ from PIL import Image
 import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
+from data.read import Source
 from data.tiny_model import OUTPUT
 from engines import Request, Sampling, ServerEngine, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
@@ -141,7 +142,7 @@ def test_what_stays_is_the_rows_recorded_error(fault, tries, expected, server):
     ("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")]
 )
 def test_what_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
-    rows = [{**row} for row in ROWS]
+    rows = evaluate.read_benchmark(Source(ROWS), "answer")
     server.plan["What is 2+1?"] = [(status, b"")]
     engine = ServerEngine([server.url], "small", concurrency=1)
     with pytest.raises(BadInput, match=f"answered {status}: .*{expected}"):
@@ -254,12 +255,13 @@ def test_an_address_that_is_none_is_named(url):
         ServerEngine([url], "small")
 
 
-def test_a_question_that_no_json_can_carry_is_that_rows_error(server):
+def test_a_question_that_no_json_can_carry_is_that_requests_error(server):
     engine = ServerEngine([server.url], "small")
-    found = evaluate.evaluate([{**ROWS[0], "problem": "half a pair: \ud800"}, ROWS[1]], engine, SETTINGS)
+    texts = ("half a pair: \ud800", "a whole text")
+    found = complete(engine, [Request([{"role": "user", "content": text}]) for text in texts], Sampling())
     engine.close()
-    assert "surrogates not allowed" in found[0]["error"]
-    assert found[1]["error"] is None
+    assert "surrogates not allowed" in found[0].error
+    assert found[1].error is None
 
 
 def test_a_server_is_looked_at_first(server, monkeypatch):
@@ -335,7 +337,7 @@ def awkward_images(folder) -> dict:
     picture.save(folder / "turned.jpg", exif=exif, quality=95)
     (folder / "broken.png").write_bytes(b"not an image")
     (folder / "bomb.png").write_bytes(png_of(60_000, 60_000))
-    return {"turned.jpg": None, "broken.png": "can't be read as an image", "bomb.png": "pixels", "no.png": "no such"}
+    return {"turned.jpg": None, "broken.png": "can't be read as an image", "bomb.png": "pixels"}
 
 
 def check_awkward_images(engine, folder) -> None:
@@ -366,6 +368,25 @@ def test_a_server_is_sent_what_training_sees(server, tmp_path):
     assert base64.b64decode(data_url(tmp_path / "plain.jpg").split(b",")[1]) == (tmp_path / "plain.jpg").read_bytes()
 
 
+def test_a_server_is_sent_each_image_in_its_place(server, tmp_path):
+    for colour in ("red", "blue"):
+        Image.new("RGB", (28, 28), colour).save(tmp_path / f"{colour}.png")
+    row = {
+        **ROWS[0],
+        "problem": "Is <image> like <image>?",
+        "image_path": [str(tmp_path / f"{c}.png") for c in ("red", "blue")],
+    }
+    engine = ServerEngine([server.url], "small")
+    (result,) = evaluate.evaluate([row], engine, SETTINGS)
+    engine.close()
+    ((_, body),) = server.seen
+    parts = body["messages"][0]["content"]
+    assert [p["type"] for p in parts] == ["text", "image_url", "text", "image_url", "text"]
+    urls = [p["image_url"]["url"].split(",")[1] for p in parts if p["type"] == "image_url"]
+    assert [base64.b64decode(url) for url in urls] == [(tmp_path / f"{c}.png").read_bytes() for c in ("red", "blue")]
+    assert (parts[0]["text"], result["image_path"]) == ("Is ", row["image_path"])
+
+
 def test_sampling_is_asked_for_and_seeded_by_row(server):
     engine = ServerEngine([server.url], "small")
     settings = Settings("small", "answer", (), "server", temperature=0.7, repetition_penalty=1.05, max_tokens=99)
@@ -384,12 +405,13 @@ def test_sampling_is_asked_for_and_seeded_by_row(server):
 COMMAND = """
 import sys, json
 sys.path.insert(0, {root!r})
-from evaluate import Settings, run_to_file
+from data.read import Source
+from evaluate import Settings, read_benchmark, run_to_file
 from engines import ServerEngine
 from pathlib import Path
 url, rows, output = sys.argv[1:]
 engine = ServerEngine([url], "stub", concurrency=4)
-run_to_file(json.loads(Path(rows).read_text()), engine, Settings("stub", "tts", (), "server"), Path(output))
+run_to_file(read_benchmark(Source(rows), "tts"), engine, Settings("stub", "tts", (), "server"), Path(output))
 """
 
 

@@ -1,18 +1,23 @@
 """The modes against a scripted model, resume, and the real engine on the shipped model."""
 
+import base64
 import copy
+import io
 import json
 import re
 import subprocess
 import sys
 
 import pytest
+from PIL import Image
 
 import evaluate
 from data.digits import digit_rows
+from data.read import Source, read_dataset
+from data.rows import Rules
 from engines import BatchEngine, Output, Request, TransformersEngine
 from evaluate import BadInput, Settings, read_benchmark, resume, run_to_file
-from recycle import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX
 
 
 class Scripted(BatchEngine):
@@ -45,6 +50,7 @@ def settings(mode, **changes):
 
 
 QUESTIONS = [{"dataset": "d", "problem": f"What is {i}+1?", "answer": str(i + 1), "image_path": None} for i in range(6)]
+ROWS = read_benchmark(Source(QUESTIONS), "answer")
 
 
 def test_answer_mode_scores_and_keeps_unboxed_apart():
@@ -132,16 +138,42 @@ def test_the_first_answer_s_tokens_are_its_own():
     assert (row["first_completion_tokens"], row["completion_tokens"]) == (2, 2 + 3 + 4 + 5)
 
 
-def test_weighted_vote_believes_the_judge():
-    def judge(text):
-        return "\\boxed{Yes}" if "\\boxed{3}" in text else "\\boxed{No}"
+def lettered(right):
+    """A judge of single responses that knows the right answer, and says it with the letter that it is asked for."""
 
+    def judge(text):
+        a_is_right = "A: correct" in text
+        return "\\boxed{A}" if a_is_right == (f"\\boxed{{{right}}}" in text) else "\\boxed{B}"
+
+    return judge
+
+
+def test_weighted_vote_believes_the_judge():
     answers = ["\\boxed{4}", "\\boxed{4}", "\\boxed{3}"]
-    row = sampled(answers, judge, "weighted_vote")
+    row = sampled(answers, lettered(3), "weighted_vote")
     assert (row["extracted_answer"], row["chosen"]) == ("3", 2)
-    assert [r["verdict"] for r in row["rounds"]] == ["No", "No", "Yes"]
-    assert sampled(answers, lambda text: "\\boxed{No}", "weighted_vote")["extracted_answer"] == "4"  # the majority then
-    assert row["completion_tokens"] == 6 * 5
+    assert [(r["verdict"], r["weight"]) for r in row["rounds"]] == [("No", 0.0), ("No", 0.0), ("Yes", 1.0)]
+    assert row["completion_tokens"] == (3 + 2 * 3) * 5
+    row = sampled(answers, lettered(5), "weighted_vote")  # says of none that it is right: the majority then
+    assert (row["extracted_answer"], [r["verdict"] for r in row["rounds"]]) == ("4", ["No"] * 3)
+
+
+@pytest.mark.parametrize("reply", ["\\boxed{A}", "\\boxed{B}", "hard to say", "\\boxed{A or B}"])
+def test_a_judge_of_one_letter_or_of_none_weighs_every_answer_alike(reply):
+    """Always A is right once and wrong once; what can't be read says nothing either."""
+    row = sampled(["\\boxed{3}", "\\boxed{4}", "\\boxed{4}"], lambda text: reply, "weighted_vote")
+    assert [(r["verdict"], r["weight"]) for r in row["rounds"]] == [(None, 0.5)] * 3
+    assert (row["extracted_answer"], row["chosen"]) == ("4", 1)
+
+
+def test_one_readable_verdict_of_two_weighs_half_as_much():
+    row = sampled(
+        ["\\boxed{3}", "\\boxed{4}"],
+        lambda text: lettered(4)(text) if "A: correct" in text else "...",
+        "weighted_vote",
+    )
+    assert [r["weight"] for r in row["rounds"]] == [0.25, 0.75]
+    assert row["extracted_answer"] == "4"
 
 
 def test_best_of_n_is_a_knock_out_among_different_answers():
@@ -149,13 +181,33 @@ def test_best_of_n_is_a_knock_out_among_different_answers():
 
     def judge(text):
         asked.append(text)
-        return "\\boxed{B}" if "{3}" in text.split("<response_b>")[1] else "\\boxed{A}"
+        first, second = text.split("<response_b>")
+        return "\\boxed{A}" if "{3}" in first or ("{1}" in first and "{3}" not in second) else "\\boxed{B}"
 
     row = sampled([f"\\boxed{{{i}}}" for i in (1, 1, 2, 3, 5, 5)], judge, "best_of_n")
     assert (row["extracted_answer"], row["is_correct"], row["chosen"]) == ("3", True, 3)
-    assert len(asked) == len(row["matches"]) == 3  # four different answers
-    assert {(m["a"], m["b"]) for m in row["matches"]} == {(0, 2), (3, 4), (0, 3)}
+    assert len(row["matches"]) == 3  # four different answers
+    assert len(asked) == 2 * 3 and row["completion_tokens"] == (6 + 2 * 3) * 5
+    assert {(m["a"], m["b"], m["winner"]) for m in row["matches"]} == {(0, 2, 0), (3, 4, 3), (0, 3, 3)}
+    assert all((m["verdict"], m["verdict_swapped"]) in (("A", "B"), ("B", "A")) for m in row["matches"])
     assert sampled(["none", "at all"], judge, "best_of_n")["chosen"] == 0
+
+
+@pytest.mark.parametrize("reply", ["\\boxed{A}", "\\boxed{B}", "hard to say", "\\boxed{A or B}", "\\boxed{Yes}"])
+def test_a_pair_without_a_verdict_that_holds_in_both_orders_goes_to_the_votes(reply):
+    row = sampled(["\\boxed{4}", "\\boxed{3}", "\\boxed{3}"], lambda text: reply, "best_of_n")
+    assert (row["extracted_answer"], row["matches"][0]["winner"]) == ("3", 1)
+    row = sampled(["\\boxed{3}", "\\boxed{4}"], lambda text: reply, "best_of_n")
+    assert row["extracted_answer"] == "3"  # as many votes: the first
+
+
+def test_one_unreadable_verdict_of_a_pair_makes_it_a_tie():
+    def judge(text):
+        return "\\boxed{A}" if "{4}" in text.split("<response_b>")[0] else "..."
+
+    row = sampled(["\\boxed{4}", "\\boxed{3}", "\\boxed{3}"], judge, "best_of_n")
+    (match,) = row["matches"]
+    assert (match["verdict"], match["verdict_swapped"], row["extracted_answer"]) == ("A", None, "3")
 
 
 def test_judge_mode_asks_both_orders_and_takes_labels():
@@ -181,11 +233,11 @@ def test_a_response_under_test_cannot_answer_for_the_judge():
 
 def test_a_failure_is_recorded_and_retried_never_counted_as_wrong(tmp_path):
     output = tmp_path / "results.json"
-    rows = run_to_file(QUESTIONS, Scripted(lambda t: "\\boxed{1}", fail=["3+1"]), settings("answer"), output)
+    rows = run_to_file(ROWS, Scripted(lambda t: "\\boxed{1}", fail=["3+1"]), settings("answer"), output)
     assert [r["error"] for r in rows] == [None, None, None, "broken pipe", None, None]
     assert rows[3]["is_correct"] is None
     engine = Scripted(lambda t: "\\boxed{4}")
-    again = run_to_file(QUESTIONS, engine, settings("answer"), output)
+    again = run_to_file(ROWS, engine, settings("answer"), output)
     assert engine.batches == [1]  # only what failed
     assert again[3]["is_correct"] is True
     assert json.loads(output.read_text()) == again
@@ -200,27 +252,27 @@ def test_interrupted_and_resumed_is_uninterrupted(tmp_path):
             raise KeyboardInterrupt
         return "\\boxed{2}"
 
-    whole = run_to_file(QUESTIONS, Scripted(lambda t: "\\boxed{2}"), settings("answer"), tmp_path / "whole.json")
+    whole = run_to_file(ROWS, Scripted(lambda t: "\\boxed{2}"), settings("answer"), tmp_path / "whole.json")
     output = tmp_path / "cut.json"
     with pytest.raises(KeyboardInterrupt):
-        run_to_file(QUESTIONS, Scripted(reply, batch_size=1), settings("answer"), output)
+        run_to_file(ROWS, Scripted(reply, batch_size=1), settings("answer"), output)
     assert not output.exists()
     part = tmp_path / "cut.json.part"
     part.write_text(part.read_text() + '{"index": 5, "resul')  # killed while writing a line
-    assert run_to_file(QUESTIONS, Scripted(reply), settings("answer"), output) == whole
+    assert run_to_file(ROWS, Scripted(reply), settings("answer"), output) == whole
     assert output.read_bytes() == (tmp_path / "whole.json").read_bytes()
     with pytest.raises(BadInput, match="another temperature"):
-        run_to_file(QUESTIONS, Scripted(reply), settings("answer", temperature=1.0), output)
+        run_to_file(ROWS, Scripted(reply), settings("answer", temperature=1.0), output)
 
 
 def test_a_file_cut_off_anywhere_keeps_its_whole_lines(tmp_path):
     output, part = tmp_path / "r.json", tmp_path / "r.json.part"
-    kept = run_to_file(QUESTIONS, Scripted(lambda t: "两个 → \\boxed{2}"), settings("answer"), output)
+    kept = run_to_file(ROWS, Scripted(lambda t: "两个 → \\boxed{2}"), settings("answer"), output)
     content = part.read_bytes()
     assert "两".encode() in content
     for end in range(content.index(b"\n") + 1, len(content) + 1):
         part.write_bytes(content[:end])
-        done = resume(QUESTIONS, settings("answer"), output)[2]
+        done = resume(ROWS, settings("answer"), output)[2]
         assert len(done) == content[:end].count(b"\n") - 1
         assert all(result == kept[index] for index, result in done.items())
 
@@ -231,30 +283,30 @@ def test_a_model_or_a_benchmark_that_changed_under_its_name_is_refused(tmp_path)
     (model / "config.json").write_text("{}")
     how = Settings(str(model), "answer", ())
     output = tmp_path / "r.json"
-    run_to_file(QUESTIONS, Scripted(lambda t: "\\boxed{1}"), how, output)
+    run_to_file(ROWS, Scripted(lambda t: "\\boxed{1}"), how, output)
     with pytest.raises(BadInput, match="another benchmark"):
-        run_to_file([*QUESTIONS[1:], QUESTIONS[0]], Scripted(lambda t: ""), how, output)
+        run_to_file([*ROWS[1:], ROWS[0]], Scripted(lambda t: ""), how, output)
     (model / "config.json").write_text('{"trained": "further"}')
     with pytest.raises(BadInput, match="another model"):
-        run_to_file(QUESTIONS, Scripted(lambda t: ""), how, output)
+        run_to_file(ROWS, Scripted(lambda t: ""), how, output)
 
 
 def test_what_is_no_evaluation_of_this_run_is_not_overwritten(tmp_path):
     output, part = tmp_path / "r.json", tmp_path / "r.json.part"
-    run_to_file(QUESTIONS, Scripted(lambda t: "\\boxed{1}"), settings("answer"), output)
+    run_to_file(ROWS, Scripted(lambda t: "\\boxed{1}"), settings("answer"), output)
     kept, header = output.read_text(), part.read_text().split("\n")[0]
     row = json.dumps({"index": 0, "result": {}})
     for text in ("", "[1, 2]\n", header[:9], f"{header}\n{row}\n", f"{header}\n{row[:9]}\n{row}\n", f"{row}\n"):
         part.write_text(text)
         with pytest.raises(BadInput, match=r"r.json.part: .*give another --output or remove it"):
-            run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), output)
+            run_to_file(ROWS, Scripted(lambda t: ""), settings("answer"), output)
         assert part.read_text() == text
     part.unlink()
     with pytest.raises(BadInput, match=r"r.json: exists, and has no r.json.part"):
-        run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), output)
+        run_to_file(ROWS, Scripted(lambda t: ""), settings("answer"), output)
     assert output.read_text() == kept
     with pytest.raises(BadInput, match="expected a file, got a folder"):
-        run_to_file(QUESTIONS, Scripted(lambda t: ""), settings("answer"), tmp_path)
+        run_to_file(ROWS, Scripted(lambda t: ""), settings("answer"), tmp_path)
 
 
 def refusal(monkeypatch, capsys, benchmark, *flags) -> str:
@@ -279,24 +331,24 @@ POINT = {"dataset": "d", "problem": "a", "response": "b", "label": "Yes"}
 @pytest.mark.parametrize(
     ("row", "mode", "expected"),
     [
-        ({"problem": "a"}, "answer", "field answer: expected the gold answer, or a list of them, got nothing"),
+        ({"problem": "a"}, "answer", "field answer: expected a gold answer, got nothing"),
         ({**ROW, "answer": []}, "answer", "field answer"),
         ({**ROW, "answer": {"a": 1}}, "answer", "field answer"),
         ({"answer": "1"}, "tts", "field problem"),
-        ({**ROW, "problem": 5}, "tts", "field problem: expected the question as text, got 5"),
+        ({**ROW, "problem": 5}, "tts", "field problem: expected text or messages, got 5"),
         ({"problem": "a", "answer": "1", "datset": "d"}, "answer", "field dataset: expected the benchmark's name"),
         ({**ROW, "dataset": None}, "answer", "field dataset"),
         ({**ROW, "image_path": "no.png"}, "answer", "field image_path: no such file"),
-        ({**ROW, "image_path": 5}, "answer", "field image_path: expected a path, or null, got 5"),
+        ({**ROW, "image_path": 5}, "answer", "field image_path: expected a path, bytes, base64 or an image, got 5"),
         ({**ROW, "image_path": "a\0b"}, "answer", "field image_path: .*null byte"),
         ({**ROW, "image_path": "\x1b[2J\n"}, "answer", r"field image_path: no such file .*/\\x1b\[2J"),
-        ({**ROW, "problem": "a \ud800"}, "answer", "expected text, got half of a surrogate pair"),
-        ({**PAIR, "rejected": None}, "judge", "field rejected"),
         (
-            {**PAIR, "rejected": ["c", 3]},
-            "judge",
-            r"field rejected: expected .* as text, or a list of them, got \['c', 3",
+            {**ROW, "problem": "a \ud800"},
+            "answer",
+            "field problem: expected text in Unicode, got half a surrogate pair",
         ),
+        ({**PAIR, "rejected": None}, "judge", "field rejected"),
+        ({**PAIR, "rejected": ["c", 3]}, "judge", "field rejected: expected a response as text, got 3"),
         ({**PAIR, "chosen": 2}, "judge", "field chosen"),
         ({**POINT, "label": "perhaps"}, "judge", "field label: expected Yes, No"),
         ({**POINT, "label": ["Yes"]}, "judge", "field label"),
@@ -336,24 +388,160 @@ def test_benchmarks_as_they_come(tmp_path):
     rows = [{**ROW, "problem": "a\u2028b"}, {**ROW, "image_path": ""}, {**ROW, "image_path": "a.png"}]
     path = tmp_path / "bench.jsonl"
     path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    found = read_benchmark(str(path), "answer")
+    found = read_benchmark(Source(str(path)), "answer")
     assert [row["problem"] for row in found] == ["a\u2028b", "a", "a"]
     assert [row["image_path"] for row in found] == [None, None, "a.png"]
-    assert found[2]["image"] == str(tmp_path / "a.png")
+    assert [image["path"] for row in found for image in row["images"]] == [str(tmp_path / "a.png")]
+
+
+def png(colour) -> bytes:
+    with io.BytesIO() as buffer:
+        Image.new("RGB", (56, 28), colour).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+WAYS = {  # a record's images, and of which colours they are
+    "a path": ({"image_path": "red.png"}, ["red"]),
+    "image": ({"image": "red.png"}, ["red"]),
+    "images": ({"images": ["red.png", "blue.png"]}, ["red", "blue"]),
+    "numbered": ({"image_2": BLUE, "image_1": "red.png", "image_3": None}, ["red", "blue"]),
+    "bytes": ({"image": RED}, ["red"]),
+    "as datasets stores it": ({"image": {"bytes": BLUE, "path": "1.png"}}, ["blue"]),
+    "base64": ({"image": base64.b64encode(RED).decode()}, ["red"]),
+    "in memory": ({"images": [Image.new("RGB", (56, 28), "red")]}, ["red"]),
+    "a list in text": ({"image_path": '["red.png", "blue.png"]'}, ["red", "blue"]),
+    "placed": ({"problem": "Is <image> like <image>?", "images": ["red.png", "blue.png"]}, ["red", "blue"]),
+    "placed by number": ({"problem": "Is <image 1> like <image 2>?", "images": [RED, BLUE]}, ["red", "blue"]),
+    "placed in messages": (
+        {
+            "problem": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Is"}, {"type": "image"}, {"type": "image"}]},
+            ],
+            "images": ["red.png", "blue.png"],
+        },
+        ["red", "blue"],
+    ),
+    "none": ({"image_path": None}, []),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_evaluation_reads_what_training_reads(way, tmp_path, processor):
+    """One file, in every way that an image is given: the same words, with the same pixels in the same places."""
+    from trl.data_utils import prepare_multimodal_messages
+
+    from data.images import loaded
+    from engines import prompt_text
+
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "blue.png").write_bytes(BLUE)
+    record = {"dataset": "d", "problem": "Which colour?", "answer": "1"} | WAYS[way][0]
+    trained = read_dataset([record], image_root=str(tmp_path))[0]
+    seen = []
+
+    class Looks(Scripted):
+        def batch(self, requests, sampling):
+            seen.extend(requests)
+            return [Output("\\boxed{1}") for _ in requests]
+
+    rows = read_benchmark(Source([record], rules=Rules(image_root=str(tmp_path))), "answer")
+    ((_, result),) = next(evaluate.run(enumerate(rows), Looks(None), settings("answer")))
+    assert result["is_correct"] and result["error"] is None
+    (request,) = seen
+    images = trained.get("images", [])
+    colours = [loaded(image).getpixel((0, 0)) for image in request.images]
+    assert colours == [image.getpixel((0, 0)) for image in images]
+    assert colours == [{"red": (255, 0, 0), "blue": (0, 0, 255)}[name] for name in WAYS[way][1]]
+    messages = prepare_multimodal_messages(trained["prompt"], images=images) if images else trained["prompt"]
+    expected = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt_text(processor, request) == expected
+
+
+def test_a_row_s_own_pixel_budget_holds_in_evaluation_too(tmp_path, processor, vision_model):
+    from data.images import loaded
+    from engines import data_url
+
+    Image.new("RGB", (560, 280), "red").save(tmp_path / "large.png")
+    record = {"problem": "a", "answer": "1", "image": str(tmp_path / "large.png"), "max_pixels": 28 * 28 * 8}
+    trained = read_dataset([record], image_factor=28)[0]["images"][0]
+    (row,) = read_benchmark(Source([record]), "answer")
+    factor = TransformersEngine(vision_model, processor).factor
+    assert loaded(row["images"][0], factor).size == trained.size == (112, 56)
+    sent = Image.open(io.BytesIO(base64.b64decode(data_url(row["images"][0]).split(b",")[1])))
+    assert sent.width * sent.height <= 28 * 28 * 8 and sent.width > 100
+
+
+def test_parquet_with_images_inside_is_evaluated(tmp_path, processor, vision_model, monkeypatch):
+    """As the hub has it, by the command: columns by their usual names, the file's name for the benchmark's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = []
+    for row in digit_rows("test", 24, seed=5):
+        contents = []
+        for image in row["images"]:
+            with io.BytesIO() as buffer:
+                image.save(buffer, format="PNG")
+                contents.append({"bytes": buffer.getvalue(), "path": None})
+        rows.append({"question": row["prompt"][0]["content"], "answer": row["solution"], "images": contents})
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "digits.parquet")
+    command = ["evaluate.py", "--model", "x", "--engine", "transformers", "--max_tokens", "48"]
+    files = ["--benchmark", str(tmp_path / "digits.parquet"), "--output", str(tmp_path / "r.json")]
+    monkeypatch.setattr("sys.argv", command + files)
+    monkeypatch.setattr(evaluate, "make_engine", lambda args: TransformersEngine(vision_model, processor))
+    assert evaluate.main() == 0
+    results = json.loads((tmp_path / "r.json").read_text())
+    assert {row["dataset"] for row in results} == {"digits"}
+    assert sum(row["is_correct"] for row in results) >= 6  # far above chance: the images are seen
+
+
+def test_columns_that_say_nothing_are_named_with_the_flags_that_map_them(tmp_path, monkeypatch, capsys):
+    (tmp_path / "red.png").write_bytes(RED)
+    rows = [{"frage": "Which colour?", "antwort": "red", "bild": "red.png"}]
+    (tmp_path / "bench.json").write_text(json.dumps(rows))
+    path = tmp_path / "bench.json"
+    line = refusal(monkeypatch, capsys, path)
+    assert "no column 'prompt' for the question; name it with --prompt_column" in line
+    assert "(the answer with --solution_column, images with --image_column), one of: antwort, bild, frage" in line
+    line = refusal(monkeypatch, capsys, path, "--prompt_column", "frage")
+    assert "no column 'solution' for the answer; name it with --solution_column (the question" in line
+    named = {"prompt_column": "frage", "solution_column": "antwort", "image_column": "bild"}
+    (row,) = read_benchmark(Source(str(path), **named), "answer")
+    assert (row["problem"], row["solution"], len(row["images"])) == ("Which colour?", "red", 1)
+
+
+def test_an_image_under_another_name_is_not_dropped(tmp_path, monkeypatch, capsys):
+    (tmp_path / "red.png").write_bytes(RED)
+    (tmp_path / "bench.json").write_text(json.dumps([{"question": "a", "answer": "1", "photo": "red.png"}]))
+    line = refusal(monkeypatch, capsys, tmp_path / "bench.json")
+    assert "bench.json: row 0: field photo: holds an image and is not used; expected images, image, image_path" in line
+    assert "--image_column" in line
+
+
+@pytest.mark.parametrize(("text", "images"), [("<image><image>?", 1), ("<image>?", 2), ("<image 2> <image 1>?", 2)])
+def test_places_and_images_that_do_not_match_are_refused(text, images, tmp_path):
+    record = {"problem": text, "answer": "1", "images": [RED] * images}
+    with pytest.raises(BadInput, match="row 0: field images: expected an image for each of <image"):
+        read_benchmark(Source([record]), "answer")
+    with pytest.raises(BadInput, match="row 0: field images"):
+        read_dataset([record])
 
 
 def test_images_stay_within_the_image_root(tmp_path):
     root, path = tmp_path / "images", tmp_path / "bench.json"
     root.mkdir()
+    source = Source(str(path), rules=Rules(image_root=str(root)))
     for image in (tmp_path / "out.png", root / "in.png"):
         image.write_bytes(b"looked at later")
     (root / "link.png").symlink_to(tmp_path / "out.png")
     for name in ("../out.png", "link.png", str(tmp_path / "out.png")):
         path.write_text(json.dumps([{**ROW, "image_path": name}]))
         with pytest.raises(BadInput, match=r"row 0: field image_path: .* is outside the image root"):
-            read_benchmark(str(path), "answer", str(root))
+            read_benchmark(source, "answer")
     path.write_text(json.dumps([{**ROW, "image_path": "in.png"}]))
-    assert read_benchmark(str(path), "answer", str(root))[0]["image"] == str(root / "in.png")
+    assert read_benchmark(source, "answer")[0]["images"][0]["path"] == str(root / "in.png")
 
 
 @pytest.mark.parametrize(
@@ -391,12 +579,17 @@ def test_a_folder_without_a_model_and_a_missing_vllm_are_named(tmp_path, monkeyp
     assert "expected vLLM to be installed" in refusal(monkeypatch, capsys, "bench.json", "--engine", "vllm")
 
 
-def test_a_text_model_takes_text_and_pads_with_what_it_has(processor, text_model):
+def test_a_text_model_takes_text_and_pads_with_what_it_has(processor, text_model, tmp_path):
     """An image is that row's error; a tokenizer without a padding token (Llama's) is no reason to end."""
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.pad_token = None
     engine = TransformersEngine(text_model, tokenizer)
-    rows = [QUESTIONS[0], {**QUESTIONS[1], "image_path": "a.png"}, {**QUESTIONS[2], "problem": "longer " * 9}]
+    (tmp_path / "a.png").write_bytes(b"never looked at")
+    rows = [
+        QUESTIONS[0],
+        {**QUESTIONS[1], "image_path": tmp_path / "a.png"},
+        {**QUESTIONS[2], "problem": "longer " * 9},
+    ]
     found = evaluate.evaluate(rows, engine, settings("answer", max_tokens=4))
     assert [row["error"] for row in found] == [None, "the model takes no images", None]
     assert all(row["completion_tokens"] > 0 for row in found if row["error"] is None)

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import table
+from data.golds import gold
 from data.read import BadInput, Reader, Source, read_dataset, report, summary
-from data.rows import BadRow, Record, RowError, Rules, build_row, gold, question_text
+from data.rows import BadRow, Record, RowError, Rules, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
 
 
@@ -39,7 +40,11 @@ def write(path, found, lines=False) -> str:
 
 def read(path, **options) -> list:
     """The rows of a file, or what is wrong with them."""
-    return [found for _, _, found in Reader(Source(str(path), **options), judge=True)]
+    return [found for _, _, found in Reader(Source(str(path), **options), "check")]
+
+
+def read_rows(records, **options) -> list:
+    return [found for _, _, found in Reader(Source(records, **options), "check")]
 
 
 def parquet(path, found) -> str:
@@ -87,14 +92,18 @@ def test_math(tmp_path):
         (["4", "7", "9"], "B", "B"),
         (["4", "7", "9"], "(b).", "B"),
         (["4", "7", "9"], "7", "B"),
-        (["x", "y"], 1, "B"),
+        (["x", "y"], 2, "B"),  # can only be counted from 1
+        (["x", "y"], 0, "A"),
+        (["x", "y"], 1, None),
+        (["x", "y"], "1", None),
         ('["4", "7"]', "7", "B"),
         ({"A": "4", "B": "7"}, "7", "B"),
         ({"a": "4", "b": "7"}, "(b)", "b"),
         ({"text": ["4", "7"], "label": ["1", "2"]}, "2", "2"),
-        (["1", "2", "3"], 2, "B"),
+        (["1", "2", "3"], 2, None),  # its text, or counted from 0
+        (["4", "2"], 2, "B"),  # its text, or counted from 1
         (["4", "7"], "C", None),
-        (["4", "7"], 2, None),
+        (["4", "7"], 3, None),
         (["4", "4"], "4", None),
         (["4"], "A", None),
         (["4", ""], "A", None),
@@ -105,10 +114,225 @@ def test_math(tmp_path):
 def test_multiple_choice(options, answer, letter, tmp_path):
     (found,) = read(write(tmp_path / "x.json", [{"question": "Prime?", "options": options, "answer": answer}]))
     if letter is None:
-        assert found.field in ("answer", "options")
+        assert isinstance(found, BadRow) and found.field in ("answer", "options")
     else:
         assert found["solution"] == letter
         assert re.fullmatch(r"Prime\?(\n\w\. \w)+", text_of(found))
+
+
+ASKED = "Which is prime?\nA. 4\nB. 7\nC. 9"
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"dataset": "d", "problem": "Which is prime?", "options": ["4", "7", "9"], "answer": "B"},
+        {"dataset": "d", "problem": "Which is prime?", "options": [4, 7, 9], "answer": "7", "image_path": None},
+        {"question": "Which is prime?", "A": "4", "B": "7", "C": "9", "D": None, "E": "", "answer": "B", "hint": "h"},
+        {"question": "Which is prime?", "option_a": "4", "option_b": "7", "option_c": "9", "answer": "B"},
+        {"question": "Which is prime?", "opa": "4", "opb": "7", "opc": "9", "answer": "B", "choice_type": "single"},
+        {"Question": "Which is prime?", "Choices": "['4', '7', '9']", "Answer": "B", "answer_option": "B"},
+        {"question": "Which is prime?", "choices": '["A. 4", "B. 7", "C. 9"]', "answer": "B. 7"},
+        {
+            "problem": "Which is prime?",
+            "options": ["(A) 4", "(B) 7", "(C) 9"],
+            "answer": "(B)",
+            "category": "c",
+            "qid": 1,
+        },
+        {"problem": ASKED, "options": ["4", "7", "9"], "solution": "It is \\boxed{B}."},
+        {"prompt": [{"role": "user", "content": "Which is prime?"}], "solution": "B", "options": ["4", "7", "9"]},
+        {"prompt": "Which is prime?", "solution": "b", "a": "4", "b": "7", "c": "9"},
+        {"question": "Which is prime?", "options": ["4", "7", "9"], "A": "4", "B": "7", "C": "9", "answer": "B"},
+    ],
+)
+def test_options_are_shown_in_every_layout_and_for_every_use(columns):
+    reader = Reader(Source([columns, {**columns, "id": 1}]), "answer")
+    for _, _, row in reader:
+        assert (row["problem"], row["solution"]) == (ASKED, "B")
+    trained = read_dataset([columns])
+    assert (text_of(trained[0]), trained[0]["solution"]) == (ASKED, "B")
+
+
+def test_a_solution_beside_an_answer_is_how_to_get_there():
+    words = "First we add 3 and 4. Then we double it. That makes 14."
+    (row,) = read_rows([{"question": "a?", "answer": "14", "solution": words}])
+    assert row["solution"] == "14"
+    (row,) = read_rows([{"prompt": "a?", "answer": words, "solution": "14"}])  # as documented
+    assert row["solution"] == "14"
+
+
+def test_numbered_options_keep_their_numbers():
+    (row,) = read_rows([{"question": "Prime?", "option1": "4", "option2": "7", "answer": 2}])
+    assert (text_of(row), row["solution"]) == ("Prime?\n1. 4\n2. 7", "2")
+
+
+def test_open_questions_among_those_with_options(tmp_path):
+    rows = [{"question": "6*7?", "choices": nothing, "answer": "42"} for nothing in (None, [], "[]", "", {})]
+    found = read_rows([{"question": "Prime?", "choices": ["4", "7"], "answer": "B"}, *rows])
+    assert [row["solution"] for row in found] == ["B", *["42"] * 5]
+    assert {text_of(row) for row in found[1:]} == {"6*7?"}
+    (tmp_path / "x.csv").write_text("question,A,B,answer\nPrime?,4,7,B\n6*7?,,,42\nWhich?,,,B\n")
+    choice, number, lost = read(tmp_path / "x.csv")
+    assert (choice["solution"], number["solution"], text_of(number)) == ("B", "42", "6*7?")
+    assert str(lost) == "row 2: field A: expected options, of which the answer is B, got none"
+
+
+@pytest.mark.parametrize(
+    ("columns", "field"),
+    [
+        ({"distractor1": "4", "distractor2": "9"}, "distractor1"),
+        ({"answer_options": ["4", "7"]}, "answer_options"),
+        ({"multiple_choices": '["4", "7"]'}, "multiple_choices"),
+        ({"options": ["4", "7"], "choices": ["5", "7"]}, "choices"),
+        ({"options": ["4", "7"], "A": "5", "B": "7"}, "A"),
+        ({"A": "4", "B": None}, "A"),
+        ({"options": [{"text": "4"}, {"text": "7"}]}, "options"),
+        ({"options": ["4", "<|im_end|>\n<|im_start|>assistant"]}, "options"),
+        ({"A": "4", "B": "<|image_pad|>"}, "A"),
+        ({"options": {"B": "4", "<|im_end|>": "7"}}, "options"),
+        ({"options": "[" + "-" * 90_000 + "1]"}, "options"),
+    ],
+)
+def test_options_that_nothing_would_show_are_an_error_that_names_them(columns, field):
+    (found,) = read_rows([{"dataset": "d", "problem": "Which is prime?", "answer": "B", **columns}])
+    assert isinstance(found, BadRow) and found.field == field
+
+
+def test_columns_a_and_b_that_are_no_options():
+    (row,) = read_rows([{"prompt": "3+4?", "solution": "7", "a": 3, "b": 4}])
+    assert (text_of(row), row["solution"]) == ("3+4?", "7")
+
+
+# ---- answers that count options -------------------------------------------------------------------------------------
+
+
+def numbered(start, answers=(0, 1, 2, 3) * 8):
+    """Questions whose right option is the n-th of four, counted from `start`."""
+    return [
+        {"question": f"{i}?", "options": [f"{i}{letter}" for letter in "wxyz"], "answer": n + start}
+        for i, n in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize("start", [0, 1])
+@pytest.mark.parametrize("as_written", [int, str, float])
+def test_what_the_answers_count_from_is_seen_from_all_of_them(start, as_written, tmp_path, capsys):
+    from data import check
+
+    rows = [{**row, "answer": as_written(row["answer"])} for row in numbered(start)]
+    assert "".join(row["solution"] for row in read_rows(rows)) == "ABCD" * 8
+    assert check.main([write(tmp_path / "x.json", rows)]) == 0
+    assert f"options   are named by number, counted from {start}" in capsys.readouterr().out
+    late = [*rows, {**rows[0], "answer": 4 - 4 * start}]  # as one that counts otherwise would have it
+    assert "may be" in read_rows(late * 4)[-1].reason
+
+
+def test_a_count_that_stays_open_is_refused_until_it_is_said():
+    rows = numbered(1, (0, 1, 2) * 4)  # 1, 2, 3 of four: from 0 or from 1
+    for bad in read_rows(rows):
+        assert bad.field == "answer"
+        assert "by its number, counted from 0 or " in bad.reason and "--answer_kind" in bad.reason
+    assert read_rows(rows)[1].reason.startswith(
+        "'2' may be C by its number, counted from 0 or B by its number, counted"
+    )
+    for kind, letters in (("from_0", "BCD"), ("from_1", "ABC")):
+        assert "".join(row["solution"] for row in read_rows(rows, answer_kind=kind)) == letters * 4
+
+
+def test_numbers_that_may_be_an_option_s_text():
+    options = [{"question": f"{i}?", "options": ["1", "2", "3", "4"], "answer": "2"} for i in range(3)]
+    assert all("B by its text or C by its number, counted from 0" in bad.reason for bad in read_rows(options))
+    assert [row["solution"] for row in read_rows(options, answer_kind="text")] == ["B"] * 3
+    assert [row["solution"] for row in read_rows(options, answer_kind="from_0")] == ["C"] * 3
+    larger = {"question": "x?", "options": ["12", "15"], "answer": "15"}  # by text alone: so are the others
+    assert [row["solution"] for row in read_rows([*options, larger])] == ["B"] * 4
+
+
+def test_an_answer_that_is_the_text_of_several_options_is_refused():
+    row = {"question": "Prime?", "options": ["3", "5", "3", "x"], "answer": "3"}
+    (alone,) = read_rows([row])
+    assert alone.field == "answer" and "'3' may be A and C by its text or D by its number" in alone.reason
+    *_, bad = read_rows([{"question": "?", "options": ["a", "b"], "answer": "b"}, row])
+    assert bad.reason == "expected one option, got '3', the text of A and C"
+    (letter,) = read_rows([{**row, "answer": "B"}])  # the others are no fault of this answer
+    assert letter["solution"] == "B"
+
+
+def test_a_letter_that_is_another_option_s_text():
+    row = {"question": "Article?", "options": ["the", "a", "an"], "answer": "a"}
+    assert "A by its letter or B by its text" in read_rows([row])[0].reason
+    assert read_rows([{**row, "answer": "an"}, row])[1]["solution"] == "B"
+    assert read_rows([{**row, "answer": "C"}, row])[1]["solution"] == "A"
+
+
+# ---- golds that no answer could be equal to -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gold", "reason"),
+    [
+        ("#N/A", "stands for a missing value"),
+        ("#DIV/0!", "stands for a missing value"),
+        ("#WERT!", "stands for a missing value"),
+        ("Err:502", "stands for a missing value"),
+        ("nan", "stands for a missing value"),
+        ("1.234,5", "a number with a decimal point"),
+        ("EUR 12,00", "a number with a decimal point"),
+        ("12,50 €", "a number with a decimal point"),
+        ("First we add 3 and 4. Then we double it. That makes 14.", "of reasoning"),
+        ("She has 6*7=42 pens. So the total is 42.", "of reasoning"),
+        ("It is isosceles, therefore the angles are 70 degrees", "of reasoning"),
+        (" ".join(["word"] * 31), "31 words of reasoning"),
+        ("因为它是等边三角形。所以答案是六十度。", "of reasoning"),
+    ],
+)
+def test_golds_that_no_answer_could_be_equal_to_are_named(gold, reason, tmp_path, capsys):
+    from data import check
+
+    path = write(tmp_path / "x.json", [{"prompt": "1+1?", "solution": "2"}, {"prompt": "a?", "solution": gold}])
+    assert check.main([path]) == 2
+    out, err = capsys.readouterr()
+    assert re.search(f"row 1: field solution: expected .*{reason}", out)
+    assert f"{path}: 1 of 2 rows are unusable; row 1: field solution: " in err
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["3,5", "(3,5)", "-2,1", "1,234", "1,234.5", "(1.5,2)", "$3,5$", "1.234.567", "No", "None", "St. Louis",
+     "Dr. M. L. King Jr.", "an isosceles right triangle", "approx. 5 cm", "x = 3. y = 4", "The answer is 12.",
+     "C#", "#1",
+     r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} \text{ or } \begin{pmatrix} 5 & 6 \\ 7 & 8 \end{pmatrix}"],
+)  # fmt: skip
+def test_golds_that_only_look_odd_are_kept(gold):
+    assert read_rows([{"prompt": "a?", "solution": gold}])[0]["solution"] == gold
+
+
+def test_a_rationale_with_its_answer_marked_is_a_gold():
+    words = "First we add 3 and 4. Then we double it. " * 9
+    found = read_rows([{"prompt": "a?", "solution": words + end} for end in ("#### 14", "\\boxed{14}", "It is 14.")])
+    assert [row["solution"] for row in found[:2]] == ["14", "14"]
+    assert found[2].field == "solution"
+
+
+def test_every_gold_of_the_verifier_s_own_pairs_is_one():
+    lines = (Path(__file__).parent / "data" / "verify_pairs.jsonl").read_text(encoding="utf-8").splitlines()
+    golds = [g for line in lines for g in [json.loads(line)["gold"]] if isinstance(g, str) and g.strip()]
+    assert len(golds) > 3000
+    kept = [row for row in read_rows([{"prompt": "a?", "solution": g} for g in golds]) if not isinstance(row, BadRow)]
+    assert len(kept) == len(golds)
+
+
+def test_the_decimal_comma_of_a_spreadsheet(tmp_path):
+    """A CSV file with semicolons is one of those where 3,5 is a number; with commas or tabs it is a list of two."""
+    golds = ["3,5", "1.234,5", "EUR 12,00", "-0,5 %", "3, 5", "7", "(3,5)", "3.5"]
+    (tmp_path / "x.csv").write_text("prompt;solution\n" + "".join(f"{i}?;{g}\n" for i, g in enumerate(golds)))
+    found = read(tmp_path / "x.csv")
+    assert [bad.reason[:39] for bad in found[:4]] == ["expected a number with a decimal point,"] * 4
+    assert [(bad.row, bad.line, bad.field) for bad in found[:2]] == [(0, 2, "solution"), (1, 3, "solution")]
+    assert [row["solution"] for row in found[4:]] == golds[4:]
+    (tmp_path / "x.tsv").write_text("prompt\tsolution\na\t3,5\n")
+    assert read(tmp_path / "x.tsv")[0]["solution"] == "3,5"
 
 
 def test_virl39k_as_published(tmp_path):
@@ -142,7 +366,7 @@ def test_benchmark_files(folder):
     found = read(write(folder / "x.json", data))
     assert [row["solution"] for row in found[:3]] == ["12", "A", "No"]
     assert [row.field for row in found[3:]] == ["rejected", "label"]
-    with pytest.raises(BadInput, match="a benchmark file for judging"):
+    with pytest.raises(BadInput, match="row 1: field answer: expected a gold answer, got a row for judging"):
         read_dataset(str(folder / "x.json"))
 
 
@@ -164,13 +388,13 @@ def test_spark_data_with_turns_budgets_and_places(folder):
     assert found[0]["prompt"][1]["content"] == "What?"
     assert (found[0]["images"][0]["min_pixels"], found[0]["images"][0]["max_pixels"]) == (4, 1024)
     assert [len(m["content"]) for m in found[1]["prompt"]] == [2, 1, 2]  # all in parts: places are counted
-    assert [row.field for row in found[2:]] == ["message", "message", "prompt"]
+    assert [row.field for row in found[2:]] == ["message", "message", "message"]
 
 
 def test_the_examples_of_the_documentation_are_read(folder):
     text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
         found = read(folder / "x.json")
@@ -246,7 +470,7 @@ def test_several_images_in_a_field_of_csv(folder):
     (folder / "x.csv").write_text('prompt,solution,images\na,1,"[""a.png"", ""b.png""]"\nb,1,"[a.png"\n')
     several, broken = read(folder / "x.csv")
     assert [Path(ref["path"]).name for ref in several["images"]] == ["a.png", "b.png"]
-    assert broken.field == "image"
+    assert broken.field == "images"
 
 
 def test_what_cannot_be_written_is_refused_or_replaced(folder):
@@ -296,7 +520,7 @@ def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
         ("a.parquet", b"PAR1 no", "expected Parquet"),
         ("a.xlsx", b"PK", "exported as CSV"),
         ("a.jsonl", b"no\n", "line 1: expected a JSON object a line"),
-        ("a.jsonl", b'{"prompt": "a", "gold": "1"}', "no column 'solution'.*--solution_column, one of: gold, prompt"),
+        ("a.jsonl", b'{"prompt": "a", "gold": "1"}', "no column 'solution'.*--solution_column .*one of: gold, prompt"),
     ],
 )
 def test_files_that_cannot_be_read(name, content, expected, tmp_path):
@@ -341,7 +565,7 @@ COLUMNS = [
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS), json_values, min_size=1), min_size=1, max_size=3))
 def test_any_json_is_a_row_or_named_as_bad(data):
     try:
-        found = [found for _, _, found in Reader(Source(data), judge=True)]
+        found = [found for _, _, found in Reader(Source(data), "check")]
     except BadInput:
         return
     assert len(found) == len(data)

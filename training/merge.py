@@ -1,6 +1,6 @@
 """An adapter and the model it was trained on as one model, which transformers and vLLM load like any other.
 
-python merge.py runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
+python -m training.merge runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
 """
 
 import argparse
@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", help="what training with use_peft saved: a run's folder or one of its checkpoints")
     parser.add_argument("--output", help="default: merged, in the adapter's folder")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     output = args.output or str(Path(args.adapter) / "merged")
     try:

@@ -9,6 +9,7 @@ import json
 from data.rows import Record, RowError
 
 NAME = "spark"
+COLUMNS = ("message", "answer")
 
 
 def matches(columns: set[str], head: list[dict]) -> bool:

@@ -6,6 +6,7 @@
 from data.rows import Record, RowError
 
 NAME = "gsm8k"
+COLUMNS = ("question", "answer")
 
 
 def matches(columns: set[str], head: list[dict]) -> bool:

@@ -7,6 +7,7 @@ from data.rows import Record, RowError
 from verify import extract_boxed
 
 NAME = "math"
+COLUMNS = ("problem", "solution")
 
 
 def matches(columns: set[str], head: list[dict]) -> bool:

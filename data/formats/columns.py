@@ -1,0 +1,119 @@
+"""Columns by their names: those that were named, else the ones that everybody uses.
+
+{"prompt": "1+1?", "solution": "2"}
+{"question": "Area?", "answer": "12", "images": ["a.png"]}
+{"dataset": "areas", "problem": "Area?", "answer": "12", "image_path": "a.png"}
+
+For judging, a pair or one response with its label:
+
+{"dataset": "areas", "problem": "Area?", "chosen": "It is 12.", "rejected": ["It is 7."], "image_path": "a.png"}
+{"dataset": "areas", "problem": "Area?", "response": "It is 7.", "label": "No"}
+"""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+
+from data.rows import RowError, unicode_text
+
+QUESTIONS = ("prompt", "problem", "question", "query")
+ANSWERS = ("answer", "solution", "answerkey")
+IMAGES = ("images", "image", "image_path")
+TASKS = ("task", "category", "subject", "dataset")
+PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
+
+_NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
+_IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def usual(names: tuple[str, ...], columns: Iterable[str]) -> str | None:
+    """The first of `names` that is there, in whatever case."""
+    there = {column.lower(): column for column in columns}
+    return next((there[name] for name in names if name in there), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Images
+
+
+def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
+    """(column, image or images) of a record, ("", None) where it has none.
+
+    With `strict`, raises RowError for a column that holds an image under another name.
+    """
+    usual_names, numbered, others = _image_columns(tuple(raw))
+    for name in usual_names:
+        if not is_none(raw[name]):
+            return name, raw[name]
+    if several := [raw[name] for name in numbered if not is_none(raw[name])]:
+        return numbered[0], several
+    for name in others if strict else ():
+        if _holds_image(name, raw[name]):
+            raise RowError(
+                name, f"holds an image and is not used; expected {', '.join(IMAGES)}, or its name as --image_column"
+            )
+    return "", None
+
+
+def is_none(value: Any) -> bool:
+    """Whether a field holds nothing, in any format's way of saying so."""
+    return value is None or (isinstance(value, float) and value != value) or value in ("", [], ())
+
+
+@lru_cache(maxsize=1024)
+def _image_columns(columns: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
+    """(the usual ones in order, image_1 and so on in order, all others)."""
+    usual_names = [column for name in IMAGES for column in columns if column.lower() == name]
+    numbered = sorted(
+        (column for column in columns if _NUMBERED_IMAGE.fullmatch(column)),
+        key=lambda column: int(_NUMBERED_IMAGE.fullmatch(column)[1]),
+    )
+    return usual_names, numbered, [column for column in columns if column not in {*usual_names, *numbered}]
+
+
+def _holds_image(name: str, value: Any) -> bool:
+    if isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    if isinstance(value, str):
+        return value.startswith("data:image/") or bool(
+            value[-5:].lower().endswith(_IMAGE_FILE) and _IMAGE_NAME.search(name)
+        )
+    return isinstance(value, Image.Image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a judge is shown
+
+
+def judged_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
+    """The fields of a record for judging, None where it is none."""
+    fields = {name: raw.get(name) for pair in (PAIR, SINGLE) if raw.get(pair[0]) is not None for name in pair}
+    return fields or None
+
+
+def for_judge(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """(the fields as text, the right verdict: A is the pair's first). Raises RowError."""
+    if fields.get("response") is not None:
+        label = fields.get("label")
+        verdict = {True: "Yes", False: "No"}.get(label, label) if isinstance(label, (str, int)) else None
+        if verdict not in ("Yes", "No"):
+            raise RowError("label", f"expected Yes, No, true or false, got {label!r:.60}")
+        return {"response": _response("response", fields["response"]), "label": verdict}, verdict
+    if fields.get("chosen") is None:
+        raise RowError("chosen", "expected a pair of chosen and rejected, or a response with its label")
+    rejected = fields["rejected"]
+    several = list(rejected) if isinstance(rejected, (list, tuple)) and rejected else [rejected]
+    chosen = _response("chosen", fields["chosen"])
+    return {"chosen": chosen, "rejected": [_response("rejected", response) for response in several]}, "A"
+
+
+def _response(field: str, text: Any) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise RowError(field, f"expected a response as text, got {text!r:.60}")
+    return unicode_text(text, field)

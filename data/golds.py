@@ -1,0 +1,76 @@
+"""The gold of a row: found in what the data hold, and refused where no answer could ever be equal to it."""
+
+import math
+import re
+import reprlib
+from typing import Any
+
+from data.rows import RowError, unicode_text
+from verify import extract_boxed
+
+MAX_WORDS = 30  # of a gold in words; more of them are a text that leads to an answer
+
+# What a spreadsheet writes where a formula failed, in any of its languages, and what other programs write for nothing.
+_NOTHING = re.compile(r"#(?:N/A|N/D|NV|[A-ZÀ-Þ/0]{3,}[!?])|Err:\d{3}|n/a|nan|null|<NA>", re.IGNORECASE)
+
+_CURRENCY = r"(?:EUR|CHF|GBP|€|£|kr|zł)"
+_COMMA_NUMBER = re.compile(r"[^\d,;()\[\]{}\\]*(\d+(?:\.\d{3})*),(\d+)[^\d,;()\[\]{}\\]*")
+_COMMA_SURELY = re.compile(
+    rf"(?<![\d.,])\d{{1,3}}(?:\.\d{{3}})+,\d+(?![\d.,])|{_CURRENCY}\s*\d+,\d\d?$|^[-+]?\d+,\d\d?\s*{_CURRENCY}"
+)
+
+_WORD = re.compile(r"[\u3040-\u9fff]{2}|(?<![\\A-Za-z])[^\W\d_]{2,}")  # no LaTeX command
+_SENTENCE = re.compile(r"(?:[^\W\d_]{3}|[\d)\]}$%])[.!?]+\s+(?=[A-Z\d\\$])|[。！？]")
+_REASONING = re.compile(r"\b(?:therefore|hence|thus|because)\b|^so\b", re.IGNORECASE)
+
+
+def gold(value: Any, decimal_comma: bool = False) -> str:
+    r"""The answer in a gold: after GSM8K's `####`, in MATH's last `\boxed{}`, or the gold itself.
+
+    Args:
+        decimal_comma: the data may write 3,5 for 3.5, and nothing tells it from a list of two.
+
+    Raises RowError.
+    """
+    text, marked = extracted(value)
+    if not text:
+        raise RowError("solution", f"expected a gold answer, got {'nothing' if value is None else reprlib.repr(value)}")
+    if _NOTHING.fullmatch(text):
+        raise RowError("solution", f"expected a gold answer, got {text!r}, which stands for a missing value")
+    number = _COMMA_NUMBER.fullmatch(text)
+    if _COMMA_SURELY.search(text) or (number and decimal_comma):
+        raise RowError("solution", f"expected a number with a decimal point, as 3.5, got {text[:60]!r} with a comma")
+    if not marked and is_rationale(text):
+        raise RowError(
+            "solution",
+            rf"expected the answer alone, after #### or in \boxed{{}}, got {len(_WORD.findall(text))} words of "
+            f"reasoning: {text[:60]!r}",
+        )
+    return unicode_text(text, "solution")
+
+
+def extracted(value: Any) -> tuple[str, bool]:
+    """(the answer as text, whether a mark said where it is). Raises RowError for what is not one answer."""
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, (dict, list, tuple, bytes)):
+        raise RowError("solution", f"expected one gold answer, got {reprlib.repr(value)}")
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "", False
+    text, marked = str(value).strip(), False
+    if "####" in text:
+        text, marked = text.rpartition("####")[2].strip(), True
+    if "\\" in text and (boxed := extract_boxed(text)) is not None:
+        text, marked = boxed, True
+    return text, marked
+
+
+def is_rationale(text: str) -> bool:
+    """Whether this is reasoning that leads to an answer: over MAX_WORDS words, several sentences, or words that argue.
+
+    Formulas are no words, whatever their length.
+    """
+    words = len(_WORD.findall(text))
+    sentences = sum(bool(part.strip()) for part in _SENTENCE.split(text))
+    argues = " " in text and bool(_REASONING.search(text))
+    return words > MAX_WORDS or argues or (sentences > 1 and words > 3)

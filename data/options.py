@@ -1,0 +1,190 @@
+"""Multiple choice: a question, its options, and which one is right. Options become lettered lines, the gold a letter.
+
+    {"question": "Which is prime?", "options": ["4", "7", "9"], "answer": "B"}
+    {"question": "Which is prime?", "A": "4", "B": "7", "answer": "7"}
+
+Options are a column `options` or `choices` (a list, also as text in JSON or Python; a dict of letters; ARC's {"text":
+[...], "label": [...]}), or columns A, B, ... or option_a, option_b, ... or option1, option2, .... What looks like
+options and is none of these is an error that names it: a question without its options has an answer all the same.
+
+The answer is a letter, an option's text, or a number that counts options from 0 or from 1: which of these, the first
+rows of a set say together. A row that they leave open, so that it could be another option, is refused.
+"""
+
+import ast
+import json
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from data.rows import Options, RowError, plain_text
+
+KINDS = {
+    "letter": "its letter",
+    "text": "its text",
+    "from_0": "its number, counted from 0",
+    "from_1": "its number, counted from 1",
+}
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+_LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
+_MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
+_LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
+_INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which columns are options
+
+
+@lru_cache(maxsize=1024)
+def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[str]]:
+    """(columns that hold all options, label -> column that holds one, columns that only look like options)."""
+    lists = [name for name in names if _LIST_NAME.fullmatch(name)]
+    families: dict[str, dict[str, str]] = {}  # option_ -> {"a": "option_a", "b": "option_b"}
+    for name in names:
+        if found := _MEMBER_NAME.fullmatch(name):
+            families.setdefault(name[: found.start(1)], {})[found[1]] = name
+    members: dict[str, str] = {}
+    for stem, family in families.items():
+        labels = sorted(family, key=lambda label: (len(label), label))
+        lettered = LETTERS.startswith("".join(labels).upper())
+        numbered = stem and labels[:2] in (["0", "1"], ["1", "2"])
+        if len(labels) > max(1, len(members)) and (lettered or numbered):
+            members = {label: family[label] for label in labels}
+    used = {*lists, *members.values()}
+    return lists, members, [name for name in names if _LOOKS_LIKE_OPTIONS.fullmatch(name) and name not in used]
+
+
+def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
+    """The options of a record; None for an open question. Raises RowError.
+
+    Columns a, b, c may be anything: they are options where `answer` is one of these letters.
+    """
+    lists, members, suspects = _columns(tuple(name for name in raw if isinstance(name, str)))
+    for name in suspects:
+        value = _parsed(raw[name])
+        if value and (isinstance(value, (list, tuple, dict)) or "distractor" in name.lower()):
+            raise RowError(
+                name, "looks like options and is not used; expected a column options or choices, or columns A, B, ..."
+            )
+    if members.keys() == {name for name in members.values() if name.islower()} and _bare(answer) not in members:
+        members = {}
+    found = [(name, _listed(name, raw[name])) for name in lists if _parsed(raw[name]) not in (None, "", [], {}, ())]
+    own = {label.upper(): raw[name] for label, name in members.items() if raw[name] not in (None, "")}
+    if own := {label: option for label, option in own.items() if option == option}:  # NaN is none
+        name = next(iter(members.values()))
+        found.append((name, Options(_texts(name, own), True)))
+    if len(found) > 1 and any(list(o.texts.values()) != list(found[0][1].texts.values()) for _, o in found):
+        raise RowError(found[1][0], f"expected the options once, got others in {found[0][0]}")
+    return found[0][1] if found else None
+
+
+def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
+    """Raises RowError for a letter whose options are in none of the columns that there are for them, and in no list in
+    the question."""
+    if not (len(answer) == 1 and "A" <= answer <= "Z"):
+        return
+    lists, members, _ = _columns(tuple(name for name in raw if isinstance(name, str)))
+    if (lists or members) and not re.search(rf"(?<!\w)\(?{answer}\)?[.):]", str(question)):
+        name = lists[0] if lists else next(iter(members.values()))
+        raise RowError(name, f"expected options, of which the answer is {answer}, got none")
+
+
+def _parsed(value: Any) -> Any:
+    """What a list or dict written as text is: in JSON, or as Python writes it."""
+    if isinstance(value, str) and value.strip()[:1] in ("[", "{") and len(value) < 100_000:
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value.strip() if isinstance(value, str) else value
+
+
+def _listed(name: str, value: Any) -> Options:
+    value, labels = _parsed(value), None
+    if isinstance(value, dict):
+        arc = {"label", "text"} <= value.keys()
+        labels, value = (value["label"], value["text"]) if arc else (list(value), list(value.values()))
+    if not isinstance(value, (list, tuple)) or not 2 <= len(value) <= len(LETTERS):
+        raise RowError(name, f"expected a list of 2 to {len(LETTERS)} options, got {value!r:.60}")
+    names = LETTERS[: len(value)] if labels is None else labels
+    if not isinstance(names, (str, list, tuple)) or len({str(label) for label in names}) != len(value):
+        raise RowError(name, f"expected a label of its own for each option, got {names!r:.60}")
+    return Options(_texts(name, dict(zip(map(str, names), value, strict=True))), labels is not None)
+
+
+def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:
+    """Options as text, without the label that each may begin with."""
+    if any(not isinstance(o, (str, int, float)) or not str(o).strip() for o in options.values()) or len(options) < 2:
+        raise RowError(name, f"expected two or more options as text, got {list(options.values())!r:.60}")
+    texts = {plain_text(label, name): plain_text(" ".join(str(o).split()), name) for label, o in options.items()}
+    bare = {
+        label: re.sub(rf"^\(?{re.escape(label)}(?:\)|[.:])\)?\s*", "", text, flags=re.IGNORECASE)
+        for label, text in texts.items()
+    }
+    return bare if all(bare[label] and bare[label] != text for label, text in texts.items()) else texts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which one is right
+
+
+def readings(answer: str, options: Options) -> dict[str, list[str]]:
+    """What an answer may be: kind -> the labels that it would then name."""
+    labels = list(options.texts)
+    bare = _bare(answer)
+    found = {
+        "letter": [label for label in labels if label == bare] or [x for x in labels if x.upper() == bare.upper()],
+        "text": [label for label, text in options.texts.items() if _same(answer, text, label)],
+    }
+    if number := _INTEGER.fullmatch(answer):
+        n = int(number[1])
+        found |= {"from_0": labels[n : n + 1], "from_1": labels[n - 1 : n] if n else []}
+    if options.own_labels and found["letter"]:
+        return {"letter": found["letter"]}
+    return {kind: named for kind, named in found.items() if named}
+
+
+def _bare(answer: str) -> str:
+    return answer.strip("()[]. ")
+
+
+def _same(answer: str, text: str, label: str) -> bool:
+    """Whether this is the option's text, with its label or without."""
+    written = (text, f"{label}. {text}", f"{label}: {text}", f"({label}) {text}")
+    return " ".join(answer.split()).casefold() in (way.casefold() for way in written)
+
+
+def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:
+    """The kinds that the answers of all these rows may be."""
+    found = [set(kinds) for answer, options in rows if (kinds := readings(answer, options))]
+    return frozenset(set.intersection(*found)) if found else frozenset()
+
+
+def right_label(answer: str, options: Options, kind: str | None, common: frozenset[str]) -> str:
+    """The label of the right option. Raises RowError where it is none, or more than one could be meant.
+
+    Args:
+        kind: what answers are, where that was said; else `common` is what the set's first ones may all be.
+    """
+    every = readings(answer, options)
+    found = {k: named for k, named in every.items() if k == kind or (kind is None and k in common)}
+    if kind is None and not found and {"letter", "text"} & every.keys():
+        found = every  # said in another way than the first rows, but not as a number that might count otherwise
+    named = {label for labels in found.values() for label in labels}
+    if len(named) == 1:
+        return named.pop()
+    if len(found) == 1:
+        raise RowError("answer", f"expected one option, got {answer!r:.60}, the text of {' and '.join(sorted(named))}")
+    labels = list(options.texts)
+    if kind is not None or not every:
+        expected = KINDS[kind] if kind else f"{labels[0]} to {labels[-1]}, or an option's text"
+        raise RowError("answer", f"expected {expected}, got {answer!r:.60}")
+    ways = " or ".join(f"{' and '.join(named)} by {KINDS[k]}" for k, named in (found or every).items())
+    if not found:
+        first = " or ".join(KINDS[k] for k in KINDS if k in common)
+        ways += f", and the first rows give {first or 'now this, now that'}"
+    raise RowError("answer", f"{answer!r:.60} may be {ways}; say which with --answer_kind")

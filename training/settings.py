@@ -1,0 +1,73 @@
+"""Settings that can't be used, known before data and model are read. Each check raises ValueError: one line that names
+the setting and what is expected."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+import verify
+from training.checkpoint import is_whole
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
+
+
+def check_files(arguments: list[str]) -> None:
+    """The settings files of a command line: --config, and --plan where it names one."""
+    for flag, settings in (("--config", "a recipe"), ("--plan", "an accelerate config")):
+        value = next(iter(arguments[arguments.index(flag) + 1 :]), "") if flag in arguments else "--"
+        if value.startswith("--") or (flag, value) == ("--plan", ""):
+            continue
+        try:
+            found = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{flag} {value}: expected {settings} in YAML: {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{flag} {value}: expected {settings} in YAML, lines of `name: value`, got {found!r:.60}")
+
+
+def check_optional_packages(args: Any, model: Any) -> None:
+    """The packages that only some settings need."""
+    if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
+        setting = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
+        raise ValueError(f"{setting}: bitsandbytes is not installed; requirements.txt has its version")
+    for logger in args.report_to:
+        if logger not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"report_to: expected none or some of {', '.join(INTEGRATION_TO_CALLBACK)}, got {logger}")
+        if logger not in get_available_reporting_integrations() and logger != "flyte":  # which asks for itself
+            raise ValueError(f"report_to: {logger} is not installed; pip install {logger}, or set report_to to none")
+
+
+def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
+    """A local folder has weights, and whole ones; a hub name is no folder."""
+    if not Path(folder).is_dir():
+        return
+    if not any(path for pattern in WEIGHTS for path in Path(folder).glob(pattern)):
+        raise ValueError(f"{setting}: {folder} has no weights; expected {', '.join(WEIGHTS)}")
+    for file in Path(folder).glob("*.safetensors"):
+        try:
+            safe_open(file, "pt")
+        except SafetensorError as error:
+            raise ValueError(f"{setting}: {file} can't be read: {error}") from None
+
+
+def check_checkpoint(resume: str | None) -> None:
+    """`resume_from_checkpoint` is a whole checkpoint, or `latest`."""
+    if resume in (None, "latest"):
+        return
+    if not is_whole(Path(resume)):
+        raise ValueError(f"resume_from_checkpoint: expected a run's checkpoint-N, or latest, got {resume or 'nothing'}")
+    check_weights(resume, "resume_from_checkpoint")
+
+
+def check_columns(name: str, dataset: Any, reward_funcs: Any) -> None:
+    """A data set given from Python has the columns that its rows are asked and scored by."""
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    needed = ["prompt", *(["solution"] if verify.answer_reward in functions else [])]
+    for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
+        there = getattr(each, "column_names", None)
+        if missing := [column for column in needed if there is not None and column not in there]:
+            raise ValueError(f"{name}: expected a column {' and '.join(missing)}, got {', '.join(there)}")
