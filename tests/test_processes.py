@@ -198,7 +198,8 @@ def test_a_process_that_fails_alone_ends_the_run(tmp_path):
         rows.append({"prompt": f"{i}+1?", "solution": str(i + 1), "image": path.name})
     (tmp_path / "2.png").write_bytes((tmp_path / "2.png").read_bytes()[:200])  # found when it is used, by one process
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "train_spark.py"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "train_spark.py"]
     command += [*SMALL, "--dataset", str(tmp_path / "rows.json"), "--strict", "true", "--ddp_backend", "gloo"]
     command += ["--max_steps", "2", "--per_device_train_batch_size", "8", "--output_dir", str(tmp_path / "run")]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

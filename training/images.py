@@ -6,15 +6,24 @@ import PIL.Image
 import torch
 from accelerate.utils import DistributedType
 from transformers import ProcessorMixin
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from data.rows import BadInput
 from training.batch import merge_images
+from training.metrics import images_of
 from training.vllm import placeholders
 
 
 class MixedImages:
     """A mixin of GRPOTrainer. TRL 1.16 takes images in every row of a batch or in none."""
+
+    def _generate_and_score_completions(self, inputs):
+        """Messages become lists of parts where a row has an image. TRL's table of completions can't hold these beside
+        the plain texts of a process without any image, so that all become such lists."""
+        if isinstance(self.processing_class, ProcessorMixin) and not any(images_of(row) for row in inputs):
+            inputs = [{**row, "prompt": prepare_multimodal_messages(row["prompt"])} for row in inputs]
+        return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts):
         """TRL marks a row without images by None, which processors refuse beside rows that have some."""
