@@ -21,16 +21,12 @@ With `recycle_ratio 0` it is GRPOTrainer, number for number.
 """
 
 import copy
-import hashlib
-import json
 import math
 import sys
 import time
-import warnings
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -38,25 +34,24 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback
-from transformers.utils import is_flash_attn_2_available
 from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 
 import verify
-from data.rows import BadInput
+from data.arguments import DataArguments
+from data.rows import BadInput, images_of, question_key
 from prompts import TEMPLATE_TOKENS, instructions
 from recycle import Group, Item, Limits, RecycleConfig, Rollout, recycle
 from training.batch import cut_pass, join, merge_images, plan_passes, share_images
 from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
-from training.checkpoint import NotSaved, SafeCheckpoints, check_unused, copy_result, finished, last_checkpoint
+from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
-from training.metrics import images_of, judge_metrics, policy_metrics, recycled_table, recycling_metrics
+from training.metrics import judge_metrics, policy_metrics, recycled_table, recycling_metrics
 from training.model_card import SparkModelCard
-from training.rewards import JudgingRewards
-from training.settings import check_checkpoint, check_columns, check_files, check_optional_packages, check_weights
+from training.rewards import JudgingRewards, load_rewards
+from training.settings import attention, check_columns, check_files, check_installation, check_weights, refusing
 from training.vllm import SparkGeneration, check_server
 
-TRL = "1.16.0"  # the seams overridden here are private methods of this version
 TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # a sum over tokens, divided by those of the whole generation
 
 
@@ -123,6 +118,13 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         quoted = 2 if "pairwise" in self.recycle_tasks else 1
         return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
 
+    def longest_sequence(self, config) -> int:
+        """Tokens that the engine has room for: the longest recycled row, capped at the model's context."""
+        if self.vllm_max_model_length is not None:
+            return self.vllm_max_model_length
+        wanted = self.max_prompt_length + 3 * self.max_completion_length + 512  # 512: the wording of any template
+        return min(wanted, config.get_text_config().max_position_embeddings)
+
 
 class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
@@ -173,8 +175,9 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
             check_columns(name, kwargs.get(name, dataset), reward_funcs)
         if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
-        config = model_config(model, args)
-        longest = longest_sequence(config, args)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        config = AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
+        longest = args.longest_sequence(config)
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest
         reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -441,255 +444,69 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Small pieces
-
-
-def model_config(model, args: SparkConfig):
-    """The transformers config of a name, a path or a model."""
-    if not isinstance(model, str):
-        return model.config
-    return AutoConfig.from_pretrained(model, revision=(args.model_init_kwargs or {}).get("revision"))
-
-
-def longest_sequence(config, args: SparkConfig) -> int:
-    """Tokens of the longest prompt and its completion: a pair of quoted rollouts on top of the longest policy prompt,
-    capped at the model's context."""
-    if args.vllm_max_model_length is not None:
-        return args.vllm_max_model_length
-    wanted = args.max_prompt_length + 3 * args.max_completion_length + 512  # 512: the wording of any template
-    return min(wanted, config.get_text_config().max_position_embeddings)
-
-
-def question_key(row: dict[str, Any]) -> str:
-    """Identifies a question: its prompt, and the pixels of its images."""
-    digest = hashlib.blake2b(json.dumps(row["prompt"], sort_keys=True, default=str).encode(), digest_size=16)
-    for image in images_of(row):
-        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
-    return digest.hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-@dataclass
-class DataArguments:
-    """What to train on."""
-
-    dataset: str = field(metadata={"help": "A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same, for evaluation during training."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a folder."})
-    eval_split: str = field(default="test", metadata={"help": "The same, of eval_dataset."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the question: text or messages."})
-    solution_column: str = field(default="solution", metadata={"help": "Column of the gold answer."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the image or images, if any."})
-    answer_kind: str | None = field(
-        default=None,
-        metadata={
-            "help": "What answers to questions with options are.",
-            "choices": ["letter", "text", "from_0", "from_1"],
-        },
-    )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to, and may not leave."}
-    )
-    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch http(s) images when they are used."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to so many pixels."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to so many pixels."})
-    strict: bool = field(
-        default=False, metadata={"help": "Refuse data with unusable rows instead of leaving them out."}
-    )
-    plan: str | None = field(
-        default=None,
-        metadata={
-            "help": "Print what the run will do and need, and end: for the processes it is started in, or for those "
-            "of an accelerate config.",
-            "nargs": "?",
-            "const": "here",
-        },
-    )
 
 
 def main() -> None:
     from transformers import AutoProcessor
     from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-    from data.lengths import image_factor, too_long
-    from data.read import read_dataset, report
     from training import plan
 
-    try:
+    with refusing(ValueError, TypeError, OSError):  # TypeError: a recipe's list where a number is expected
         check_files(sys.argv[1:])
         launch = plan.requested(sys.argv[1:])
         config_class = plan.for_launch(SparkConfig, launch) if launch else SparkConfig
         parser = TrlParser((DataArguments, config_class, ModelConfig))
         parser.error = lambda message: parser.exit(2, f"train_spark.py: {message}\n")  # one line, without the usage
         data, args, model = parser.parse_args_and_config()
-        if launch is None:
-            check_versions(args.use_vllm)
-            check_optional_packages(args, model)
-            check_weights(model.model_name_or_path)
-            check_checkpoint(args.resume_from_checkpoint)
-    except (ValueError, TypeError, FileNotFoundError) as error:  # TypeError: a recipe's list where a number is expected
-        raise SystemExit(refuse(error)) from None
-
-    def read(source: str, split: str, own_columns: bool = False):
-        bad_rows = None if data.strict else []
-        columns = (data.prompt_column, data.solution_column, data.image_column)
-        dataset = read_dataset(
-            source,
-            *columns,
-            image_root=data.image_root,
-            suffix=args.prompt_suffix,
-            allow_remote_images=data.allow_remote_images,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            image_factor=image_factor(processor),
-            config=data.dataset_config,
-            split=split,
-            own_columns=own_columns,
-            answer_kind=data.answer_kind,
-            fits=too_long(args.max_prompt_length, processor) if processor else None,
-            bad_rows=bad_rows,
-        )
-        if args.process_index == 0:
-            print(report(source, len(dataset), bad_rows), flush=True)
-        return dataset.remove_columns("task")  # the name of what recycled rows are for
-
-    resume = None
-    if launch is None:
-        resume = where_to_start(args)
-    processor = None
-    try:
         if launch is not None:
-            plan.announce_fetch(model.model_name_or_path)
+            plan.show(data, args, model, launch)
+            return
+        check_installation(args, model)
+        check_weights(model.model_name_or_path)
+        resume = where_to_start(args)
+        check_weights(resume or "", "resume_from_checkpoint")
+        if resume and finished(resume, args.max_steps, args.num_train_epochs):
+            if args.process_index == 0:
+                copy_result(resume, args.output_dir)
+                print(f"{args.output_dir}: finished before ({resume}); more --max_steps go on from there", flush=True)
+            return
         processor = AutoProcessor.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            padding_side="left",
+            model.model_name_or_path, revision=model.model_revision, padding_side="left"
         )
-    except (OSError, ValueError) as error:
-        if launch is None:
-            raise SystemExit(refuse(error)) from None
-    if launch is not None:
-        refused = plan.show(data, args, model, launch, read)
-        raise SystemExit(refuse(ValueError("; ".join(refused))) if refused else 0)
-
-    try:
-        train = read(data.dataset, data.dataset_split)
-        evaluation = read(data.eval_dataset, data.eval_split, own_columns=True) if data.eval_dataset else None
-        if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
-            raise BadInput(
-                f"{data.dataset}: rows have images, but {model.model_name_or_path} reads text alone: expected a "
-                "vision-language model, or data without the image column"
-            )
-        prompts = args.generation_batch_size // args.num_generations
-        if len(train) < prompts:  # TRL would train on nothing, and say nothing
-            raise BadInput(
-                f"{data.dataset}: {len(train)} rows, expected at least the {prompts} of one generation; lower "
-                "per_device_train_batch_size or gradient_accumulation_steps"
-            )
-    except (BadInput, OSError) as error:
-        raise SystemExit(refuse(error)) from None
-
-    verify.warm_up()
-    args.model_init_kwargs = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation or attention(args),
-        "dtype": model.dtype,
-        **(args.model_init_kwargs or {}),
-    }
-    try:
+        train, evaluation = data.read(args, processor)
+        verify.warm_up()
+        args.model_init_kwargs = {
+            "revision": model.model_revision,
+            "attn_implementation": model.attn_implementation or attention(args),
+            "dtype": model.dtype,
+            **(args.model_init_kwargs or {}),
+        }
         trainer = SparkTrainer(
             model.model_name_or_path,
-            args=args,
+            load_rewards(data.reward_funcs),
+            args,
             train_dataset=train,
             eval_dataset=evaluation,
             processing_class=processor,
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    except (OSError, ValueError) as error:  # no weights, a server that does not answer, numbers that do not divide
-        raise SystemExit(refuse(error)) from None
-    except RuntimeError as error:
-        raise SystemExit(refuse_server(error)) from None
     if not args.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(Progress)
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
-    try:
+    with refusing(BadInput):  # found when it is used: a broken image, a batch that the model can't take
         trainer.train(resume_from_checkpoint=resume)
-    except BadInput as error:  # found when it is used: a broken image, a batch that the model can't take
-        raise SystemExit(refuse(error)) from None
-    except RuntimeError as error:
-        raise SystemExit(refuse_server(error)) from None
-    except (NotSaved, FloatingPointError) as error:
-        refuse(error)
-        raise SystemExit(1) from None
     if stop.received:
-        where = last_checkpoint(args.output_dir)
         if args.process_index == 0:
+            where = last_checkpoint(args.output_dir)
             print(f"stopped; saved in {where}; --resume_from_checkpoint latest goes on from there", file=sys.stderr)
         raise SystemExit(128 + stop.received)
     trainer.save_model(args.output_dir)
     trainer.save_state()
-
-
-def where_to_start(args: SparkConfig) -> str | None:
-    """The checkpoint to go on from; ends here where the run has finished, or would be mixed with an earlier one."""
-    resume = args.resume_from_checkpoint
-    if resume == "latest":  # the last complete checkpoint, if there is one
-        resume = last_checkpoint(args.output_dir)
-    try:
-        if not args.resume_from_checkpoint:
-            check_unused(args.output_dir)
-    except BadInput as error:
-        raise SystemExit(refuse(error)) from None
-    if resume and finished(resume, args.max_steps, args.num_train_epochs):
-        if args.process_index == 0:
-            copy_result(resume, args.output_dir)
-            print(f"{args.output_dir}: finished before ({resume}); more --max_steps go on from there", flush=True)
-        raise SystemExit(0)
-    return resume
-
-
-def check_versions(use_vllm: bool) -> None:
-    """Raise ValueError for another TRL than the one whose private methods are overridden here, for a vLLM that this TRL
-    does not support, or for none."""
-    if version("trl") != TRL:
-        raise ValueError(f"trl: expected {TRL}, found {version('trl')}; pip install -r requirements.txt")
-    if not use_vllm:
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # TRL warns, and fails later
-        try:
-            found = is_vllm_available()
-        except UserWarning as error:
-            raise ValueError(f"use_vllm: {error} pip install -r requirements.txt") from None
-    if not found:
-        raise ValueError("use_vllm: vLLM is not installed; pip install -r requirements.txt, or set use_vllm to false")
-
-
-def attention(args: SparkConfig) -> str | None:
-    """flash-attention where it is installed and the GPU and the precision can; else None: sdpa, by transformers."""
-    if not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
-        return None
-    return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
-
-
-def refuse(error: Exception) -> int:
-    """One line on stderr instead of a traceback, and the exit status of bad input."""
-    print(f"train_spark.py: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-
-
-def refuse_server(error: RuntimeError) -> int:
-    """`refuse`, where TRL says that a vLLM server lacks a flag that training needs; any other error is raised."""
-    if not str(error).startswith("The vLLM server at"):
-        raise error
-    return refuse(error)
 
 
 if __name__ == "__main__":

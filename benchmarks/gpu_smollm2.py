@@ -137,9 +137,11 @@ def work(name: str, args, deadline: float) -> bool:
     from trl import ModelConfig, TrlParser
 
     import verify
+    from data.arguments import DataArguments
     from data.read import read_dataset
-    from train_spark import DataArguments, SparkConfig, attention
+    from train_spark import SparkConfig
     from training.checkpoint import last_checkpoint
+    from training.settings import attention
 
     data, config, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config(
         settings(name, args)

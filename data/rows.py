@@ -10,6 +10,7 @@ A layout turns a record of the data into a `Record`; `build_row` turns that into
 asked, the headers of images.
 """
 
+import hashlib
 import json
 import re
 import reprlib
@@ -325,3 +326,22 @@ def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
     return " ".join(" ".join(_texts(prompt)).removesuffix(suffix).casefold().split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows as the trainer has them, images opened
+
+
+def images_of(row: dict[str, Any]) -> list:
+    """The row's images as a list, from TRL's `images` or `image` column."""
+    if row.get("images") is not None:
+        return row["images"]
+    return [row["image"]] if row.get("image") is not None else []
+
+
+def question_key(row: dict[str, Any]) -> str:
+    """Identifies a question: its prompt, and the pixels of its images."""
+    digest = hashlib.blake2b(json.dumps(row["prompt"], sort_keys=True, default=str).encode(), digest_size=16)
+    for image in images_of(row):
+        digest.update(f"{image.mode}{image.size}".encode() + image.tobytes())
+    return digest.hexdigest()

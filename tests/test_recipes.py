@@ -14,8 +14,9 @@ import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
 import train_spark
+from data.arguments import DataArguments
 from data.tiny_model import OUTPUT
-from train_spark import DataArguments, SparkConfig, SparkTrainer
+from train_spark import SparkConfig, SparkTrainer
 from training import plan
 
 RECIPES = sorted(path for path in Path("recipes").glob("*.yaml"))
@@ -211,9 +212,7 @@ def test_plan_by_hand(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What is 1+1?", "solution": "2"}\n' * 200)
     options = ("--model_name_or_path", tmp_path, "--dataset", rows, "--plan", "recipes/accelerate/zero3.yaml")
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", *options)
-    assert ended.value.code == 0
+    command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", *options)
     printed = capsys.readouterr().out
     lines = {
         re.split(r"\s{2,}", line.strip())[0]: re.split(r"\s{2,}", line.strip())[1:] for line in printed.split("\n")
@@ -259,18 +258,15 @@ def test_plan_without_model_and_data(monkeypatch, capsys):
     """The hub is out of reach here: what depends on it is said to be unknown, the rest is there."""
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "ACCELERATE_USE_FSDP": "true"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit) as ended:
-        command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
-    assert ended.value.code == 0
+    command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
     printed = capsys.readouterr().out
     assert "launch     8 processes, sharding fsdp2" in printed
     assert re.search(r"^data +unknown \(", printed, re.M) and re.search(r"^model +unknown \(", printed, re.M)
     assert re.search(r"^rollouts +512 +unknown$", printed, re.M)
 
     monkeypatch.setenv("RANK", "1")  # deleted above: only one process makes the plan
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit):
         command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", "--plan")
-    assert ended.value.code == 0
     assert capsys.readouterr().out == ""
 
 

@@ -21,10 +21,11 @@ import verify
 from data.rows import BadInput
 from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout
 from train_spark import SparkConfig, SparkTrainer
+from training import settings
 from training.batch import cut_pass, cuts, join, merge_images, plan_passes, share_images
 from training.checkpoint import last_checkpoint
 from training.metrics import judge_metrics, recycling_metrics
-from training.rewards import JudgingRewards
+from training.rewards import JudgingRewards, load_rewards
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "mixed"])
@@ -361,10 +362,10 @@ def test_dropping_rows_is_refused_where_more_than_the_advantage_trains_them(tmp_
             copy.deepcopy(text_model), coin, arguments, train_dataset=sums(4), processing_class=processor.tokenizer
         )
 
-    for settings in ({"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}):
+    for terms in ({"entropy_coef": 0.1}, {"top_entropy_quantile": 0.5}):
         with pytest.raises(ValueError, match="drop_zero_advantage: expected false"):
-            trainer(drop_zero_advantage=True, **settings)
-        assert not trainer(**settings)._drop_rows
+            trainer(drop_zero_advantage=True, **terms)
+        assert not trainer(**terms)._drop_rows
     assert trainer()._drop_rows
     assert not trainer(recycle_ratio=0)._drop_rows  # plain GRPO is TRL's, number for number
     assert trainer(recycle_ratio=0, drop_zero_advantage=True)._drop_rows
@@ -531,6 +532,21 @@ def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(
     assert "policy/accuracy" not in first_step(recycle_ratio=0)  # plain GRPO takes any reward
 
 
+def test_a_reward_function_of_ones_own_by_its_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def longest(prompts, completions, **columns):\n    return [1.0] * len(completions)\n")
+    (function,) = load_rewards([f"{path}:longest"])
+    assert function([None], ["a"]) == [1.0]
+    assert load_rewards(None) == [verify.answer_reward]
+    for wrong, expected in (
+        (str(path), "expected FILE.py:NAME"),
+        ("no.py:f", "expected FILE.py:NAME"),
+        (f"{path}:f", "no function 'f'"),
+    ):
+        with pytest.raises(BadInput, match=expected):
+            load_rewards([wrong])
+
+
 def test_rewards_that_can_make_no_label_are_refused_while_recycling(tmp_path, processor, text_model):
     async def slow(prompts, completions, **columns):
         return [1.0] * len(completions)
@@ -625,20 +641,22 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
 
 
 @pytest.mark.parametrize(
-    ("found", "expected"),
+    ("installed", "expected"),
     [("trl", "trl: expected 1.16.0, found 1.15.0"), ("vllm", "0.32.0"), ("none", "vLLM is not installed")],
 )
-def test_versions_are_checked(found, expected, monkeypatch):
-    from trl import import_utils
+def test_versions_are_checked(installed, expected, tmp_path, monkeypatch):
+    from trl import ModelConfig, import_utils
 
-    if found == "trl":
-        monkeypatch.setattr(train_spark, "version", lambda name: "1.15.0")
-    state = {"vllm": (True, "0.32.0"), "none": (False, None)}.get(found, (True, "0.31.0"))
+    args = config(SparkConfig, tmp_path)
+    if installed == "trl":
+        monkeypatch.setattr(settings, "version", lambda name: "1.15.0")
+    state = {"vllm": (True, "0.32.0"), "none": (False, None)}.get(installed, (True, "0.31.0"))
     monkeypatch.setattr(import_utils, "_is_package_available", lambda *args, **kwargs: state)
+    if installed != "trl":
+        settings.check_installation(args, ModelConfig())  # without use_vllm no version of it is wrong
+    args.use_vllm = True
     with pytest.raises(ValueError, match=expected):
-        train_spark.check_versions(use_vllm=True)
-    if found != "trl":
-        train_spark.check_versions(use_vllm=False)
+        settings.check_installation(args, ModelConfig())
 
 
 def test_a_vllm_server_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys):
@@ -674,13 +692,13 @@ def test_what_a_server_turns_out_to_lack_is_one_line(message, raised, tmp_path, 
 
 def test_flash_attention_where_it_can_run(tmp_path, monkeypatch):
     args = SparkConfig(str(tmp_path), bf16=False, use_cpu=True)
-    assert train_spark.attention(args) is None
-    monkeypatch.setattr(train_spark, "is_flash_attn_2_available", lambda: True)
-    assert train_spark.attention(args) is None  # float32
+    assert settings.attention(args) is None
+    monkeypatch.setattr(settings, "is_flash_attn_2_available", lambda: True)
+    assert settings.attention(args) is None  # float32
     args.bf16 = True
     for capability, expected in (((9, 0), "flash_attention_2"), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
-        assert train_spark.attention(args) == expected
+        assert settings.attention(args) == expected
 
 
 @pytest.mark.parametrize("strict", [True, False])

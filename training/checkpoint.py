@@ -194,8 +194,20 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(max(checkpoints, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if checkpoints else None
 
 
-def check_unused(folder: str | Path) -> None:
-    """Raise BadInput where a new run would be mixed with the checkpoints, rollouts or weights of an earlier one."""
+def where_to_start(args: Any) -> str | None:
+    """The checkpoint that a run goes on from, None for a new one.
+
+    Raises BadInput for what is no whole checkpoint, and where a new run would be mixed with what an earlier one left.
+    """
+    resume, folder = args.resume_from_checkpoint, args.output_dir
+    if resume == "latest":
+        return last_checkpoint(folder)
+    if resume is not None:
+        if not is_whole(Path(resume)):
+            raise BadInput(
+                f"resume_from_checkpoint: expected a run's checkpoint-N, or latest, got {resume or 'nothing'}"
+            )
+        return resume
     patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "completions/*.parquet", "*.safetensors", "trainer_state.json")
     traces = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
     if traces:
@@ -203,6 +215,7 @@ def check_unused(folder: str | Path) -> None:
             f"output_dir: {folder} has an earlier run's {traces[0].name}; expected a folder without one: go on with "
             "that run by --resume_from_checkpoint latest, or name another --output_dir"
         )
+    return None
 
 
 def finished(checkpoint: str, max_steps: int, epochs: float) -> bool:

@@ -9,9 +9,8 @@ from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid
 
-from data.rows import BadInput
+from data.rows import BadInput, images_of
 from training.batch import merge_images
-from training.metrics import images_of
 from training.vllm import placeholders
 
 

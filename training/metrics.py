@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import verify
+from data.rows import images_of
 from recycle import Counts, Group, Item, question_only
 
 OTHER_VERDICT = {"Yes": "No", "No": "Yes", "A": "B", "B": "A"}
@@ -99,13 +100,6 @@ def recycled_table(
             }
         )
     return rows
-
-
-def images_of(row: dict[str, Any]) -> list:
-    """The row's images as a list, from TRL's `images` or `image` column."""
-    if row.get("images") is not None:
-        return row["images"]
-    return [row["image"]] if row.get("image") is not None else []
 
 
 def thumbnail(image, size: int = 256) -> bytes:

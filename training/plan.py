@@ -12,6 +12,7 @@ import argparse
 import math
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
@@ -446,19 +447,19 @@ def announce_fetch(model: str) -> None:
         print(f"{model}: fetching its config and its processor's files from the hub, not its weights", file=sys.stderr)
 
 
-def show(data, args, model, launch: Launch, read) -> list[str]:
-    """Print the plan; returns what would be refused.
-
-    Args:
-        data, args, model: train_spark's parsed arguments.
-        read: reads the dataset of (source, split), or raises.
-    """
+def show(data, args, model, launch: Launch) -> None:
+    """Print the plan of train_spark's parsed arguments. Raises ValueError for what would be refused."""
     import huggingface_hub.constants
     from datasets import config as datasets_config
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoProcessor
     from trl import get_peft_config
 
-    config = counted = None
+    announce_fetch(model.model_name_or_path)
+    config = counted = processor = None
+    with suppress(OSError, ValueError):  # lengths are then not known
+        processor = AutoProcessor.from_pretrained(
+            model.model_name_or_path, revision=model.model_revision, padding_side="left"
+        )
     try:
         config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
         counted = architecture(config, get_peft_config(model))
@@ -469,7 +470,7 @@ def show(data, args, model, launch: Launch, read) -> list[str]:
     datasets_config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True  # no gigabytes for a plan
     rows, images = None, False
     try:
-        dataset = read(data.dataset, data.dataset_split)
+        dataset = data.read_one(data.dataset, data.dataset_split, args, processor)
         rows, images = len(dataset), "images" in dataset.column_names
         rows_described = f"{rows:,} rows of {data.dataset}"
     except (OSError, ValueError) as error:
@@ -492,7 +493,8 @@ def show(data, args, model, launch: Launch, read) -> list[str]:
     lines += ["", *(f"remark     {remark}" for remark in remarks(run))]
     lines += [f"refused    {reason}" for reason in refused or ["nothing"]]
     print("\n".join(lines), flush=True)
-    return refused
+    if refused:
+        raise ValueError("; ".join(refused))
 
 
 def _table(counts: Steps) -> list[str]:

@@ -1,8 +1,11 @@
 """Reward functions for answers, made to score judge rows too."""
 
 import functools
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,3 +113,24 @@ class JudgingRewards:
 def is_model(function) -> bool:
     """A reward model, by name or loaded."""
     return isinstance(function, (str, torch.nn.Module))
+
+
+def load_rewards(names: list[str] | None) -> list[Callable]:
+    """Reward functions by FILE.py:NAME; without any, the boxed answer against the solution. Raises BadInput."""
+    if not names:
+        return [verify.answer_reward]
+    functions = []
+    for spec in names:
+        path, _, name = spec.rpartition(":")
+        if not path.endswith(".py") or not Path(path).is_file():
+            raise BadInput(
+                f"reward_funcs: {spec}: expected FILE.py:NAME, a function of (prompts, completions, **columns)"
+            )
+        found = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(found)
+        sys.modules.setdefault(found.name, module)
+        found.loader.exec_module(module)
+        if not callable(getattr(module, name, None)):
+            raise BadInput(f"reward_funcs: {path} has no function {name!r}")
+        functions.append(getattr(module, name))
+    return functions

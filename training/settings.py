@@ -1,17 +1,26 @@
 """Settings that can't be used, known before data and model are read. Each check raises ValueError: one line that names
 the setting and what is expected."""
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available
+from trl.import_utils import is_vllm_available
 
 import verify
-from training.checkpoint import is_whole
+from training.checkpoint import NotSaved
 
+TRL = "1.16.0"  # whose private methods are overridden
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model*")
 
 
@@ -29,8 +38,19 @@ def check_files(arguments: list[str]) -> None:
             raise ValueError(f"{flag} {value}: expected {settings} in YAML, lines of `name: value`, got {found!r:.60}")
 
 
-def check_optional_packages(args: Any, model: Any) -> None:
-    """The packages that only some settings need."""
+def check_installation(args: Any, model: Any) -> None:
+    """This TRL and the vLLM that it supports, and the packages that only some settings need."""
+    if version("trl") != TRL:
+        raise ValueError(f"trl: expected {TRL}, found {version('trl')}; pip install -r requirements.txt")
+    if args.use_vllm:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # TRL warns of another version, and fails later
+            try:
+                available = is_vllm_available()
+            except UserWarning as error:
+                raise ValueError(f"use_vllm: {error} pip install -r requirements.txt") from None
+        if not available:
+            raise ValueError("use_vllm: vLLM is not installed; pip install -r requirements.txt, or use_vllm: false")
     if (model.load_in_4bit or model.load_in_8bit) and find_spec("bitsandbytes") is None:
         setting = "load_in_4bit" if model.load_in_4bit else "load_in_8bit"
         raise ValueError(f"{setting}: bitsandbytes is not installed; requirements.txt has its version")
@@ -54,15 +74,6 @@ def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
             raise ValueError(f"{setting}: {file} can't be read: {error}") from None
 
 
-def check_checkpoint(resume: str | None) -> None:
-    """`resume_from_checkpoint` is a whole checkpoint, or `latest`."""
-    if resume in (None, "latest"):
-        return
-    if not is_whole(Path(resume)):
-        raise ValueError(f"resume_from_checkpoint: expected a run's checkpoint-N, or latest, got {resume or 'nothing'}")
-    check_weights(resume, "resume_from_checkpoint")
-
-
 def check_columns(name: str, dataset: Any, reward_funcs: Any) -> None:
     """A data set given from Python has the columns that its rows are asked and scored by."""
     functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
@@ -71,3 +82,30 @@ def check_columns(name: str, dataset: Any, reward_funcs: Any) -> None:
         there = getattr(each, "column_names", None)
         if missing := [column for column in needed if there is not None and column not in there]:
             raise ValueError(f"{name}: expected a column {' and '.join(missing)}, got {', '.join(there)}")
+
+
+def attention(args: Any) -> str | None:
+    """flash-attention where it is installed and the GPU and the precision can; else None: sdpa, by transformers."""
+    if not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
+        return None
+    return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
+
+
+@contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds are one line on stderr and exit status 2, instead of a traceback; so is what a vLLM server
+    turns out to lack. A run that can't go on (no room, no finite numbers) is one line and status 1."""
+    status = 2
+    try:
+        yield
+        return
+    except kinds as error:
+        reason = error
+    except (NotSaved, FloatingPointError) as error:
+        reason, status = error, 1
+    except RuntimeError as error:
+        if not str(error).startswith("The vLLM server at"):
+            raise
+        reason = error
+    print(f"train_spark.py: {' '.join(str(reason).split())}", file=sys.stderr)
+    raise SystemExit(status)
