@@ -94,8 +94,8 @@ PAIRWISE = (
     "{first}\n{second}\nJudge step by step which is correct. Answer with A or B inside \\boxed{}.",
 )
 
-# Half of these say that the attempt is wrong, which is known in training; the other half only ask to check it, because
-# at test time nothing is known but the model's own verdict.
+# The even ones say that the attempt is wrong, which is known in training; the odd ones only ask to check it, because at
+# test time nothing is known but the model's own verdict.
 REFLECT_ON_COT = (
     "An earlier attempt:\n{response}\nIt is wrong. Find the mistake, solve again and box the answer with \\boxed{}.",
     "An earlier attempt:\n{response}\nCheck each step and give the answer you believe in \\boxed{}.",

@@ -92,6 +92,10 @@ class RecycleConfig:
             "does not give the label away. false: one item a question, also where all rollouts are right or wrong."
         },
     )
+    recycle_right_reflections: float = field(
+        default=0.0,
+        metadata={"help": "Share of the reflection items that show a right rollout, so that not every answer changes."},
+    )
     recycle_seed: int = field(
         default=0,
         metadata={"help": "Seed of the choices made in recycling, together with the step."},
@@ -105,8 +109,9 @@ class RecycleConfig:
         """Raise ValueError, naming the field and what it expects, if a setting can't be used."""
         if not self.recycle_ratio >= 0:
             raise ValueError(f"recycle_ratio: expected a number >= 0, got {self.recycle_ratio}")
-        if not 0 <= self.recycle_pairwise_prob <= 1:
-            raise ValueError(f"recycle_pairwise_prob: expected 0 to 1, got {self.recycle_pairwise_prob}")
+        for name in ("recycle_pairwise_prob", "recycle_right_reflections"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected 0 to 1, got {getattr(self, name)}")
         if self.recycle_source not in ("both", "answer", "cot"):
             raise ValueError(f"recycle_source: expected both, answer or cot, got {self.recycle_source!r}")
         unknown = set(self.recycle_tasks) - set(TASKS)
@@ -264,9 +269,13 @@ def _candidates(groups, config, control_tokens, rng, skipped) -> list[Candidate]
             skipped["unboxed"] += 1
 
         if wrong and "reflection" in config.recycle_tasks:
-            shown = _show(wrong, rng.sample(forms, len(forms)), control_tokens, rng)
+            order = rng.sample(forms, len(forms))
+            share = config.recycle_right_reflections
+            of_right = share and right and rng.random() < share
+            shown = _show(right if of_right else wrong, order, control_tokens, rng)
             if shown:
-                candidates.append(Candidate("reflection", group, wrong=shown))
+                side = "right" if of_right else "wrong"
+                candidates.append(Candidate("reflection", group, **{side: shown}))
             else:
                 skipped["unboxed"] += 1
     return candidates
@@ -355,7 +364,7 @@ def _select(candidates, quotas, config, rng) -> list[tuple[Task, Group, tuple[Re
     right, wrong = _select_pointwise(of("pointwise"), quotas["pointwise"], config, rng)
     chosen = [("pointwise", c.group, (c.right,)) for c in right] + [("pointwise", c.group, (c.wrong,)) for c in wrong]
     chosen += [("pairwise", c.group, (c.right, c.wrong)) for c in of("pairwise")[: quotas["pairwise"]]]
-    return chosen + [("reflection", c.group, (c.wrong,)) for c in of("reflection")[: quotas["reflection"]]]
+    return chosen + [("reflection", c.group, (c.wrong or c.right,)) for c in of("reflection")[: quotas["reflection"]]]
 
 
 def _select_pointwise(points, n: int, config, rng) -> tuple[list[Candidate], list[Candidate]]:
@@ -394,7 +403,10 @@ def _word(chosen, suffix: str, rng) -> tuple[Item, ...]:
         elif task == "reflection":
             form = responses[0].form
             templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
-            instruction = reflection_instruction(responses[0].text, form, rng.randrange(len(templates)))
+            template = rng.randrange(len(templates))
+            if responses[0].correct:
+                template |= 1  # every other template says that the attempt is wrong
+            instruction = reflection_instruction(responses[0].text, form, template)
         elif (i + by_letter) % 2:  # right responses come first, so alternating balances within each label
             label = "AB"[(i // 2 + letter) % 2]
             right_letter = label if responses[0].correct else "BA"["AB".index(label)]

@@ -79,6 +79,24 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         },
     )
 
+    recycle_every: int = field(
+        default=1,
+        metadata={"help": "Recycle in every so many-th generation; the others are plain GRPO."},
+    )
+
+    recycle_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of a recycled row in the loss, a policy row's being 1."},
+    )
+
+    recycle_apart: bool = field(
+        default=False,
+        metadata={
+            "help": "Recycled rows have optimizer steps of their own, after those of the policy's, as in the release: "
+            "needs steps_per_generation of twice gradient_accumulation_steps or more."
+        },
+    )
+
     drop_zero_advantage: bool | None = field(
         default=None,
         metadata={
@@ -91,7 +109,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         if self.use_vllm is None:
             self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
-        for name in (*sizes, "max_prompt_length", "max_completion_length"):
+        for name in (*sizes, "max_prompt_length", "max_completion_length", "recycle_every"):
             if not (isinstance(size := getattr(self, name), int) and size >= 1):
                 raise ValueError(f"{name}: expected 1 or more, got {size!r}")
         super().__post_init__()
@@ -100,6 +118,12 @@ class SparkConfig(RecycleConfig, GRPOConfig):
             raise ValueError(
                 f"entropy_coef: expected 0 with loss_type {self.loss_type} and recycling, whose passes differ in size: "
                 f"a bonus by tokens needs a loss by tokens ({', '.join(TOKEN_LOSSES)}, bnpo)"
+            )
+
+        if self.recycle_apart and (self.steps_per_generation // self.gradient_accumulation_steps) % 2:
+            raise ValueError(
+                f"recycle_apart: expected steps_per_generation of 2, 4, ... x gradient_accumulation_steps, got "
+                f"{self.steps_per_generation} and {self.gradient_accumulation_steps}"
             )
 
     @property
@@ -225,9 +249,11 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
         blocks: dict[str, torch.Tensor] = {}  # question -> its pixels
         policy = share_images(policy, self._mine([g.key for g in groups for _ in g.rollouts]), blocks)
 
-        start = time.perf_counter()
-        items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
-        self._log(recycling_metrics(items, counts, self.num_generations, time.perf_counter() - start))
+        items: tuple[Item, ...] = ()
+        if self._generation % self.args.recycle_every == 0:
+            start = time.perf_counter()
+            items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
+            self._log(recycling_metrics(items, counts, self.num_generations, time.perf_counter() - start))
         if not items:  # the same on every process, so that none waits in a collective
             if self.use_vllm:
                 self.vllm_generation.sleep()
@@ -240,6 +266,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
             )
         recycled = share_images(recycled, self._mine([item.group.key for item in asked]), blocks)
         self._log_judging(asked, recycled["advantages"])
+        recycled["advantages"] *= self.args.recycle_weight
         return join(policy, recycled, self._tokenizer.pad_token_id)
 
     # ---- a generation into passes -----------------------------------------------------------------------------------
@@ -267,6 +294,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
             blocks=steps // math.gcd(steps, accumulation),
             budget=self.args.per_device_train_batch_size * width,
             drop=self._drop_rows,
+            apart=self.args.recycle_apart,
             everyone=self._everyone,
         )
         trained = sum(len(p.rows) for passes in plan for p in passes)
@@ -305,7 +333,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
             if self.args.has_entropy_bonus or self.aux_loss_enabled:
                 batch["num_items_in_batch"] = batch["num_items_in_batch"] * weight
             else:
-                weight = 1.0
+                weight = float(weight > 0)
         with self._logged(part["recycled"], part["metric_weight"]):
             loss = super().compute_loss(model, batch) * weight
         return self._finite(loss)
@@ -421,7 +449,7 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
             yield
         finally:
             self._metrics, self._logs = metrics, logs
-        for name, values in apart["train"].items():
+        for name, values in apart["train"].items() if weight else ():
             if name == "num_tokens":  # what the step cost, all of it
                 metrics["train"][name] = values
             else:

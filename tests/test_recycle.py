@@ -51,6 +51,7 @@ configs = st.builds(
     recycle_pairwise_prob=st.sampled_from([0.0, 0.5, 1.0]),
     recycle_balance=st.booleans(),
     recycle_matched=st.booleans(),
+    recycle_right_reflections=st.sampled_from([0.0, 0.5]),
     recycle_seed=st.integers(0, 3),
 )
 
@@ -109,7 +110,7 @@ def test_items_are_balanced_quoted_and_deterministic(groups, config, step, multi
             assert (named == "correct") == item.responses[0].correct
         else:
             assert item.label is None
-            assert item.responses[0].correct is False
+            assert item.responses[0].correct is False or config.recycle_right_reflections
 
 
 @settings(max_examples=200, deadline=None)
@@ -208,6 +209,17 @@ def test_question_only_is_the_best_rule_on_the_pass_rate():
     assert question_only(items_of([MIXED] * 4, **unmatched)) == 0.5
     assert question_only(items_of([RIGHT, RIGHT, MIXED, WRONG], **unmatched)) == 1.0
     assert question_only(items_of([MIXED] * 4, recycle_tasks=["pairwise"])) is None
+
+
+def test_a_share_of_reflections_may_show_a_right_rollout_without_calling_it_wrong():
+    groups = [group(i, MIXED) for i in range(200)]
+    config = RecycleConfig(recycle_tasks=["reflection"], recycle_ratio=1.0, recycle_right_reflections=0.25)
+    items, _ = recycle(groups, 0, config, TEXT_ONLY)
+    right = [item for item in items if item.responses[0].correct]
+    assert len(right) / len(items) == pytest.approx(0.25, abs=0.08)
+    claims = r"wrong|not right|incorrect|failed|reject|mistake|There is an error|is not this"
+    assert not any(re.search(claims, text_of(item), re.IGNORECASE) for item in right)
+    assert any(re.search(claims, text_of(item), re.IGNORECASE) for item in items)
 
 
 def test_halves_and_fill():

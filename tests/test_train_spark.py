@@ -273,6 +273,39 @@ def test_every_row_that_teaches_is_trained_exactly_once(
         assert sum(part["token_weight"] for part in trained) == pytest.approx(per_generation * len(unions) * iterations)
 
 
+def test_recycled_rows_can_have_steps_of_their_own(tmp_path, processor, text_model):
+    """As in the release: first the policy's rows, then the recycled ones, each kind in half of the optimizer steps."""
+
+    def trainer(**settings):
+        arguments = config(SparkConfig, tmp_path, max_steps=4, per_device_train_batch_size=4, **settings)
+        return SparkTrainer(text_model, coin, arguments, train_dataset=sums(8), processing_class=processor.tokenizer)
+
+    run = trainer(recycle_apart=True, steps_per_generation=4, drop_zero_advantage=False)
+    run.train()
+    kinds = [{part["recycled"] for part in passes} for passes in run._buffered_inputs]
+    assert kinds == [{False}, {False}, {True}, {True}]
+    with pytest.raises(ValueError, match="recycle_apart: expected steps_per_generation of 2, 4"):
+        trainer(recycle_apart=True)
+
+
+def test_every_second_generation_recycles_and_its_rows_have_a_weight(tmp_path, processor, text_model, monkeypatch):
+    joined = capture_join(monkeypatch)
+    trainer = SparkTrainer(
+        text_model,
+        coin,
+        config(SparkConfig, tmp_path, max_steps=4, recycle_every=2, recycle_weight=0.25),
+        train_dataset=sums(16),
+        processing_class=processor.tokenizer,
+    )
+    trainer.train()
+    assert ["recycle/rows" in logs for logs in history(trainer)] == [True, False, True, False]
+    assert len(joined) == 2
+    for _, recycled, union in joined:
+        rewards = recycled["advantages"]  # of groups: mean 0, deviation 1, times the weight
+        assert rewards.abs().max() < 0.5
+        assert torch.equal(union["advantages"][16:], rewards)
+
+
 def gradient_of(trainer, parts, steps=1):
     """Loss and gradient of one optimizer step on these parts of a generation."""
     trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = steps

@@ -154,7 +154,8 @@ def plan_passes(
     micro_steps: int,
     blocks: int,
     budget: int,
-    drop: bool,
+    drop: bool = False,
+    apart: bool = False,
     everyone: Callable[[torch.Tensor], torch.Tensor] = lambda local: local[None],
 ) -> list[list[Pass]]:
     """The passes of each micro-step.
@@ -169,12 +170,17 @@ def plan_passes(
         micro_steps, blocks: of the generation; a block is as many micro-steps as no optimizer step cuts.
         budget: the most padded tokens (rows x width) of a pass; one row may have more.
         drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
+        apart: policy rows in the first half of the blocks, recycled rows in the second.
         everyone: (n, ...) -> (processes, n, ...), every process's tensor.
     """
     n_rows = len(union["prompt_ids"])
-    kinds = []  # (block, recycled?) -> rows
+    kinds = []  # (block, recycled?, rows), of all blocks first the policy's
     for start, stop, recycled in ((0, n_policy, False), (n_policy, n_rows, True)):
-        parts = (start + torch.randperm(stop - start)).tensor_split(blocks)
+        drawn = start + torch.randperm(stop - start)
+        parts = drawn.tensor_split(blocks // 2 if apart else blocks)
+        if apart:
+            none = (drawn[:0],) * (blocks // 2)
+            parts = (*none, *parts) if recycled else (*parts, *none)
         kinds += [(block, recycled, rows) for block, rows in enumerate(parts)]
 
     prompt = union["prompt_mask"].sum(1).cpu()
@@ -186,9 +192,6 @@ def plan_passes(
 
     # As many rows on every process: those that teach, and short ones that don't where another process has more.
     taught = everyone(torch.tensor([int(teaches[rows].sum()) for *_, rows in kinds])).amax(0).tolist()
-    for block in range(blocks):
-        if not any(n for n, (b, *_) in zip(taught, kinds, strict=True) if b == block):
-            taught[block] = 1  # an optimizer step without any pass would not synchronise the gradients before it
     ordered = []
     for (_, _, rows), n in zip(kinds, taught, strict=True):
         rows = rows[total[rows].argsort(stable=True)]
@@ -227,6 +230,8 @@ def plan_passes(
                         metric_weight=int(tokens[i, start:stop].sum()) / max(int(tokens[i].sum()), 1) * len(slices),
                     )
                 )
+        if not passes:  # the gradients of blocks before it in the optimizer step are still to be exchanged
+            passes = [Pass(total.argmin()[None], False, row_weight=0.0, token_weight=0.0, metric_weight=0.0)]
         bounds = [len(passes) * i // steps_of_block for i in range(steps_of_block + 1)]
         plan += [passes[a:b] for a, b in pairwise(bounds)]  # the last micro-step of a block always has one
     return plan
