@@ -25,13 +25,12 @@ import math
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
-from torch.nn.parallel import DistributedDataParallel
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoConfig, ProcessorMixin
 from transformers.trainer_callback import ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -42,17 +41,16 @@ from data.arguments import DataArguments
 from data.rows import BadInput, images_of, question_key
 from prompts import TEMPLATE_TOKENS, instructions
 from recycle import Group, Item, Limits, RecycleConfig, Rollout, recycle
-from training.batch import cut_pass, join, merge_images, plan_passes, share_images
+from training.batch import join, share_images
 from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
 from training.metrics import judge_metrics, policy_metrics, recycled_table, recycling_metrics
 from training.model_card import SparkModelCard
+from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
 from training.settings import attention, check_columns, check_files, check_installation, check_weights, refusing
 from training.vllm import SparkGeneration, check_server
-
-TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # a sum over tokens, divided by those of the whole generation
 
 
 @dataclass
@@ -150,7 +148,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         return min(wanted, config.get_text_config().max_position_embeddings)
 
 
-class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
+class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
     What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, always by super():
@@ -158,8 +156,8 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
     | member | why | where |
     | --- | --- | --- |
     | `_generate_and_score_completions` | the step: rolls out twice, recycles in between | here |
-    | `_prepare_inputs` | cuts a generation into passes that hold no more tokens than plain GRPO's | here |
-    | `compute_loss` | weighs those passes, of different sizes, and runs them one after the other | here |
+    | `_prepare_inputs` | cuts a generation into passes of no more tokens than plain GRPO's | training/passes.py |
+    | `compute_loss` | weighs those passes, of different sizes, and runs them one after the other | training/passes.py |
     | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
     | `_get_per_token_logps_and_entropies` | the same, in the forward pass | training/images.py |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
@@ -268,93 +266,6 @@ class SparkTrainer(MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
         self._log_judging(asked, recycled["advantages"])
         recycled["advantages"] *= self.args.recycle_weight
         return join(policy, recycled, self._tokenizer.pad_token_id)
-
-    # ---- a generation into passes -----------------------------------------------------------------------------------
-
-    def _prepare_inputs(self, generation_batch):
-        """TRL cuts a generation into slices of one size. Here each micro-step is a list of passes: as many as hold all
-        of its rows, policy and recycled rows apart, and no more tokens than a slice of the policy's rows."""
-        if not (self.model.training and (self.args.recycle_ratio > 0 or self._drop_rows)):
-            return super()._prepare_inputs(generation_batch)
-        steps = self.args.steps_per_generation
-        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = None  # free the last generation before the next one is made
-            union = self._generate_and_score_completions(generation_batch)
-            self._buffered_inputs = self._passes(union, n_policy=len(generation_batch))
-        return self._buffered_inputs[self._step % steps]
-
-    def _passes(self, union, n_policy: int) -> list[list[dict[str, Any]]]:
-        steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        masks = (union["prompt_mask"][:n_policy], union["completion_mask"][:n_policy])
-        width = self._everyone(torch.stack([mask.sum(1).max() for mask in masks])).amax(0).sum().item()
-        plan = plan_passes(
-            union,
-            n_policy,
-            micro_steps=steps,
-            blocks=steps // math.gcd(steps, accumulation),
-            budget=self.args.per_device_train_batch_size * width,
-            drop=self._drop_rows,
-            apart=self.args.recycle_apart,
-            everyone=self._everyone,
-        )
-        trained = sum(len(p.rows) for passes in plan for p in passes)
-        share = trained / len(union["prompt_ids"])
-        self._log({"recycle/trained_rows": trained * self.accelerator.num_processes, "recycle/trained_share": share})
-        return [[{**p.weights, "batch": cut_pass(union, p.rows)} for p in passes] for passes in plan]
-
-    def _everyone(self, local: torch.Tensor) -> torch.Tensor:
-        """Every process's tensor, (n, ...) -> (processes, n, ...)."""
-        return self.accelerator.gather(local[None].to(self.accelerator.device)).cpu()
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        """Of a batch as TRL makes it, or of a micro-step's passes: those but the last go backward in here."""
-        if isinstance(inputs, dict):
-            return self._finite(super().compute_loss(model, inputs, *args, **kwargs))
-        total = 0.0
-        for part in inputs[:-1]:
-            with self._gradients_kept_local(model):
-                loss = self._pass_loss(model, part)
-                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-                total += loss.detach()
-        if not inputs:  # every row of the block was left out; its last micro-step has a pass all the same
-            return torch.zeros((), device=self.accelerator.device, requires_grad=True)
-        return self._pass_loss(model, inputs[-1]) + total
-
-    def _pass_loss(self, model, part: dict[str, Any]) -> torch.Tensor:
-        """A pass's share of the loss of its micro-step.
-
-        TRL divides by the rows or the tokens of the pass, or (TOKEN_LOSSES) by the tokens of the generation. The
-        latter needs no weight, but an entropy bonus or auxiliary loss that TRL adds to it does.
-        """
-        batch = merge_images(part["batch"])
-        weight = part["token_weight"] if self.loss_type in (*TOKEN_LOSSES, "bnpo") else part["row_weight"]
-        if self.loss_type in TOKEN_LOSSES:
-            if self.args.has_entropy_bonus or self.aux_loss_enabled:
-                batch["num_items_in_batch"] = batch["num_items_in_batch"] * weight
-            else:
-                weight = float(weight > 0)
-        with self._logged(part["recycled"], part["metric_weight"]):
-            loss = super().compute_loss(model, batch) * weight
-        return self._finite(loss)
-
-    @contextmanager
-    def _gradients_kept_local(self, model):
-        """Gradients add up and are not yet exchanged; DeepSpeed takes no optimizer step. Sharded models exchange theirs
-        all the same, since whole gradients might not fit."""
-        state = self.accelerator.gradient_state
-        before = state.sync_gradients
-        state._set_sync_gradients(False)
-        try:
-            with model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext():
-                yield
-        finally:
-            state._set_sync_gradients(before)
-
-    def _finite(self, loss: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(loss):
-            self._stop_at("loss", loss.item())
-        return loss
 
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 
@@ -494,7 +405,8 @@ def main() -> None:
         check_installation(args, model)
         check_weights(model.model_name_or_path)
         resume = where_to_start(args)
-        check_weights(resume or "", "resume_from_checkpoint")
+        if resume:
+            check_weights(resume, "resume_from_checkpoint")
         if resume and finished(resume, args.max_steps, args.num_train_epochs):
             if args.process_index == 0:
                 copy_result(resume, args.output_dir)

@@ -22,9 +22,10 @@ from data.rows import BadInput
 from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout
 from train_spark import SparkConfig, SparkTrainer
 from training import settings
-from training.batch import cut_pass, cuts, join, merge_images, plan_passes, share_images
+from training.batch import cut_pass, join, merge_images, share_images
 from training.checkpoint import last_checkpoint
 from training.metrics import judge_metrics, recycling_metrics
+from training.passes import cuts, plan_passes
 from training.rewards import JudgingRewards, load_rewards
 
 

@@ -24,7 +24,7 @@ MEMBERS = {
         "1fa48922792d",
     ),
     (GRPOTrainer, "_prepare_inputs"): (
-        "train_spark.py",
+        "training/passes.py",
         "when it generates, what it keeps in _buffered_inputs, and that _step counts micro-steps",
         "f824e7fb0714",
     ),
@@ -67,7 +67,7 @@ MEMBERS = {
         "736ae29b0838",
     ),
     (GRPOTrainer, "_compute_loss"): (
-        "train_spark.py",
+        "training/passes.py",
         "what each loss type divides by, what is added to it, and which terms make a row without advantage count",
         "80295546bbdb",
     ),
@@ -77,10 +77,10 @@ MEMBERS = {
         "e0f02e4fc094",
     ),
     (GRPOTrainer, "_generate"): ("training/images.py", "what becomes of rows without images", "2a27fdf8f5e6"),
-    (GRPOTrainer, "training_step"): ("train_spark.py", "that _step counts calls", "9e18632f7dd8"),
+    (GRPOTrainer, "training_step"): ("training/passes.py", "that _step counts calls", "9e18632f7dd8"),
     (GRPOTrainer, "log"): ("training/callbacks.py", "that metrics are means over what was appended", "1e7772819cc8"),
-    (GRPOTrainer, "get_train_dataloader"): ("train_spark.py", "that a batch is a generation", "2bffe5a57c53"),
-    (Trainer, "training_step"): ("train_spark.py", "that compute_loss's result goes backward once", "a95f8c94253a"),
+    (GRPOTrainer, "get_train_dataloader"): ("training/passes.py", "that a batch is a generation", "2bffe5a57c53"),
+    (Trainer, "training_step"): ("training/passes.py", "that compute_loss's result goes backward once", "a95f8c94253a"),
     (VLLMGeneration, "generate"): (
         "training/vllm.py",
         "generation_kwargs win; what it returns; sleep mode",
@@ -102,9 +102,9 @@ MEMBERS = {
         "3aca66e33a79",
     ),
     (utils, "unsplit_pixel_values_by_grid"): ("training/batch.py", "that it undoes the above", "9d31b407fc5f"),
-    (GradientState, "_set_sync_gradients"): ("train_spark.py", "that sync_gradients follows it", "c853f24eddce"),
+    (GradientState, "_set_sync_gradients"): ("training/passes.py", "that sync_gradients follows it", "c853f24eddce"),
     (DeepSpeedEngineWrapper, "backward"): (
-        "train_spark.py",
+        "training/passes.py",
         "that it steps only where sync_gradients is set",
         "0185cad8f450",
     ),

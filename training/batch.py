@@ -1,14 +1,11 @@
-"""The batches of a step, in the form that GRPOTrainer makes: two joined into one, and one cut into passes.
+"""The batches of a step, in the form that GRPOTrainer makes: two joined into one, and rows cut out of one.
 
 A step of SPARK trains on the union of its policy rollouts and its recycled rollouts, whose prompts, completions and
-images have different widths (`join`), in passes that hold no more tokens than a pass of plain GRPO (`plan_passes`,
-`cut_passes`). The shapes are TRL's: b rows, prompts of P tokens padded on the left, completions of T tokens padded on
-the right. Pixels are kept once a question, not once a rollout (`share_images`).
+images have different widths (`join`). The shapes are TRL's: b rows, prompts of P tokens padded on the left, completions
+of T tokens padded on the right. Pixels are kept once a question, not once a rollout (`share_images`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -124,130 +121,7 @@ def join(first: Batch, second: Batch, pad_token_id: int) -> Batch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One batch into passes
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Rows of the generation batch that go through the model together, on this process.
-
-    row_weight: its share of the rows of its block, times the block's micro-steps: turns a mean over its rows, divided
-        by the accumulation steps, into its part of the mean over all rows of the block.
-    token_weight: the same of the loss tokens of all processes.
-    metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together.
-    """
-
-    rows: torch.Tensor  # (b,)
-    recycled: bool
-    row_weight: float
-    token_weight: float
-    metric_weight: float
-
-    @property
-    def weights(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key != "rows"}
-
-
-def plan_passes(
-    union: Batch,
-    n_policy: int,
-    micro_steps: int,
-    blocks: int,
-    budget: int,
-    drop: bool = False,
-    apart: bool = False,
-    everyone: Callable[[torch.Tensor], torch.Tensor] = lambda local: local[None],
-) -> list[list[Pass]]:
-    """The passes of each micro-step.
-
-    The optimizer takes no step within a block, so the order of its rows is free: rows of similar length go together,
-    as many as `budget` holds. Policy rows and recycled rows have passes of their own, so that metrics can be told
-    apart. All processes make as many passes of as many rows, because TRL gathers in each of them and sharded models
-    must run in step.
-
-    Args:
-        n_policy: how many of the rows, the first ones, are the policy's.
-        micro_steps, blocks: of the generation; a block is as many micro-steps as no optimizer step cuts.
-        budget: the most padded tokens (rows x width) of a pass; one row may have more.
-        drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
-        apart: policy rows in the first half of the blocks, recycled rows in the second.
-        everyone: (n, ...) -> (processes, n, ...), every process's tensor.
-    """
-    n_rows = len(union["prompt_ids"])
-    kinds = []  # (block, recycled?, rows), of all blocks first the policy's
-    for start, stop, recycled in ((0, n_policy, False), (n_policy, n_rows, True)):
-        drawn = start + torch.randperm(stop - start)
-        parts = drawn.tensor_split(blocks // 2 if apart else blocks)
-        if apart:
-            none = (drawn[:0],) * (blocks // 2)
-            parts = (*none, *parts) if recycled else (*parts, *none)
-        kinds += [(block, recycled, rows) for block, rows in enumerate(parts)]
-
-    prompt = union["prompt_mask"].sum(1).cpu()
-    completion = union["completion_mask"].sum(1).cpu()
-    total = prompt + completion
-    loss_mask = union["completion_mask"] * union.get("tool_mask", 1)
-    loss_tokens = loss_mask.sum(1).cpu()
-    teaches = union["advantages"].cpu() != 0 if drop else torch.ones(n_rows, dtype=torch.bool)
-
-    # As many rows on every process: those that teach, and short ones that don't where another process has more.
-    taught = everyone(torch.tensor([int(teaches[rows].sum()) for *_, rows in kinds])).amax(0).tolist()
-    ordered = []
-    for (_, _, rows), n in zip(kinds, taught, strict=True):
-        rows = rows[total[rows].argsort(stable=True)]
-        rows = torch.cat([rows[teaches[rows]], rows[~teaches[rows]]])[:n]
-        ordered.append(rows[total[rows].argsort(descending=True, stable=True)])
-
-    size = max(map(len, ordered))
-    lengths = torch.zeros(len(kinds), size, 3, dtype=torch.long)  # of prompt and completion, and the loss tokens
-    for i, rows in enumerate(ordered):
-        lengths[i, : len(rows)] = torch.stack([prompt[rows], completion[rows], loss_tokens[rows]], dim=1)
-    lengths = everyone(lengths)  # (processes, kinds, size, 3)
-    widths, tokens = lengths[..., :2].amax(0).tolist(), lengths[..., 2].sum(0)
-    processes = len(lengths)
-    block_tokens = everyone(torch.tensor([int(loss_tokens[rows].sum()) for *_, rows in kinds])).sum(0)
-    block_tokens = block_tokens.view(2, blocks).sum(0).tolist()  # policy's and recycled, all processes
-
-    steps_of_block = micro_steps // blocks
-    plan: list[list[Pass]] = []
-    for block in range(blocks):
-        block_rows = sum(len(rows) for b, _, rows in kinds if b == block)
-        passes = []
-        for i in (block + blocks, block):  # recycled rows first
-            n = len(ordered[i])
-            slices = list(pairwise(cuts(widths[i][:n], budget)))
-            for start, stop in slices:
-                rows = ordered[i][start:stop]
-                passes.append(
-                    Pass(
-                        rows,
-                        recycled=kinds[i][1],
-                        row_weight=len(rows) / block_rows * steps_of_block,
-                        token_weight=int(loss_tokens[rows].sum())
-                        * processes
-                        / max(block_tokens[block], 1)
-                        * steps_of_block,
-                        metric_weight=int(tokens[i, start:stop].sum()) / max(int(tokens[i].sum()), 1) * len(slices),
-                    )
-                )
-        if not passes:  # the gradients of blocks before it in the optimizer step are still to be exchanged
-            passes = [Pass(total.argmin()[None], False, row_weight=0.0, token_weight=0.0, metric_weight=0.0)]
-        bounds = [len(passes) * i // steps_of_block for i in range(steps_of_block + 1)]
-        plan += [passes[a:b] for a, b in pairwise(bounds)]  # the last micro-step of a block always has one
-    return plan
-
-
-def cuts(widths: list[tuple[int, int]], budget: int) -> list[int]:
-    """Where to cut rows of these (prompt, completion) lengths, longest first, so that no slice of several rows holds
-    more than `budget` padded tokens."""
-    bounds = [0] if widths else []
-    prompt = completion = 0
-    for i, (p, t) in enumerate(widths):
-        prompt, completion = max(prompt, p), max(completion, t)
-        if i > bounds[-1] and (i + 1 - bounds[-1]) * (prompt + completion) > budget:
-            bounds.append(i)
-            prompt, completion = p, t
-    return [*bounds, len(widths)] if widths else []
+# Rows of a batch
 
 
 def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
