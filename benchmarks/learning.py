@@ -5,8 +5,8 @@
 
 Each run is a plain call of train_spark.py and of benchmarks.measures, in a process of its own with its share of the
 cores; it takes a few minutes, is kept under runs/learning/ and goes on where it was. Choices are made on the dev split;
-`--split test` measures finished runs on the held-out questions, once. benchmarks/results/learning_TASK_SPLIT.json has of
-every run its settings, seconds, tokens, measures and outcomes.
+`--split test` measures finished runs on the held-out questions, once. Of every run
+benchmarks/results/learning_TASK_SPLIT.json has the settings, seconds, tokens, measures and outcomes.
 """
 
 import argparse
