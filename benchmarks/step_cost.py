@@ -127,9 +127,8 @@ def main() -> None:
         row |= {f"{unit}_to_grpo": row[unit] / plain[unit] for unit in ("seconds_a_rollout", "seconds_a_token")}
         dropping = ", rows without gradient left out" if row["drop_zero_advantage"] else ""
         print(f"\n{row['engine']}, ratio {row['recycle_ratio']:g}{dropping}: {row['seconds']:.2f} s a step")
-        print(
-            f"    {row['seconds_a_rollout_to_grpo']:.2f} x GRPO's a rollout, {row['seconds_a_token_to_grpo']:.2f} a token"
-        )
+        rollout, token = row["seconds_a_rollout_to_grpo"], row["seconds_a_token_to_grpo"]
+        print(f"    {rollout:.2f} x GRPO's a rollout, {token:.2f} a token")
         padding = "" if row["padding"] is None else f", {row['padding']:.0%} of its tokens padding"
         print(f"    trained on {row['trained_share']:.0%} of the rows{padding}")
         shares = sorted(row["parts"].items(), key=lambda part: -part[1])
