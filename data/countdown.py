@@ -1,0 +1,378 @@
+r"""Countdown: make a target from a few numbers, each used exactly once, with + - *. Finding takes search, checking does not.
+
+    python -m data.countdown --split train --n 3000 --output runs/countdown/train.json
+    python -m data.countdown --split test --n 250 --output runs/countdown/test.json
+
+The second writes the questions, in evaluate.py's format, and two files for the judge beside them: test_pairs.json and
+test_points.json hold one right and one wrong answer to each question that no model wrote.
+
+    Use 9, 3 and 12, each exactly once, with + - * to make 39.  ->  \boxed{(12*3)+(9-6)}
+
+Splits: a set of numbers (with repetitions, whatever their order) belongs to one of train, dev and test, by its hash, for
+any range and any count of numbers. So no question of one split has the numbers of a question of another, nor their
+combination with a target. Targets alone are shared. Within a split, no combination of numbers and target comes twice.
+
+The reward needs no gold answer: the column `solution` states the task ("39 from 9, 3, 12"), and the boxed expression is
+parsed by a small grammar, never evaluated as code.
+
+    >>> countdown_reward(None, [r"12*3=36 \boxed{(12*3)+(9-6)}"], ["39 from 9, 3, 12"])
+    [0.0]
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import operator
+import random
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data.rows import BadInput
+from recycle import PROMPT_SUFFIX
+from verify import extract_boxed
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "dev", "test"]
+SPLITS: dict[Split, float] = {"test": 0.2, "dev": 0.1, "train": 0.7}  # shares of the sets of numbers
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+QUESTIONS = (
+    "Use {numbers}, each exactly once, with + - * to make {target}.",
+    "Which expression of {numbers} with + - * equals {target}? Each number is used exactly once.",
+    "Make {target} with + - * from {numbers}. Use each number exactly once.",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checker
+
+MAX_CHARS = 200
+_SPELLINGS = {"\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "⋅": "*", "−": "-", "\\left": "", "\\right": ""}
+_SPELLING = re.compile("|".join(map(re.escape, _SPELLINGS)))
+_TOKEN = re.compile(r"\s*([0-9]+|[-+*()])")
+_TASK = re.compile(r"\s*(-?[0-9]{1,9})\s+from\s+([0-9]{1,9}(?:\s*,\s*[0-9]{1,9}){1,15})\s*")
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+
+Terms = tuple[tuple[str, tuple[str, ...]], ...]  # of a sum: its terms, each a sign and a product's factors
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A parsed expression: its value, the numbers in it in order, and its terms, which say when two are the same."""
+
+    value: int
+    numbers: tuple[int, ...]
+    terms: Terms
+
+    @property
+    def key(self) -> str:
+        """The expression without spaces, needless parentheses and the order of terms and factors."""
+        return "".join(sorted(sign + "*".join(factors) for sign, factors in self.terms))
+
+
+def parse(text: str) -> Expression | None:
+    r"""Numbers with + - * and parentheses, at most MAX_CHARS long; `\times`, `\cdot` and the like are read as well.
+
+    None for anything else, a sign before a number included. No recursion: operands and operators are on two stacks.
+    """
+    if len(text) > MAX_CHARS:
+        return None
+    text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text).strip()
+    operands: list[Expression] = []
+    operators: list[str] = []
+    position, wants_operand = 0, True
+    while position < len(text):
+        if (match := _TOKEN.match(text, position)) is None:
+            return None
+        token, position = match[1], match.end()
+        if wants_operand != (token == "(" or token.isdigit()):
+            return None
+        if token.isdigit():
+            number = int(token)
+            operands.append(Expression(number, (number,), (("+", (str(number),)),)))
+            wants_operand = False
+        elif token == "(":
+            operators.append(token)
+        elif token == ")":
+            while operators and operators[-1] != "(":
+                _apply(operators.pop(), operands)
+            if not operators:
+                return None
+            operators.pop()
+        else:
+            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
+                _apply(operators.pop(), operands)
+            operators.append(token)
+            wants_operand = True
+    if wants_operand or "(" in operators:
+        return None
+    while operators:
+        _apply(operators.pop(), operands)
+    return operands[0]
+
+
+def _apply(symbol: str, operands: list[Expression]) -> None:
+    b, a = operands.pop(), operands.pop()
+    if symbol == "*":
+        terms: Terms = (("+", tuple(sorted((*_factors(a), *_factors(b))))),)
+    else:
+        flipped = {"+": "-", "-": "+"}
+        terms = (*a.terms, *((flipped[sign] if symbol == "-" else sign, factors) for sign, factors in b.terms))
+    operands.append(Expression(OPERATORS[symbol](a.value, b.value), (*a.numbers, *b.numbers), terms))
+
+
+def _factors(expression: Expression) -> tuple[str, ...]:
+    if len(expression.terms) == 1:  # no sign is read, so that it is positive
+        return expression.terms[0][1]
+    return (f"({expression.key})",)
+
+
+def task_text(numbers: Sequence[int], target: int) -> str:
+    """What the checker needs to know: the column `solution`."""
+    return f"{target} from {', '.join(map(str, numbers))}"
+
+
+def read_task(solution: Any) -> tuple[tuple[int, ...], int] | None:
+    """(numbers, target) of a `task_text`, or None."""
+    match = _TASK.fullmatch(solution) if isinstance(solution, str) else None
+    return (tuple(map(int, match[2].split(","))), int(match[1])) if match else None
+
+
+def solves(answer: str | None, solution: Any) -> bool | None:
+    """Whether the expression `answer` uses each number exactly once and equals the target; None if there is no task."""
+    if (task := read_task(solution)) is None:
+        return None
+    numbers, target = task
+    found = parse(answer) if answer is not None else None
+    return found is not None and found.value == target and sorted(found.numbers) == sorted(numbers)
+
+
+_logged: set[str] = set()
+
+
+def countdown_reward(prompts, completions, solution, **columns) -> list[float | None]:
+    """1.0 where the boxed expression solves the task in `solution`, else 0.0; None where that states no task."""
+    rewards: list[float | None] = []
+    for completion, task in zip(completions, solution, strict=True):
+        text = completion if isinstance(completion, str) else completion[-1]["content"]
+        solved = solves(extract_boxed(text), task)
+        if solved is None and (shown := repr(task)[:300]) not in _logged and len(_logged) < 10_000:
+            _logged.add(shown)
+            logger.warning("unscorable: expected a solution like '39 from 9, 3, 12', got %s", shown)
+        rewards.append(None if solved is None else float(solved))
+    return rewards
+
+
+def same(pairs: Sequence[tuple[str | None, str | None]]) -> list[bool | None]:
+    """Which pairs are one answer: the same expression but for spaces, needless parentheses and the order of terms and
+    factors. Never by value: with that, a vote would check for free. None where there is no answer."""
+
+    def key(answer: str) -> str:
+        expression = parse(answer)
+        return answer.strip() if expression is None else expression.key
+
+    return [None if a is None or b is None else key(a) == key(b) for a, b in pairs]
+
+
+countdown_reward.equal = same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+DRAWS = 1000  # random tries before something is taken not to exist
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to combine numbers: its steps (a, operator, b, result), its expression and its value."""
+
+    steps: tuple[tuple[int, str, int, int], ...]
+    expression: str
+    value: int
+
+    @property
+    def work(self) -> str:
+        return ", ".join(f"{a}{symbol}{b}={result}" for a, symbol, b, result in self.steps)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question in words, and a way to solve it."""
+
+    numbers: tuple[int, ...]
+    target: int
+    text: str
+    way: Way
+
+    @property
+    def solution(self) -> str:
+        return task_text(self.numbers, self.target)
+
+
+@dataclass(frozen=True)
+class Game:
+    """What questions are drawn from: how many numbers, from 1 to `largest`; results of steps are from 1 to `most`."""
+
+    counts: tuple[int, ...] = (3,)
+    largest: int = 12
+    most: int = 99
+
+
+def split_of(numbers: Sequence[int]) -> Split:
+    """The split that a set of numbers belongs to, whatever their order."""
+    digest = hashlib.blake2b(" ".join(map(str, sorted(numbers))).encode(), digest_size=8).digest()
+    point = int.from_bytes(digest) / 2**64
+    return "test" if point < SPLITS["test"] else "dev" if point < SPLITS["test"] + SPLITS["dev"] else "train"
+
+
+def random_way(numbers: Sequence[int], most: int, rng: random.Random) -> Way | None:
+    """A random way to combine `numbers` with results from 1 to `most`; None if DRAWS tries find none."""
+    for _ in range(DRAWS):
+        pool = [(n, str(n)) for n in numbers]
+        steps = []
+        while len(pool) > 1:
+            drawn = [pool.pop(rng.randrange(len(pool))) for _ in range(2)]
+            (a, left), (b, right) = sorted(drawn, key=lambda item: -item[0])  # the larger one first
+            symbol = rng.choice("+-*")
+            result = OPERATORS[symbol](a, b)
+            if not 1 <= result <= most:
+                break
+            steps.append((a, symbol, b, result))
+            pool.append((result, f"({left}{symbol}{right})"))
+        else:
+            return Way(tuple(steps), pool[0][1][1:-1], pool[0][0])
+    return None
+
+
+def other_way(question: Question, most: int, rng: random.Random) -> Way | None:
+    """A random way to combine the question's numbers that misses its target; None if none is found."""
+    for _ in range(DRAWS):
+        way = random_way(question.numbers, most, rng)
+        if way is not None and way.value != question.target:
+            return way
+    return None
+
+
+def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
+    """A random question of the split that has a solution, and a way to get it wrong."""
+    for _ in range(DRAWS):
+        numbers = tuple(rng.randint(1, game.largest) for _ in range(rng.choice(game.counts)))
+        if split_of(numbers) != split or (way := random_way(numbers, game.most, rng)) is None:
+            continue
+        *head, last = numbers
+        listed = f"{', '.join(map(str, head))} and {last}"
+        text = rng.choice(QUESTIONS).format(numbers=listed, target=way.value)
+        question = Question(numbers, way.value, text, way)
+        if other_way(question, game.most, rng) is not None:
+            return question
+    raise BadInput(f"expected questions to exist, found none in {DRAWS} tries with {game}")
+
+
+def draw_questions(split: Split, n: int, game: Game, rng: random.Random) -> list[Question]:
+    """`n` questions that differ in their numbers or in their target. Raises BadInput if there are not so many."""
+    questions: dict[tuple, Question] = {}
+    draws = 0
+    while len(questions) < n:
+        question = draw_question(split, game, rng)
+        questions.setdefault((*sorted(question.numbers), question.target), question)
+        if (draws := draws + 1) > 100 * n:
+            raise BadInput(f"--n: expected at most about {len(questions)} for the split {split}, got {n}")
+    return list(questions.values())
+
+
+def countdown_rows(split: Split, n: int, seed: int = 0, game: Game | None = None) -> list[dict[str, Any]]:
+    """`n` questions, the same for the same seed: prompt (messages), solution (the task), dataset."""
+    rng = random.Random(f"countdown/{split}/{seed}")
+    return [
+        {
+            "prompt": [{"role": "user", "content": question.text + PROMPT_SUFFIX}],
+            "solution": question.solution,
+            "dataset": f"countdown-{len(question.numbers)}",
+        }
+        for question in draw_questions(split, n, game or Game(), rng)
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers as the small model writes them
+
+MAX_TRIES = 4
+SLIP = 0.5  # of the wrong answers: the last result is called what it should be
+
+
+def attempt(question: Question, right: bool, rng: random.Random, most: int, slip: float = SLIP) -> tuple[str, Way]:
+    """(an answer with its search, the way that it boxes): up to MAX_TRIES tries, the last one claimed to be right.
+
+    A wrong answer claims that as much as a right one does, and half of the wrong ones also write the target as their
+    last result: neither says to a judge which it is.
+    """
+    tries = [other_way(question, most, rng) for _ in range(rng.randrange(MAX_TRIES))]
+    last = question.way if right else other_way(question, most, rng)
+    work = last.work
+    if not right and rng.random() < slip:
+        work = f"{work.rpartition('=')[0]}={question.target}"
+    return search(tries, work, last.expression), last
+
+
+def search(missed: Sequence[Way], work: str, expression: str) -> str:
+    """Tries that missed, then the one that is boxed."""
+    return "".join(f"{way.work}: no. " for way in missed) + f"{work}: yes. \\boxed{{{expression}}}"
+
+
+def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> dict[str, list[dict[str, Any]]]:
+    """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
+    `pairs` and `points`. Half of the answers are shown with their search."""
+    game = game or Game()
+    rng = random.Random(f"countdown/held-out/{split}/{seed}")
+    answers, pairs, points = [], [], []
+    for question in draw_questions(split, n, game, rng):
+        both = [attempt(question, right, rng, game.most) for right in (True, False)]
+        whole = rng.random() < 0.5
+        right, wrong = (text if whole else way.expression for text, way in both)
+        row = {"dataset": f"countdown-{len(question.numbers)}", "problem": question.text, "image_path": None}
+        answers.append({**row, "answer": question.solution})
+        pairs.append({**row, "chosen": right, "rejected": wrong})
+        points += [{**row, "response": right, "label": "Yes"}, {**row, "response": wrong, "label": "No"}]
+    return {"answers": answers, "pairs": pairs, "points": points}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
+    parser.add_argument("--n", type=int, default=250)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--numbers", type=int, nargs="+", default=[3], help="how many, drawn from these for each row")
+    parser.add_argument("--largest", type=int, default=Game.largest, help="numbers are from 1 to this")
+    parser.add_argument("--most", type=int, default=Game.most, help="the target, and each step of a way to it, at most")
+    args = parser.parse_args(arguments)
+    try:
+        least = {"n": 1, "largest": 1, "most": 1}
+        for name, bound in least.items():
+            if getattr(args, name) < bound:
+                raise BadInput(f"--{name}: expected {bound} or more, got {getattr(args, name)}")
+        if not all(2 <= count <= 6 for count in args.numbers):
+            raise BadInput(f"--numbers: expected 2 to 6, got {' '.join(map(str, args.numbers))}")
+        game = Game(tuple(args.numbers), args.largest, args.most)
+        rows = held_out(args.split, args.n, args.seed, game)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        files = {args.output: rows["answers"]}
+        if args.split != "train":
+            files |= {args.output.with_stem(f"{args.output.stem}_{kind}"): rows[kind] for kind in ("pairs", "points")}
+        for path, its in files.items():
+            path.write_text(json.dumps(its, indent=1), encoding="utf-8")
+            print(f"{path}: {len(its):,} rows")
+    except (BadInput, OSError) as error:
+        print(f"data.countdown: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
