@@ -6,17 +6,17 @@ r"""Countdown: make a target from a few numbers, each used exactly once, with + 
 The second writes the questions, in evaluate.py's format, and two files for the judge beside them: test_pairs.json and
 test_points.json hold one right and one wrong answer to each question that no model wrote.
 
-    Use 9, 3 and 12, each exactly once, with + - * to make 39.  ->  \boxed{(12*3)+(9-6)}
+    Use 9, 3 and 12, each exactly once, with + - * to make 45.  ->  12*3=36, 36+9=45: yes. \boxed{(12*3)+9}
 
 Splits: a set of numbers (with repetitions, whatever their order) belongs to one of train, dev and test, by its hash, for
 any range and any count of numbers. So no question of one split has the numbers of a question of another, nor their
 combination with a target. Targets alone are shared. Within a split, no combination of numbers and target comes twice.
 
-The reward needs no gold answer: the column `solution` states the task ("39 from 9, 3, 12"), and the boxed expression is
+The reward needs no gold answer: the column `solution` states the task ("45 from 9, 3, 12"), and the boxed expression is
 parsed by a small grammar, never evaluated as code.
 
-    >>> countdown_reward(None, [r"12*3=36 \boxed{(12*3)+(9-6)}"], ["39 from 9, 3, 12"])
-    [0.0]
+    >>> countdown_reward(None, [r"\boxed{(12*3)+9}", r"\boxed{45}"], ["45 from 9, 3, 12"] * 2)
+    [1.0, 0.0]
 """
 
 import argparse
@@ -163,7 +163,7 @@ def countdown_reward(prompts, completions, solution, **columns) -> list[float | 
         solved = solves(extract_boxed(text), task)
         if solved is None and (shown := repr(task)[:300]) not in _logged and len(_logged) < 10_000:
             _logged.add(shown)
-            logger.warning("unscorable: expected a solution like '39 from 9, 3, 12', got %s", shown)
+            logger.warning("unscorable: expected a solution like '45 from 9, 3, 12', got %s", shown)
         rewards.append(None if solved is None else float(solved))
     return rewards
 
@@ -185,7 +185,7 @@ countdown_reward.equal = same
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
-DRAWS = 1000  # random tries before something is taken not to exist
+DRAWS = 200  # random tries before something is taken not to exist
 
 
 @dataclass(frozen=True)
@@ -277,12 +277,14 @@ def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
 def draw_questions(split: Split, n: int, game: Game, rng: random.Random) -> list[Question]:
     """`n` questions that differ in their numbers or in their target. Raises BadInput if there are not so many."""
     questions: dict[tuple, Question] = {}
-    draws = 0
+    repeated = 0  # in a row
     while len(questions) < n:
         question = draw_question(split, game, rng)
-        questions.setdefault((*sorted(question.numbers), question.target), question)
-        if (draws := draws + 1) > 100 * n:
+        key = (*sorted(question.numbers), question.target)
+        repeated = repeated + 1 if key in questions else 0
+        if repeated > 10 * DRAWS:
             raise BadInput(f"--n: expected at most about {len(questions)} for the split {split}, got {n}")
+        questions.setdefault(key, question)
     return list(questions.values())
 
 

@@ -162,15 +162,15 @@ def make_tokenizer(seed: int):
 def make_model(tokenizer, seed: int):
     """A Qwen2 of about 1.2 M parameters: 5 layers of 128."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
+    model = LlamaForCausalLM(
+        LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=5,
+            intermediate_size=512,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=1024,
@@ -208,8 +208,7 @@ def batch(examples: list[tuple[str, str]], tokenizer):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    words = tokenizer.convert_tokens_to_ids(["same", "differs", "no", "yes"])
-    comparisons = torch.isin(labels, torch.tensor(words))
+    comparisons = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["same", "differs"])))
     return ids, labels, comparisons
 
 

@@ -1,0 +1,274 @@
+"""Countdown: the checker against right, wrong and hostile answers, the splits, and the small model that starts on it."""
+
+import json
+import random
+import time
+
+import pytest
+
+from data import countdown
+from data.countdown import (
+    Game,
+    attempt,
+    countdown_reward,
+    countdown_rows,
+    draw_question,
+    held_out,
+    parse,
+    read_task,
+    same,
+    solves,
+    split_of,
+    task_text,
+)
+from recycle import PAIRWISE, POINTWISE_A_B, POINTWISE_YES_NO, PROMPT_SUFFIX, REFLECT_ON_ANSWER, REFLECT_ON_COT
+from verify import extract_boxed
+
+START = "models/countdown"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checker
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(3+4)*2",
+        " ( 4 + 3 ) * 2 ",
+        "2*(((3))+4)",
+        r"2 \times (3 + 4)",
+        r"\left(3+4\right)\cdot 2",
+        "(3+4)×2",
+        "(03+4)*2",
+    ],
+)
+def test_an_expression_that_solves_the_task(answer):
+    assert solves(answer, "14 from 3, 4, 2") is True
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        "",
+        "14",
+        "7*2",  # 7 is not one of the numbers
+        "3+4*2",  # 11
+        "(3+4)*2+3-3",  # numbers used again
+        "2*(3+4)*1",
+        "3+4",
+        "(3+4)*2=14",
+        "+(3+4)*2",
+        "-2*-(3+4)",
+        "(3+4)2",
+        "3 4 2",
+        "3+4)*2",
+        "((3+4)*2",
+        "()(3+4)*2",
+        "(3+4)**2",
+        "(3+4)//2",
+        "28/2",
+        "(3.0+4)*2",
+        "(3+4)*2 # 14",
+        "1_4",
+        "(٣+٤)*٢",
+        "(3+4)²",
+        "(3+4)*2\x00",
+        "__import__('os').system('true')",
+        "lambda: 14",
+    ],
+)
+def test_an_expression_that_does_not(answer):
+    assert solves(answer, "14 from 3, 4, 2") is False
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "(" * 100_000,
+        ")" * 100_000,
+        "(" * 100_000 + "3" + ")" * 100_000,
+        "9" * 100_000,
+        "*".join(["999999999"] * 20_000),
+        "3" + "+4" * 50_000,
+        " " * 100_000,
+        "\\left" * 50_000,
+        "(" * 99 + "3" + ")" * 99,
+        "9" * 200,
+        "-".join(["(9*9)"] * 33),
+    ],
+)
+def test_hostile_length_and_depth(answer):
+    start = time.perf_counter()
+    assert solves(answer, "14 from 3, 4, 2") is False
+    assert same([(answer, answer), (answer, "3+4")]) == [True, False]
+    assert countdown_reward(None, ["\\boxed{" + answer + "}"], ["14 from 3, 4, 2"]) == [0.0]
+    assert time.perf_counter() - start < 2
+
+
+def test_precedence_and_order_of_evaluation():
+    for text in ("9-3-2", "9-(3-2)", "2+3*4", "(2+3)*4", "2*3-4*5", "7-2*3+1", "((1))", "8-(7-(6-5))*2"):
+        assert parse(text).value == eval(text)  # noqa: S307, our own text
+    assert parse("9-3*2").numbers == (9, 3, 2)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [None, "", "14", 14, ["14 from 3, 4, 2"], {"target": 14}, "14 from", "14 from 3", "14 from 3, x", "3, 4, 2",
+     "14 from 3, 4, 2; 5", "14 from " + ", ".join(["1"] * 1000), "1" * 50 + " from 3, 4"],
+)  # fmt: skip
+def test_a_row_without_a_readable_task_is_unscorable(task):
+    assert solves("3+4", task) is None
+    completions = [r"\boxed{(3+4)*2}", r"\boxed{(3+4)*2}", "no box"]
+    rewards = countdown_reward(None, completions, ["14 from 3, 4, 2", task, task])
+    assert rewards == [1.0, None, None]
+
+
+def test_reward_in_trls_form():
+    texts = [r"3+4=7, 7*2=14: yes. \boxed{(3+4)*2}", r"\boxed{3} then \boxed{4*(3-2)}", "14", r"\boxed{(3+4)*2"]
+    tasks = ["14 from 3, 4, 2", "4 from 3, 4, 2", "14 from 3, 4, 2", "14 from 3, 4, 2"]
+    assert countdown_reward(["q"] * 4, texts, tasks, images=[None] * 4) == [1.0, 1.0, 0.0, 0.0]
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    assert countdown_reward(prompts=None, completions=messages, solution=tasks, task=None) == [1.0, 1.0, 0.0, 0.0]
+    with pytest.raises(ValueError):
+        countdown_reward(None, texts, tasks[:3])
+
+
+def test_two_answers_are_the_same_as_expressions_and_never_by_value():
+    pairs = {
+        ("(3+4)*2", "2 * (4+3)"): True,
+        ("(3+4)*2", r"2\times((3)+4)"): True,
+        ("3+(4+2)", "(2+3)+4"): True,
+        ("9-(3-2)", "9-3+2"): True,
+        ("3*4-2", "(3*4)-2"): True,
+        ("3*4-2", "3*(4-2)"): False,
+        ("9-3-2", "9-(3-2)"): False,
+        ("7*2", "14"): False,
+        ("2*2", "2+2"): False,
+        ("3+4", "4+3+0"): False,
+        ("6*(5-4)", "6*(7-6)"): False,
+        ("nothing", "nothing "): True,
+        ("nothing", "3+4"): False,
+        ("3+4", None): None,
+        (None, None): None,
+    }
+    assert same(list(pairs)) == list(pairs.values())
+    assert same([(b, a) for a, b in pairs]) == list(pairs.values())
+    assert countdown_reward.equal is same
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions
+
+
+@pytest.mark.parametrize("game", [Game(), Game(counts=(3, 4), largest=99)])
+def test_splits_share_no_numbers_and_no_question_comes_twice(game):
+    numbers = {}
+    for split in ("train", "dev", "test"):
+        rows = countdown_rows(split, 200, game=game)
+        assert all(row["prompt"][0]["content"].endswith(PROMPT_SUFFIX) for row in rows)
+        tasks = [(tuple(sorted(ns)), target) for ns, target in (read_task(row["solution"]) for row in rows)]
+        assert len(set(tasks)) == 200
+        numbers[split] = {ns for ns, _ in tasks}
+        assert all(split_of(random.sample(ns, len(ns))) == split for ns in numbers[split])
+    assert not (numbers["train"] & numbers["test"] or numbers["train"] & numbers["dev"] or numbers["dev"] & numbers["test"])
+
+
+def test_questions_are_the_same_for_the_same_seed():
+    assert countdown_rows("train", 50, seed=3) == countdown_rows("train", 50, seed=3)
+    assert countdown_rows("train", 50, seed=3) != countdown_rows("train", 50, seed=4)
+    assert held_out("test", 20) == held_out("test", 20)
+
+
+@pytest.mark.parametrize("game", [Game(), Game(counts=(3, 4), largest=99)])
+def test_every_question_has_a_solution_within_the_bounds(game):
+    rng = random.Random(0)
+    for _ in range(300):
+        question = draw_question("train", game, rng)
+        assert len(question.numbers) in game.counts
+        assert solves(question.way.expression, question.solution) is True
+        assert all(1 <= result <= game.most for *_, result in question.way.steps)
+        assert all(str(number) in question.text for number in (*question.numbers, question.target))
+
+
+def test_right_and_wrong_answers_look_alike():
+    """Wrong ones claim success, and write the target as their last result half of the time."""
+    rng = random.Random(0)
+    called = 0
+    for _ in range(300):
+        question = draw_question("test", Game(), rng)
+        for right in (True, False):
+            text, way = attempt(question, right, rng, 99)
+            assert countdown_reward(None, [text], [question.solution]) == [float(right)]
+            assert extract_boxed(text) == way.expression
+            assert text.count(": yes.") == 1
+            called += not right and f"={question.target}: yes." in text
+    assert 120 < called < 180
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_files_that_evaluation_and_training_read(split, tmp_path, capsys):
+    from data.read import read_dataset
+    from evaluate import read_benchmark
+
+    path = tmp_path / "new" / "countdown.json"
+    assert countdown.main(["--split", split, "--n", "30", "--output", str(path)]) == 0
+    files = sorted(file.name for file in path.parent.iterdir())
+    if split == "train":
+        assert files == ["countdown.json"]
+        rows = read_dataset(path)
+        assert all(read_task(task) for task in rows["solution"])
+        assert all(prompt[0]["content"].endswith(PROMPT_SUFFIX) for prompt in rows["prompt"])
+        return
+    assert files == ["countdown.json", "countdown_pairs.json", "countdown_points.json"]
+    answers = read_benchmark(str(path), "answer")
+    pairs = read_benchmark(str(path.with_name("countdown_pairs.json")), "judge")
+    points = read_benchmark(str(path.with_name("countdown_points.json")), "judge")
+    assert [len(rows) for rows in (answers, pairs, points)] == [30, 30, 60]
+    assert [point["label"] for point in points] == ["Yes", "No"] * 30
+    for row, pair in zip(answers, pairs, strict=True):
+        for side, right in (("chosen", True), ("rejected", False)):
+            assert solves(extract_boxed(pair[side]) or pair[side], row["answer"]) is right
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--n", "0"], "--n: expected 1 or more, got 0"),
+        (["--split", "dev", "--n", "5000"], "--n: expected at most about 3"),
+        (["--numbers", "1"], "--numbers: expected 2 to 6, got 1"),
+        (["--numbers", "6", "--largest", "99", "--most", "1"], "expected questions to exist"),
+        (["--output", "/dev/null/x.json"], "/dev/null"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, capsys):
+    assert countdown.main(["--output", str(tmp_path / "x.json"), *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert expected in message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The small model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(START, padding_side="left")
+
+
+def test_the_tokenizer_covers_every_template(tokenizer):
+    """As the trainer and the engines load it: by the class that config.json and tokenizer_config.json lead to."""
+    assert tokenizer.tokenize(r"12-(7-3)=8: yes. \boxed{12-(7-3)}") == (
+        "12 - ( 7 - 3 ) = 8 :Ġ yes .Ġ \\boxed{ 12 - ( 7 - 3 ) }".split()
+    )
+    assert all(len(tokenizer.tokenize(str(n))) == 1 for n in range(100))
+    for template in (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER):
+        ids = tokenizer(template)["input_ids"]
+        assert tokenizer.decode(ids) == template
+        words = tokenizer.tokenize(template)
+        assert not any(len(word) == 1 and word.isalpha() and word not in "AB" for word in words), words
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
