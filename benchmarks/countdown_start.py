@@ -57,7 +57,8 @@ class Asked:
         if instructions is not None:
             messages = [ask(message, text) for message, text in zip(messages, instructions, strict=True)]
         outputs = complete(self.engine, [Request(message) for message in messages], self.sampling)
-        for message, output in list(zip(messages, outputs, strict=True))[: self.show]:
+        shown = self.rng.sample(range(len(messages)), min(self.show, len(messages)))
+        for message, output in ((messages[i], outputs[i]) for i in shown):
             print(f"--- {role}, temperature {self.sampling.temperature}\n{message[0]['content']}\n>>> {output.text}")
         self.cut = sum(output.completion_tokens >= MAX_TOKENS for output in outputs)
         return [output.text for output in outputs]
@@ -150,7 +151,9 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float, sam
     measures = {
         "first answer": _mean(grouped(right)),
         "one of the samples": _mean([[any(its)] for its in grouped(right)]),
-        "judge, own answers": _balanced(*([[hit for was, _, hit in g if was is s] for g in grouped(split)] for s in (True, False))),
+        "judge, own answers": _balanced(
+            *([[hit for was, _, hit in g if was is s] for g in grouped(split)] for s in (True, False))
+        ),
         "judge, independent answers": _balanced(point_hits[::2], point_hits[1::2]),
         "pairwise, both orders": _mean([[h for pair in g for h in pair] for g in grouped(pair_hits)]),
         "pairwise, A chosen": _mean([[v == 0 for v in g] for side in order.values() for g in grouped(side)]),
@@ -209,7 +212,9 @@ def main() -> None:
     benchmark = held_out(args.split, args.questions)
     greedy = measure(args.model, benchmark, 0.0, 1, args.show)
     sampled = measure(args.model, benchmark, 1.0, SAMPLES, args.show)
-    print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':34}{'greedy':>18}{f'T 1, {SAMPLES} samples':>18}")
+    print(
+        f"\n{args.model}, {args.questions} questions of {args.split}\n{'':34}{'greedy':>18}{f'T 1, {SAMPLES} samples':>18}"
+    )
     for name in greedy["measures"]:
         cells = []
         for value in (measured["measures"][name] for measured in (greedy, sampled)):

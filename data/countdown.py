@@ -250,13 +250,16 @@ def random_way(numbers: Sequence[int], most: int, rng: random.Random) -> Way | N
     return None
 
 
-def other_way(question: Question, most: int, rng: random.Random) -> Way | None:
-    """A random way to combine the question's numbers that misses its target; None if none is found."""
+def misses(question: Question, n: int, most: int, rng: random.Random) -> list[Way]:
+    """Up to `n` different random ways to combine the question's numbers that miss its target."""
+    found: dict[str, Way] = {}
     for _ in range(DRAWS):
+        if len(found) == n:
+            break
         way = random_way(question.numbers, most, rng)
         if way is not None and way.value != question.target:
-            return way
-    return None
+            found.setdefault(way.expression, way)
+    return list(found.values())
 
 
 def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
@@ -269,7 +272,7 @@ def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
         listed = f"{', '.join(map(str, head))} and {last}"
         text = rng.choice(QUESTIONS).format(numbers=listed, target=way.value)
         question = Question(numbers, way.value, text, way)
-        if other_way(question, game.most, rng) is not None:
+        if misses(question, 1, game.most, rng):
             return question
     raise BadInput(f"expected questions to exist, found none in {DRAWS} tries with {game}")
 
@@ -309,13 +312,14 @@ SLIP = 0.5  # of the wrong answers: the last result is called what it should be
 
 
 def attempt(question: Question, right: bool, rng: random.Random, most: int, slip: float = SLIP) -> tuple[str, Way]:
-    """(an answer with its search, the way that it boxes): up to MAX_TRIES tries, the last one claimed to be right.
+    """(an answer with its search, the way that it boxes): up to MAX_TRIES different tries, the last claimed to be right.
 
     A wrong answer claims that as much as a right one does, and half of the wrong ones also write the target as their
     last result: neither says to a judge which it is.
     """
-    tries = [other_way(question, most, rng) for _ in range(rng.randrange(MAX_TRIES))]
-    last = question.way if right else other_way(question, most, rng)
+    *tries, last = misses(question, rng.randint(1, MAX_TRIES), most, rng)
+    if right:
+        last = question.way
     work = last.work
     if not right and rng.random() < slip:
         work = f"{work.rpartition('=')[0]}={question.target}"

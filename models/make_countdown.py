@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.countdown import Game, Question, Way, attempt, draw_question, other_way, search
+from data.countdown import Game, Question, Way, attempt, draw_question, search
 from recycle import (
     PAIRWISE,
     POINTWISE_A_B,
@@ -98,7 +98,9 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, str]:
         completion = f"{compared(way, question.target)}: {word}. \\boxed{{{verdict}}}"
     else:
         best = rng.randrange(2)
-        texts, ways = ((right_text, wrong_text), (right, wrong)) if best == 0 else ((wrong_text, right_text), (wrong, right))
+        texts, ways = (
+            ((right_text, wrong_text), (right, wrong)) if best == 0 else ((wrong_text, right_text), (wrong, right))
+        )
         instruction = pairwise_instruction(*texts, rng.randrange(len(PAIRWISE)))
         work = " ".join(f"{name}: {compared(way, question.target)}." for name, way in zip("AB", ways, strict=True))
         completion = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
@@ -124,7 +126,9 @@ def make_tokenizer(seed: int):
     rng = random.Random(f"tokenizer/{seed}")
     corpus = [part for _ in range(5000) for part in example(rng, Noise())]
     corpus += [f"{n}" for n in range(100)] * 50
-    corpus += [t for ts in (POINTWISE_YES_NO, POINTWISE_A_B, PAIRWISE, REFLECT_ON_COT, REFLECT_ON_ANSWER) for t in ts] * 20
+    corpus += [
+        t for ts in (POINTWISE_YES_NO, POINTWISE_A_B, PAIRWISE, REFLECT_ON_COT, REFLECT_ON_ANSWER) for t in ts
+    ] * 20
     corpus += ["user\n", "assistant\n", "system\n"] * 20
 
     tokenizer = Tokenizer(models.BPE())
@@ -225,7 +229,9 @@ def batches(tokenizer, rng: random.Random, noise: Noise, batch_size: int = 32, p
             yield batch(drawn[start : start + batch_size], tokenizer)
 
 
-def warm_start(model, tokenizer, seed: int, clean_steps: int = 1300, noisy_steps: int = 200, weight: float = 10.0, peak=2e-3):
+def warm_start(
+    model, tokenizer, seed: int, clean_steps: int = 1300, noisy_steps: int = 200, weight: float = 10.0, peak=2e-3
+):
     """Supervised training. Yields (step, loss, loss of the comparisons alone), means of 50 steps."""
     import torch
 
@@ -239,7 +245,9 @@ def warm_start(model, tokenizer, seed: int, clean_steps: int = 1300, noisy_steps
     for step in range(1, steps + 1):
         ids, labels, comparisons = next(clean if step <= clean_steps else noisy)
         floor = 0.05
-        optimizer.param_groups[0]["lr"] = peak * min(1, step / 100) * (floor + (1 - floor) * (1 + math.cos(math.pi * step / steps)) / 2)
+        optimizer.param_groups[0]["lr"] = (
+            peak * min(1, step / 100) * (floor + (1 - floor) * (1 + math.cos(math.pi * step / steps)) / 2)
+        )
         labels, comparisons = labels[:, 1:], comparisons[:, 1:]
         kept = labels != -100
         hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][kept]
@@ -271,9 +279,11 @@ def main() -> None:
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    import time; t=time.time()
+    import time
+
+    t = time.time()
     for step, loss, comparing in warm_start(model, tokenizer, args.seed, args.clean, args.noisy):
-        print(step, f"{loss:.3f} {comparing:.3f} {time.time()-t:.0f}s", flush=True)
+        print(step, f"{loss:.3f} {comparing:.3f} {time.time() - t:.0f}s", flush=True)
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"saved {args.output}")

@@ -172,7 +172,9 @@ def test_splits_share_no_numbers_and_no_question_comes_twice(game):
         assert len(set(tasks)) == 200
         numbers[split] = {ns for ns, _ in tasks}
         assert all(split_of(random.sample(ns, len(ns))) == split for ns in numbers[split])
-    assert not (numbers["train"] & numbers["test"] or numbers["train"] & numbers["dev"] or numbers["dev"] & numbers["test"])
+    assert not (
+        numbers["train"] & numbers["test"] or numbers["train"] & numbers["dev"] or numbers["dev"] & numbers["test"]
+    )
 
 
 def test_questions_are_the_same_for_the_same_seed():
@@ -272,3 +274,62 @@ def test_the_tokenizer_covers_every_template(tokenizer):
         words = tokenizer.tokenize(template)
         assert not any(len(word) == 1 and word.isalpha() and word not in "AB" for word in words), words
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_the_start_is_able_and_far_from_done():
+    """Greedy: it ends its turns and boxes; of the first answers 0.2 to 0.5 are right (widened by a small sample)."""
+    from benchmarks.countdown_start import Asked
+
+    rows = held_out("dev", 60)
+    asked = Asked(START, temperature=0.0)
+    problems = [row["problem"] for row in rows["answers"]]
+    texts = asked("answer", problems)
+    assert asked.cut == 0
+    assert sum(extract_boxed(text) is not None for text in texts) >= 58
+    right = countdown_reward(None, texts, [row["answer"] for row in rows["answers"]])
+    assert 0.1 < sum(right) / 60 < 0.6
+    for side in (0, 1):  # a judge that always says the same has one side right
+        points = rows["points"][side::2]
+        verdicts = asked.judge("judge", problems, [row["response"] for row in points])
+        assert sum(verdict is (side == 0) for verdict in verdicts) / 60 > 0.5
+
+
+def test_a_step_of_training_from_the_start(tmp_path):
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from train_spark import SparkConfig, SparkTrainer
+
+    torch.manual_seed(0)
+    rows = [{name: row[name] for name in ("prompt", "solution")} for row in countdown_rows("train", 16)]
+    trainer = SparkTrainer(
+        AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32),
+        countdown_reward,
+        SparkConfig(
+            str(tmp_path),
+            per_device_train_batch_size=32,
+            num_generations=4,
+            max_completion_length=96,
+            max_steps=1,
+            learning_rate=1e-4,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            log_completions=True,
+            num_completions_to_print=0,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=AutoTokenizer.from_pretrained(START, padding_side="left"),
+    )
+    before = [weight.detach().clone() for weight in trainer.model.parameters()]
+    trainer.train()
+    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert 0 < logged["policy/accuracy"] < 1 and logged["policy/unboxed"] < 0.2
+    assert logged["recycle/rows"] > 0 and logged["judge/unparsed"] < 0.2 and "reflection/fix_rate" in logged
+    assert logged["rewards/countdown_reward/mean"] == pytest.approx(logged["policy/accuracy"])
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))

@@ -75,8 +75,10 @@ MODELS = {
     "spark_7b": (lambda: text_config("Qwen2", **qwen2(3584, 18944, 28, 28, 4, 152064, False)), 7_615_616_512),
     "vl_3b_lora_1gpu": (lambda: qwen2_5_vl(qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_754_622_976),
     "qwen2.5_0.5b_colab": (lambda: text_config("Qwen2", **qwen2(896, 4864, 24, 14, 2, 151936, True)), 494_032_768),
+    "countdown_3b": (lambda: text_config("Qwen2", **qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_085_938_688),
     "smollm2_135m": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
     "demo": (lambda: "data/tiny_qwen2_5_vl", 1_170_624),
+    "countdown": (lambda: "models/countdown", 1_106_688),
 }
 
 
