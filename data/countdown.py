@@ -323,12 +323,13 @@ def attempt(question: Question, right: bool, rng: random.Random, most: int, slip
     work = last.work
     if not right and rng.random() < slip:
         work = f"{work.rpartition('=')[0]}={question.target}"
-    return search(tries, work, last.expression), last
+    tried = [checked(way.work, question.target, False) for way in tries] + [checked(work, question.target, True)]
+    return f"{' '.join(tried)} \\boxed{{{last.expression}}}", last
 
 
-def search(missed: Sequence[Way], work: str, expression: str) -> str:
-    """Tries that missed, then the one that is boxed."""
-    return "".join(f"{way.work}: no. " for way in missed) + f"{work}: yes. \\boxed{{{expression}}}"
+def checked(work: str, target: int, hit: bool) -> str:
+    """A try beside what is wanted: "3+4=7, 7*2=14, wanted:14: yes."."""
+    return f"{work}, wanted:{target}: {'yes' if hit else 'no'}."
 
 
 def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -19,7 +19,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.countdown import Game, Question, Way, attempt, draw_question, search
+from data.countdown import Game, Question, Way, attempt, checked, draw_question
 from recycle import (
     PAIRWISE,
     POINTWISE_A_B,
@@ -62,8 +62,8 @@ class Noise:
 # What the model learns to write
 
 
-def compared(way: Way, target: int) -> str:
-    return f"{way.work}. Made:{way.value}, wanted:{target}, {'same' if way.value == target else 'differs'}"
+def check(way: Way, question: Question) -> str:
+    return checked(way.work, question.target, way.value == question.target)
 
 
 def example(rng: random.Random, noise: Noise) -> tuple[str, str]:
@@ -94,24 +94,22 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, str]:
         instruction = pointwise_instruction(text, template, letter)
         says = is_right != flipped
         yes, no = ("Yes", "No") if letter is None else (letter, "BA"["AB".index(letter)])
-        word, verdict = ("correct", yes) if says else ("incorrect", no)
-        completion = f"{compared(way, question.target)}: {word}. \\boxed{{{verdict}}}"
+        completion = f"{check(way, question)} \\boxed{{{yes if says else no}}}"
     else:
         best = rng.randrange(2)
         texts, ways = (
             ((right_text, wrong_text), (right, wrong)) if best == 0 else ((wrong_text, right_text), (wrong, right))
         )
         instruction = pairwise_instruction(*texts, rng.randrange(len(PAIRWISE)))
-        work = " ".join(f"{name}: {compared(way, question.target)}." for name, way in zip("AB", ways, strict=True))
+        work = " ".join(f"{name}: {check(way, question)}" for name, way in zip("AB", ways, strict=True))
         completion = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
     return ask([{"role": "user", "content": prompt}], instruction)[0]["content"], completion
 
 
 def reconsidered(question: Question, shown: Way, own: str) -> str:
     """The shown expression tried first: boxed where it makes the target, else followed by `own`."""
-    if shown.value == question.target:
-        return search([], shown.work, shown.expression)
-    return f"{shown.work}: no. {own}"
+    rest = f"\\boxed{{{shown.expression}}}" if shown.value == question.target else own
+    return f"{check(shown, question)} {rest}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,11 +210,11 @@ def batch(examples: list[tuple[str, str]], tokenizer):
         end = len(prompt) + len(completion)
         ids[row, :end] = torch.tensor(prompt + completion)
         labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    comparisons = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["same", "differs"])))
+    comparisons = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["no", "yes"])))
     return ids, labels, comparisons
 
 
-CLEAN = Noise(flip=0.0)
+CLEAN = Noise(miss=0.0, flip=0.0)
 
 
 def batches(tokenizer, rng: random.Random, noise: Noise, batch_size: int = 32, pool: int = 8):
