@@ -2,8 +2,8 @@
 
     python -m benchmarks.countdown_start [--model models/countdown] [--split test] [--questions 250] [--show 2]
 
-Every prompt is worded and quoted as in training (recycle.py), with each template in its turn. `--show` prints so many
-samples of each role. Writes benchmarks/results/countdown_start.json: the table, and the outcome of each question and sample.
+Every prompt is worded and quoted as in training (recycle.py), by a template drawn at random. `--show` prints so many
+samples of each role. Writes benchmarks/results/countdown_start.json: the table, and the outcome of every sample.
 """
 
 import argparse
@@ -57,9 +57,9 @@ class Asked:
         if instructions is not None:
             messages = [ask(message, text) for message, text in zip(messages, instructions, strict=True)]
         outputs = complete(self.engine, [Request(message) for message in messages], self.sampling)
-        shown = self.rng.sample(range(len(messages)), min(self.show, len(messages)))
-        for message, output in ((messages[i], outputs[i]) for i in shown):
-            print(f"--- {role}, temperature {self.sampling.temperature}\n{message[0]['content']}\n>>> {output.text}")
+        for i in random.Random(role).sample(range(len(messages)), min(self.show, len(messages))):
+            print(f"--- {role}, temperature {self.sampling.temperature:g}\n{messages[i][0]['content']}")
+            print(f">>> {outputs[i].text}")
         self.cut = sum(output.completion_tokens >= MAX_TOKENS for output in outputs)
         return [output.text for output in outputs]
 
@@ -173,7 +173,7 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float, sam
 
 
 def most_frequent(answers: list[str | None]) -> int:
-    """The first answer of those that most of the others are the same as; one without a box only if there is no other."""
+    """The first of those answers that most others are the same as; one without a box only if there is no other."""
     votes = [sum(same([(a, b)])[0] is True for b in answers) for a in answers]
     return max(range(len(answers)), key=lambda i: votes[i])
 
@@ -212,9 +212,8 @@ def main() -> None:
     benchmark = held_out(args.split, args.questions)
     greedy = measure(args.model, benchmark, 0.0, 1, args.show)
     sampled = measure(args.model, benchmark, 1.0, SAMPLES, args.show)
-    print(
-        f"\n{args.model}, {args.questions} questions of {args.split}\n{'':34}{'greedy':>18}{f'T 1, {SAMPLES} samples':>18}"
-    )
+    print(f"\n{args.model}, {args.questions} questions of {args.split}")
+    print(f"{'':34}{'greedy':>18}{f'T 1, {SAMPLES} samples':>18}")
     for name in greedy["measures"]:
         cells = []
         for value in (measured["measures"][name] for measured in (greedy, sampled)):
@@ -224,8 +223,9 @@ def main() -> None:
     print(f"{'answers cut off':34}{greedy['cut']:>18}{sampled['cut']:>18}")
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    flags = f"--model {args.model} --split {args.split} --questions {args.questions}"
     record = {
-        "command": f"python -m benchmarks.countdown_start --model {args.model} --split {args.split} --questions {args.questions}",
+        "command": f"python -m benchmarks.countdown_start {flags}",
         "commit": commit,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "machine": f"{platform.machine()}, no GPU",

@@ -1,19 +1,20 @@
-r"""Countdown: make a target from a few numbers, each used exactly once, with + - *. Finding takes search, checking does not.
+r"""Countdown: make a target from a few numbers, each used exactly once, with + - *. Finding takes search, checking not.
 
-    python -m data.countdown --split train --n 3000 --output runs/countdown/train.json
+    python -m data.countdown --split train --n 2700 --output runs/countdown/train.json
     python -m data.countdown --split test --n 250 --output runs/countdown/test.json
 
-The second writes the questions, in evaluate.py's format, and two files for the judge beside them: test_pairs.json and
-test_points.json hold one right and one wrong answer to each question that no model wrote.
+Both write questions in evaluate.py's format, which can be trained on as well. For dev and test there are two files more
+for the judge, test_pairs.json and test_points.json: one right and one wrong answer to each question, by no model.
 
-    Use 9, 3 and 12, each exactly once, with + - * to make 45.  ->  12*3=36, 36+9=45: yes. \boxed{(12*3)+9}
+    Use 9, 3 and 12, each exactly once, with + - * to make 45.
+    12+9=21, 21-3=18, wanted:45: no. 12*3=36, 36+9=45, wanted:45: yes. \boxed{(12*3)+9}
 
-Splits: a set of numbers (with repetitions, whatever their order) belongs to one of train, dev and test, by its hash, for
-any range and any count of numbers. So no question of one split has the numbers of a question of another, nor their
-combination with a target. Targets alone are shared. Within a split, no combination of numbers and target comes twice.
+Splits: the numbers of a question (which ones and how often, in any order) put it into train, dev or test, by a hash. So
+no two splits share a set of numbers, nor a combination of numbers and target. Targets alone are shared. Within a
+split, no combination of numbers and target comes twice.
 
-The reward needs no gold answer: the column `solution` states the task ("45 from 9, 3, 12"), and the boxed expression is
-parsed by a small grammar, never evaluated as code.
+The reward needs no gold answer: the column `solution` states the task, and the boxed expression is read by a small
+grammar, never run as code.
 
     >>> countdown_reward(None, [r"\boxed{(12*3)+9}", r"\boxed{45}"], ["45 from 9, 3, 12"] * 2)
     [1.0, 0.0]
@@ -307,12 +308,12 @@ def countdown_rows(split: Split, n: int, seed: int = 0, game: Game | None = None
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers as the small model writes them
 
-MAX_TRIES = 4
+MAX_TRIES = 3
 SLIP = 0.5  # of the wrong answers: the last result is called what it should be
 
 
 def attempt(question: Question, right: bool, rng: random.Random, most: int, slip: float = SLIP) -> tuple[str, Way]:
-    """(an answer with its search, the way that it boxes): up to MAX_TRIES different tries, the last claimed to be right.
+    """(an answer with its search, the way that it boxes): up to MAX_TRIES different tries, the last claimed to hit.
 
     A wrong answer claims that as much as a right one does, and half of the wrong ones also write the target as their
     last result: neither says to a judge which it is.

@@ -1,16 +1,23 @@
-r"""The small model of Countdown: a Qwen2 of 1.2 M parameters that searches aloud, made from scratch on two cores.
+r"""The small model of Countdown: a Llama of 1.1 M parameters that searches aloud, made from scratch.
 
-    python -m models.make_countdown [--output models/countdown] [--seed 0]
+    python -m models.make_countdown [--output models/countdown] [--seed 0]      10 minutes on two cores
 
-A supervised warm start stands in for pre-training. It teaches the forms and leaves much to learn:
+A supervised warm start stands in for pre-training, on the train split's numbers only. It teaches the forms:
 
-    answer, reflect   try combinations, say no or yes, box the last one. Half of the texts that it learns from end in a
-                      solution within four tries; the others claim one that is none.
-    judge             compute the shown expression, write what it makes beside what is wanted, compare. In the last steps
-                      a share of the verdicts contradicts the comparison.
+    answer, reflect   7-3=4, 4*2=8, wanted:14: no. 4+3=7, 7*2=14, wanted:14: yes. \boxed{(4+3)*2}
+    judge             4+3=7, 7*2=14, wanted:14: yes. \boxed{Yes}
 
-Two things that the judge depends on: wrong answers claim success as often as right ones do, or it would learn to read
-the claim; and the two numbers stand side by side before they are compared, or it does not learn to compare.
+At first without errors, so that it learns to compare; then half of the answers it learns from claim a miss to be a hit,
+and a fifth of the verdicts contradict the comparison before them. What training on verifiable rewards can gain is to
+search longer and better, and to judge reliably.
+
+What judging depends on:
+- wrong answers claim success as right ones do, or the judge would learn to read the claim;
+- what an expression makes and what is wanted stand side by side where they are compared, or it is not learnt in time;
+- a search says no or yes as a judge does, so that either learns from the other.
+
+Llama and not Qwen2, because transformers 5 gives every Qwen2 the pre-tokenizer of Qwen's own tokenizer, whatever
+tokenizer.json says; that cuts numbers into digits.
 """
 
 import argparse
@@ -55,7 +62,7 @@ class Noise:
     miss: float = 0.5  # an answer boxes an expression that misses the target
     slip: float = 0.0  # of those, whose last result is called the target
     forget: float = 0.5  # a reflection does not try the shown expression first
-    flip: float = 0.17  # a verdict contradicts the comparison before it
+    flip: float = 0.2  # a verdict contradicts the comparison before it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,7 +169,7 @@ def make_tokenizer(seed: int):
 
 
 def make_model(tokenizer, seed: int):
-    """A Qwen2 of about 1.2 M parameters: 5 layers of 128."""
+    """A Llama of 1.1 M parameters: 4 layers of 128."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -215,6 +222,7 @@ def batch(examples: list[tuple[str, str]], tokenizer):
 
 
 CLEAN = Noise(miss=0.0, flip=0.0)
+LEARNT = 0.1  # loss of the comparisons; a coin has 0.69
 
 
 def batches(tokenizer, rng: random.Random, noise: Noise, batch_size: int = 32, pool: int = 8):
@@ -227,39 +235,46 @@ def batches(tokenizer, rng: random.Random, noise: Noise, batch_size: int = 32, p
             yield batch(drawn[start : start + batch_size], tokenizer)
 
 
-def warm_start(
-    model, tokenizer, seed: int, clean_steps: int = 1300, noisy_steps: int = 200, weight: float = 10.0, peak=2e-3
-):
-    """Supervised training. Yields (step, loss, loss of the comparisons alone), means of 50 steps."""
+def warm_start(model, tokenizer, seed: int, clean_steps: int = 1200, noisy_steps: int = 200):
+    """Supervised training, first without noise, then with it. Yields (step, loss, loss of the comparisons alone), means
+    of 50 steps.
+
+    A comparison is one token, `yes` or `no`, the hardest to learn and what the rest follows from: it counts fivefold.
+
+    Raises RuntimeError where the steps without noise were too few to learn it; noise would leave a judge that tosses a
+    coin.
+    """
     import torch
 
     torch.manual_seed(seed)
     rng = random.Random(f"warm-start/{seed}")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.train()
-    steps = clean_steps + noisy_steps
     losses, comparing = [], []
+    peak, steps = 2e-3, clean_steps + noisy_steps
     clean, noisy = batches(tokenizer, rng, CLEAN), batches(tokenizer, rng, Noise())
     for step in range(1, steps + 1):
         ids, labels, comparisons = next(clean if step <= clean_steps else noisy)
-        floor = 0.05
-        optimizer.param_groups[0]["lr"] = (
-            peak * min(1, step / 100) * (floor + (1 - floor) * (1 + math.cos(math.pi * step / steps)) / 2)
-        )
+        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.param_groups[0]["lr"] = peak * cosine * min(1, step / 100)
         labels, comparisons = labels[:, 1:], comparisons[:, 1:]
         kept = labels != -100
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1][kept]
-        logits = model.lm_head(hidden).float()
+        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # (b, T, hidden)
+        logits = model.lm_head(hidden[kept])  # of the completions alone
         loss = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none")
-        weights = 1.0 + (weight - 1) * comparisons[kept]
-        ((weights * loss).sum() / weights.sum()).backward()
+        compared = comparisons[kept]
+        weight = 1.0 + 4.0 * compared
+        ((weight * loss).sum() / weight.sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
-        comparing.append(loss.detach()[comparisons[kept]])
-        if len(losses) == 50:
-            yield step, torch.cat(losses).mean().item(), torch.cat(comparing).mean().item()
+        comparing.append(loss.detach()[compared])
+        if len(losses) == 50 or step in (clean_steps, steps):
+            means = torch.cat(losses).mean().item(), torch.cat(comparing).mean().item()
+            yield step, *means
+            if step == clean_steps and means[1] > LEARNT:
+                raise RuntimeError(f"after {step} steps comparing has loss {means[1]:.2f}, expected under {LEARNT}")
             losses, comparing = [], []
 
 
@@ -267,8 +282,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--clean", type=int, default=1300)
-    parser.add_argument("--noisy", type=int, default=200)
     args = parser.parse_args()
 
     import torch
@@ -277,11 +290,10 @@ def main() -> None:
     tokenizer = make_tokenizer(args.seed)
     model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    import time
-
-    t = time.time()
-    for step, loss, comparing in warm_start(model, tokenizer, args.seed, args.clean, args.noisy):
-        print(step, f"{loss:.3f} {comparing:.3f} {time.time() - t:.0f}s", flush=True)
+    with tqdm(desc="warm start") as bar:
+        for step, loss, comparing in warm_start(model, tokenizer, args.seed):
+            bar.update(step - bar.n)
+            bar.set_postfix(loss=f"{loss:.3f}", comparing=f"{comparing:.3f}")
     model.to(torch.bfloat16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     print(f"saved {args.output}")

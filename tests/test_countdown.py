@@ -1,6 +1,5 @@
-"""Countdown: the checker against right, wrong and hostile answers, the splits, and the small model that starts on it."""
+"""Countdown: the checker against hostile answers, the splits, the files, and the small model."""
 
-import json
 import random
 import time
 
@@ -19,7 +18,6 @@ from data.countdown import (
     same,
     solves,
     split_of,
-    task_text,
 )
 from recycle import PAIRWISE, POINTWISE_A_B, POINTWISE_YES_NO, PROMPT_SUFFIX, REFLECT_ON_ANSWER, REFLECT_ON_COT
 from verify import extract_boxed
@@ -126,7 +124,12 @@ def test_a_row_without_a_readable_task_is_unscorable(task):
 
 
 def test_reward_in_trls_form():
-    texts = [r"3+4=7, 7*2=14: yes. \boxed{(3+4)*2}", r"\boxed{3} then \boxed{4*(3-2)}", "14", r"\boxed{(3+4)*2"]
+    texts = [
+        r"3+4=7, 7*2=14, wanted:14: yes. \boxed{(3+4)*2}",
+        r"\boxed{3} then \boxed{4*(3-2)}",
+        "14",
+        r"\boxed{(3+4)*2",
+    ]
     tasks = ["14 from 3, 4, 2", "4 from 3, 4, 2", "14 from 3, 4, 2", "14 from 3, 4, 2"]
     assert countdown_reward(["q"] * 4, texts, tasks, images=[None] * 4) == [1.0, 1.0, 0.0, 0.0]
     messages = [[{"role": "assistant", "content": text}] for text in texts]
@@ -205,7 +208,7 @@ def test_right_and_wrong_answers_look_alike():
             assert countdown_reward(None, [text], [question.solution]) == [float(right)]
             assert extract_boxed(text) == way.expression
             assert text.count(": yes.") == 1
-            called += not right and f"={question.target}: yes." in text
+            called += not right and f"={question.target}, wanted:{question.target}: yes." in text
     assert 120 < called < 180
 
 
