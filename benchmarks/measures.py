@@ -64,7 +64,16 @@ def digits() -> Task:
     return Task(rows, right, verify.verify_many, 64)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digits": digits}
+def countdown() -> Task:
+    from data.countdown import countdown_reward, held_out, same
+
+    def right(texts: list[str], golds: list[str]) -> list[bool]:
+        return [reward == 1.0 for reward in countdown_reward(None, texts, golds)]
+
+    return Task(lambda n, split: held_out(split, n), right, same, 128)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"digits": digits, "countdown": countdown}
 
 
 class Model:
