@@ -469,7 +469,7 @@ def test_a_row_s_own_pixel_budget_holds_in_evaluation_too(tmp_path, processor, v
     (row,) = read_benchmark(Source([record]), "answer")
     factor = TransformersEngine(vision_model, processor).factor
     assert loaded(row["images"][0], factor).size == trained.size == (112, 56)
-    sent = Image.open(io.BytesIO(base64.b64decode(data_url(row["images"][0]).split(b",")[1])))
+    sent = Image.open(io.BytesIO(base64.b64decode(data_url(row["images"][0]).split(",")[1])))
     assert sent.width * sent.height <= 28 * 28 * 8 and sent.width > 100
 
 
