@@ -23,7 +23,7 @@ records out:
 
     rows = [{"dataset": "sums", "problem": "1+1?", "answer": "2"}]
     results = evaluate(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
-    print(render(report([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
+    print(render(summarise([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
 """
 
 import argparse
@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import verify
-from calculate_acc import printable
+from data.cli import printable
 from data.read import Reader, Source, add_source_flags, source_of
 from data.rows import BadInput, BadRow, Rules
 from engines import Output, Request, Sampling

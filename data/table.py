@@ -1,4 +1,5 @@
 """Records of JSON, JSON lines, CSV, TSV and Parquet files, one at a time, so that a file may be larger than memory.
+Only a JSON list whose rows do not each have a line of their own is read whole.
 
 [{"prompt": "1+1?", "solution": "2"}]                        .json: a list, or an object a line
 {"prompt": "1+1?", "solution": "2"}                          .jsonl
@@ -12,15 +13,15 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.rows import BadInput, BadRow, RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-MAX_ROW = 64 << 20  # characters of one row
-_BLANK = re.compile(r"[ \t\r\n]*")
+MAX_FIELD = 64 << 20  # characters of a CSV field
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a JSON list
 
 # (row from 0, line from 1 or None, the record or its JSON text, or what is wrong with it)
 Found = tuple[int, int | None, dict[str, Any] | str | BadRow]
@@ -66,59 +67,46 @@ def _starts_with_list(path: str) -> bool:
     return True
 
 
-def _json_list(path: str, decoded: float = math.inf) -> Iterator[Found]:
-    """Rows of a JSON list, each decoded as soon as the text read so far holds all of it."""
-    raw_decode = json.JSONDecoder().raw_decode
+def list_text(rows: Iterable[str]) -> str:
+    """Rows, each as JSON, as a JSON list that can be read line by line."""
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+def _json_list(path: str, decoded: float) -> Iterator[Found]:
+    """Row by row where `list_text` wrote them; any other layout is read whole."""
+    row = 0
     with open(path, encoding="utf-8-sig") as file:
-        text, at, line = "", 0, 1
-
-        def more() -> bool:
-            nonlocal text, at
-            block = file.read(max(1 << 20, len(text) - at))  # twice as much each time: a long row stays linear
-            text, at = text[at:] + block, 0
-            return bool(block)
-
-        def symbol() -> str:
-            """The next character that is not blank, "" at the end."""
-            nonlocal at, line
-            while True:
-                end = _BLANK.match(text, at).end()
-                line, at = line + text.count("\n", at, end), end
-                if at < len(text):
-                    return text[at]
-                if not more():
-                    return ""
-
-        def bad(what: str) -> BadInput:
-            return BadInput(f"{path}: line {line}: expected a JSON list of rows; {what}, got {text[at : at + 20]!r}")
-
-        if symbol() != "[":
-            raise bad("it starts with [")
-        at += 1
-        empty = symbol() == "]"
-        for row in itertools.count():
-            if empty:
+        by_line = file.readline().strip() == "["
+        while by_line:
+            text = file.readline().strip()
+            last = not text.endswith(",")
+            if last and file.read().split() != ["]"]:
                 break
-            while True:
-                try:
-                    found, end = raw_decode(text, at)
-                    break
-                except json.JSONDecodeError as error:
-                    if len(text) - at > MAX_ROW or not more():
-                        raise bad(f"row {row}: {error.msg}") from None
-                except (ValueError, RecursionError) as error:
-                    raise bad(f"row {row}: {str(error)[:60]}") from None
-            yield row, line, _object(row, line, found) if row < decoded else text[at:end]
-            line, at = line + text.count("\n", at, end), end
-            if symbol() == "]":
+            text = text.removesuffix(",")
+            try:
+                found = text if row >= decoded and text[:1] + text[-1:] == "{}" else json.loads(text)
+            except (ValueError, RecursionError):
                 break
-            if symbol() != ",":
-                raise bad(f"row {row}: a comma or a ] after it")
-            at += 1
-            symbol()
-        at += 1
-        if symbol():
-            raise bad("nothing after it")
+            yield row, row + 2, found if isinstance(found, str) else _object(row, row + 2, found)
+            row += 1
+            if last:
+                return
+    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: expected a JSON list of rows: {str(error)[:120]}") from None
+    if not isinstance(whole, list):
+        raise BadInput(f"{path}: expected a JSON list of rows, got {reprlib.repr(whole)}")
+    end, line, decode = text.index("[") + 1, 1, json.JSONDecoder().raw_decode
+    line += text.count("\n", 0, end)
+    for number, found in enumerate(whole):
+        start = _BETWEEN.match(text, end).end()
+        line += text.count("\n", end, start)
+        if number >= row:
+            yield number, line, _object(number, line, found)
+        _, end = decode(text, start)
+        line += text.count("\n", start, end)
 
 
 def _json_lines(path: str, decoded: float) -> Iterator[Found]:
@@ -151,7 +139,7 @@ def decode(text: str) -> dict[str, Any]:
     return found
 
 
-def _object(row: int, line: int, found: Any) -> dict[str, Any] | BadRow:
+def _object(row: int, line: int | None, found: Any) -> dict[str, Any] | BadRow:
     if isinstance(found, dict):
         return found
     got = found if isinstance(found, Exception) else reprlib.repr(found)
@@ -161,7 +149,7 @@ def _object(row: int, line: int, found: Any) -> dict[str, Any] | BadRow:
 def _csv(path: str) -> Iterator[Found]:
     """Columns without a name (an index, a spreadsheet's empty ones) are left out. A quotation mark that is not closed
     would swallow the rows after it: refused."""
-    csv.field_size_limit(MAX_ROW)
+    csv.field_size_limit(MAX_FIELD)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter(path), strict=True)
         names: list[str] = []
