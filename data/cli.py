@@ -43,7 +43,7 @@ def text_table(rows: Iterable[Sequence[str]], markdown: bool = False) -> list[st
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file so that a reader finds the old one or the new one, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
