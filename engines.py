@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from data.images import BadImage, as_file, loaded
-from data.rows import BadInput
+from data.rows import BadInput, in_parts
 
 
 class Request(NamedTuple):
@@ -72,12 +72,9 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
 
 
 def with_places(request: Request) -> list[dict[str, Any]]:
-    """The messages of a request with images, all in parts: where they have none for images, these stand in front of the
-    first question."""
-    messages = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-        for m in request.messages
-    ]
+    """The messages of a request with images, in parts; the images stand in front of the first question where the
+    messages have no places for them."""
+    messages = in_parts(request.messages)
     if all(part["type"] == "text" for message in messages for part in message["content"]):
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         content = [{"type": "image"}] * len(request.images) + messages[first]["content"]

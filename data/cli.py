@@ -1,10 +1,15 @@
-"""What the commands share: one-line errors, text that can't disturb a terminal, tables, and files written whole."""
+"""What the commands share: flags from dataclasses, one-line errors, text that can't disturb a terminal, tables, and
+files written whole."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, field, fields
 from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,6 +20,37 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def add_fields(self, settings: type) -> None:
+        """A flag for each field of a dataclass, as transformers' HfArgumentParser makes them, without importing it."""
+        for each in fields(settings):
+            options = {name: value for name, value in each.metadata.items() if name != "least"}
+            kind = next(kind for kind in get_args(each.type) or (each.type,) if kind not in (NoneType, ...))
+            if kind is bool:
+                options["action"] = "store_true"
+            else:
+                options["type"] = kind
+            if get_origin(each.type) is tuple:
+                options["nargs"] = "+"
+            if each.default is MISSING:
+                options["required"] = True
+            else:
+                options["default"] = each.default
+            self.add_argument(f"--{each.name}", **options)
+
+    def values(self, args: argparse.Namespace, settings: type) -> Any:
+        """The dataclass that `args` describe. A number below the field's `least` is an error."""
+        values = {each.name: getattr(args, each.name) for each in fields(settings)}
+        for each in fields(settings):
+            least, value = each.metadata.get("least"), values[each.name]
+            if least is not None and value is not None and not least <= value < math.inf:
+                self.error(f"--{each.name}: expected a number from {least} on, got {value}")
+        return settings(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def flag(default: Any = MISSING, help: str | None = None, **options: Any):
+    """A dataclass field that is a flag; `least` is the lowest number that makes sense."""
+    return field(default=default, metadata={**({"help": help} if help else {}), **options})
 
 
 def refuse(program: str, error: Exception) -> int:

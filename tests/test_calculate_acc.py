@@ -189,7 +189,7 @@ def test_best_of_n_must_beat_every_other():
 def test_evaluate_s_own_rows_are_understood():
     """The rows are made by evaluate.py's solvers, so that the two can't drift apart."""
     from engines import BatchEngine, Output
-    from evaluate import Settings, evaluate
+    from evaluate import Settings, evaluate_records
 
     class Engine(BatchEngine):
         def batch(self, requests, sampling):
@@ -198,11 +198,11 @@ def test_evaluate_s_own_rows_are_understood():
             return [Output(f"\\boxed{{{text}}}", 3, 2) for text in said]
 
     question = {"dataset": "m", "problem": "2+2?", "answer": "4", "image_path": None}
-    tts = evaluate([question], Engine(), Settings("x", "tts", ("f",), max_rounds=0))
+    tts = evaluate_records([question], Engine(), Settings("x", "tts", ("f",), max_rounds=0))
     assert one(json.loads(json.dumps(tts)))["first_accuracy"] == 1.0
     judge = [{**question, "chosen": "4", "rejected": "5"}, {**question, "response": "5", "label": False},
              {**question, "chosen": "4", "rejected": ["5", "6"]}]  # fmt: skip
-    rows = json.loads(json.dumps(evaluate(judge, Engine(), Settings("x", "judge", ("f",)))))
+    rows = json.loads(json.dumps(evaluate_records(judge, Engine(), Settings("x", "judge", ("f",)))))
     found = summarise([tally("f", rows=rows)])["files"][0]["benchmarks"]
     assert {b["kind"]: b["accuracy"] for b in found} == {"pairwise": 0.0, "pointwise": 1.0, "best_of_n": 0.0}
     assert found[1]["position_bias"] == 0.5

@@ -23,7 +23,7 @@ from PIL import Image
 import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
-from data.read import Source
+from data.rows import Source
 from data.tiny_model import OUTPUT
 from engines import Request, Sampling, ServerEngine, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
@@ -112,7 +112,7 @@ SETTINGS = Settings("small", "answer", (), "server")
 def test_a_failure_that_may_pass_is_tried_again(fault, server):
     server.plan["What is 1+1?"] = [fault, fault]
     engine = ServerEngine([server.url], "small", concurrency=2)
-    rows = evaluate.evaluate(ROWS, engine, SETTINGS)
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
     engine.close()
     assert [r["error"] for r in rows] == [None] * 4
     assert [r["is_correct"] for r in rows] == [False, True, False, False]
@@ -131,7 +131,7 @@ def test_a_failure_that_may_pass_is_tried_again(fault, server):
 def test_a_failure_that_stays_is_recorded_in_its_row(fault, tries, expected, server):
     server.plan["What is 1+1?"] = [fault] * 9
     engine = ServerEngine([server.url], "small", retries=2)
-    rows = evaluate.evaluate(ROWS, engine, SETTINGS)
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
     engine.close()
     assert [r["error"] is None for r in rows] == [True, False, True, True]
     assert re.search(expected, rows[1]["error"])
@@ -159,7 +159,7 @@ def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, exp
 def test_an_answer_that_comes_too_late_is_an_error_and_the_next_request_gets_its_own(server):
     server.plan["What is 0+1?"] = [("late", b"")]
     engine = ServerEngine([server.url], "small", concurrency=1, timeout=0.3, retries=0)
-    rows = evaluate.evaluate(ROWS[:2], engine, SETTINGS)
+    rows = evaluate.evaluate_records(ROWS[:2], engine, SETTINGS)
     engine.close()
     assert "TimeoutError" in rows[0]["error"]
     assert (rows[1]["error"], rows[1]["is_correct"]) == (None, True)
@@ -168,7 +168,7 @@ def test_an_answer_that_comes_too_late_is_an_error_and_the_next_request_gets_its
 def test_an_engine_works_inside_a_running_event_loop_as_in_a_notebook(server):
     async def cell():
         engine = ServerEngine([server.url], "small")
-        rows = evaluate.evaluate(ROWS, engine, SETTINGS)
+        rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
         engine.close()
         return rows
 
@@ -201,7 +201,7 @@ def test_a_server_is_checked_before_the_first_question(server, monkeypatch):
     server.models = 404, b"an endpoint without a list of models"
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     engine = ServerEngine([server.url + "/v1/"], "small")
-    evaluate.evaluate(ROWS[:1], engine, SETTINGS)
+    evaluate.evaluate_records(ROWS[:1], engine, SETTINGS)
     engine.close()
     assert server.seen[0][0] == "Bearer secret"
 
@@ -212,7 +212,7 @@ def test_several_servers_share_the_work(server):
     threading.Thread(target=second.serve_forever, daemon=True).start()
     engine = ServerEngine([server.url, f"http://127.0.0.1:{second.server_port}"], "small", concurrency=8)
     many = [{**ROWS[0], "problem": f"{i}?"} for i in range(40)]
-    assert all(r["error"] is None for r in evaluate.evaluate(many, engine, SETTINGS))
+    assert all(r["error"] is None for r in evaluate.evaluate_records(many, engine, SETTINGS))
     engine.close()
     second.shutdown()
     assert len(server.seen) + len(second.seen) == 40
@@ -227,7 +227,7 @@ def test_a_server_that_has_died_is_left_for_the_others(server):
     engine = ServerEngine([f"http://127.0.0.1:{dead.server_port}", server.url], "small", concurrency=2, retries=1)
     dead.shutdown()
     dead.server_close()
-    assert [r["error"] for r in evaluate.evaluate(ROWS, engine, SETTINGS)] == [None] * 4
+    assert [r["error"] for r in evaluate.evaluate_records(ROWS, engine, SETTINGS)] == [None] * 4
     engine.close()
 
 
@@ -235,7 +235,7 @@ def test_a_dead_server_is_not_tried_again_and_again_for_every_row(server):
     """The first row finds out that nobody answers; the others try once each, and are failures too."""
     server.plan = {row["problem"]: [(None, b"")] * 9 for row in ROWS[:3]}
     engine = ServerEngine([server.url], "small", concurrency=1, retries=3)
-    rows = evaluate.evaluate(ROWS, engine, SETTINGS)
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
     engine.close()
     assert [bool(row["error"]) for row in rows] == [True, True, True, False]
     assert len(server.seen) == 4 + 1 + 1 + 1
@@ -246,7 +246,7 @@ def test_usage_that_is_missing_is_no_tokens(server):
         (200, b'{"choices": [{"message": {"content": null}}], "usage": {"prompt_tokens": null}}')
     ]
     engine = ServerEngine([server.url], "small")
-    (row,) = evaluate.evaluate(ROWS[1:2], engine, SETTINGS)
+    (row,) = evaluate.evaluate_records(ROWS[1:2], engine, SETTINGS)
     engine.close()
     assert (row["error"], row["vlm_output"], row["prompt_tokens"], row["completion_tokens"]) == (None, "", 0, 0)
 
@@ -258,7 +258,7 @@ def test_usage_that_is_missing_is_no_tokens(server):
 def test_a_server_that_fills_in_the_model_s_own_sampling_is_sent_every_setting(owner, expected, server):
     server.models = 200, json.dumps({"data": [{"id": "small", "owned_by": owner}]}).encode()
     engine = ServerEngine([server.url], "small")
-    evaluate.evaluate(ROWS[:1], engine, SETTINGS)
+    evaluate.evaluate_records(ROWS[:1], engine, SETTINGS)
     engine.close()
     ((_, body),) = server.seen
     assert body.keys() - {"model", "messages", "max_tokens", "temperature"} == expected.keys()
@@ -280,7 +280,9 @@ def check_awkward_images(engine, folder) -> None:
     """Each broken one is its own row's error."""
     expected = awkward_images(folder)
     rows = [{**ROWS[0], "image_path": str(folder / name)} for name in expected]
-    for name, row in zip(expected, evaluate.evaluate(rows, engine, replace(SETTINGS, max_tokens=16)), strict=True):
+    for name, row in zip(
+        expected, evaluate.evaluate_records(rows, engine, replace(SETTINGS, max_tokens=16)), strict=True
+    ):
         if expected[name] is None:
             assert row["error"] is None
         else:
@@ -313,7 +315,7 @@ def test_a_server_is_sent_each_image_in_its_place(server, tmp_path):
         "image_path": [str(tmp_path / f"{c}.png") for c in ("red", "blue")],
     }
     engine = ServerEngine([server.url], "small")
-    (result,) = evaluate.evaluate([row], engine, SETTINGS)
+    (result,) = evaluate.evaluate_records([row], engine, SETTINGS)
     engine.close()
     ((_, body),) = server.seen
     parts = body["messages"][0]["content"]
@@ -327,7 +329,7 @@ def test_sampling_settings_are_sent_and_seeded_by_row(server):
     engine = ServerEngine([server.url], "small")
     settings = Settings("small", "answer", (), "server", temperature=0.7, repetition_penalty=1.05, max_tokens=99)
     for _ in range(2):
-        evaluate.evaluate(ROWS, engine, settings)
+        evaluate.evaluate_records(ROWS, engine, settings)
     engine.close()
     bodies = [body for _, body in server.seen]
     assert {(b["temperature"], b["repetition_penalty"], b["max_tokens"]) for b in bodies} == {(0.7, 1.05, 99)}
@@ -341,7 +343,7 @@ def test_sampling_settings_are_sent_and_seeded_by_row(server):
 COMMAND = """
 import sys, json
 sys.path.insert(0, {root!r})
-from data.read import Source
+from data.rows import Source
 from evaluate import Settings, read_benchmark, run_to_file
 from engines import ServerEngine
 from pathlib import Path
@@ -472,7 +474,7 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     assert engines["vllm"].capacity == 40 + 256
     found = {}
     for name, engine in engines.items():
-        found[name] = evaluate.evaluate(rows, engine, settings)
+        found[name] = evaluate.evaluate_records(rows, engine, settings)
         long = Request([{"role": "user", "content": "1+1 " * 600}])
         if name != "transformers":  # more than the engine's 512 tokens: that request's error, not the run's
             (refused,) = complete(engine, [long], Sampling(max_tokens=8))
