@@ -2,42 +2,35 @@
 
     python calculate_acc.py --result_path results.json [more.json ...] [--format table|json|markdown]
 
-Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not
-an answer: it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An
-answer without a box is an answer, and wrong. Intervals are Wilson's at 95 %.
+Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not an answer:
+it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An answer without
+a box is an answer, and wrong. Intervals are Wilson's at 95 %.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
 answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
 (10,000 resamples, seeded) and McNemar's exact test.
 
-Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines), and large ones are
-scored on all cores: a million rows take a minute. Memory stays bounded; with several files, 14 bytes a row are kept for
-the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the release writes them, are read too.
+Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
+a minute, and memory only for the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the
+release writes them, are read too.
 """
 
 import json
 import math
-import os
 import sys
-from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
 from typing import Any
 
 from data.cli import Parser, printable, refuse, text_table
 from data.rows import BadInput, BadRow
-from data.table import records
+from data.table import batched, records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
-KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct", "error", "prompt_tokens",
-        "completion_tokens", "first_completion_tokens", "round_num", "first_answer", "task", "label", "verdict",
-        "verdict_swapped")  # fmt: skip
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
 
@@ -101,95 +94,52 @@ def kind_of(row: Row) -> str:
 
 @dataclass
 class Tally:
-    """What is counted of one file. `outcomes` are for the pairing: 1 right, 0 wrong, -1 left out."""
+    """What is counted of one file. `outcomes` are for the pairing: (key, dataset, kind, right or wrong or None)."""
 
     path: str
     counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
     failed: Counter = field(default_factory=Counter)  # by dataset
+    datasets: dict[str, None] = field(default_factory=dict)  # in order of appearance
     disagreements: int = 0
     examples: list[Row] = field(default_factory=list)
-    datasets: dict[str, int] = field(default_factory=dict)
-    keys: array = field(default_factory=lambda: array("Q"))
-    outcomes: array = field(default_factory=lambda: array("b"))
-    dataset_ids: array = field(default_factory=lambda: array("I"))
-    kinds: array = field(default_factory=lambda: array("b"))  # places in KINDS
+    outcomes: list[tuple[int, str, str, bool | None]] = field(default_factory=list)
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
     """Count the rows of `path`, or `rows`; with `pair`, remember each row's outcome."""
     total = Tally(path)
-    for batch, verdicts in scored(slim_batches(path, read_rows(path) if rows is None else rows, pair)):
+    stream = enumerate(read_rows(path) if rows is None else rows)
+    for batch in batched(((index, checked(row, path, index)) for index, row in stream), 2048):
+        verdicts = score([row for _, row in batch])
         for index, row in batch:
-            dataset_id = total.datasets.setdefault(row["dataset"], len(total.datasets))
-            outcome = None
+            dataset, kind, right = row["dataset"], kind_of(row), None
+            total.datasets[dataset] = None
             if row.get("error") is not None:
-                total.failed[row["dataset"]] += 1
+                total.failed[dataset] += 1
             else:
-                outcome = count_row(total.counts[row["dataset"], kind_of(row)], row, verdicts)
+                right = count_row(total.counts[dataset, kind], row, verdicts)
                 stored = row.get("is_correct")
-                if outcome is not None and stored is not None and bool(stored) != outcome:
+                if right is not None and stored is not None and bool(stored) != right:
                     total.disagreements += 1
                     if len(total.examples) < EXAMPLES:
                         fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
-                        total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": outcome})
+                        total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": right})
             if pair:
-                total.keys.append(row["key"])
-                total.outcomes.append(-1 if outcome is None else outcome)
-                total.dataset_ids.append(dataset_id)
-                total.kinds.append(KINDS.index(kind_of(row)))
+                total.outcomes.append((match_key(row), dataset, kind, right))
     for dataset, failed in total.failed.items():  # a failed row counts with the others of its dataset, or of its file
         kinds = [kind for name, kind in total.counts if name == dataset] or [kind for _, kind in total.counts]
         total.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
     return total
 
 
-def slim_batches(path: str, rows: Iterable[Row], pair: bool, size: int = 2048) -> Iterator[list[tuple[int, Row]]]:
-    """Rows in batches, without what is long and not counted."""
-    stream = enumerate(rows)
-    while batch := list(islice(stream, size)):
-        slim = []
-        for index, row in batch:
-            checked(row, path, index)
-            kept = {name: row[name] for name in KEPT if name in row}
-            if pair:
-                kept["key"] = match_key(row)
-            slim.append((index, kept))
-        yield slim
-
-
-def scored(stream: Iterator[list[tuple[int, Row]]]) -> Iterator[tuple[list[tuple[int, Row]], dict[tuple, bool | None]]]:
-    """Batches with their answers' verdicts. From the second on, other processes score while this one reads."""
-    for batch in islice(stream, 1):
-        yield batch, score(pairs_of(batch))
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque = deque()
-    with ProcessPoolExecutor(workers) as pool:  # starts processes when there is something to do
-        for batch in stream:
-            waiting.append((batch, pool.submit(score, pairs_of(batch))))
-            if len(waiting) > 2 * workers:
-                batch, verdicts = waiting.popleft()
-                yield batch, verdicts.result()
-        for batch, verdicts in waiting:
-            yield batch, verdicts.result()
-
-
-def score(pairs: list[tuple]) -> dict[tuple, bool | None]:
-    """The verdict of each (answer, gold)."""
+def score(rows: list[Row]) -> dict[tuple, bool | None]:
+    """The verdict on each (answer, gold) of these rows."""
     from verify import verify_many
 
+    names = {"answer": ("extracted_answer",), "tts": ("extracted_answer", "first_answer")}
+    answered = [row for row in rows if row.get("error") is None]
+    pairs = list(dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ())))
     return dict(zip(pairs, verify_many(pairs), strict=True))
-
-
-def pairs_of(batch: list[tuple[int, Row]]) -> list[tuple]:
-    """The different (answer, gold) of a batch."""
-    pairs = {}
-    for _, row in batch:
-        kind = kind_of(row)
-        if kind in ("answer", "tts") and row.get("error") is None:
-            pairs[as_pair(row, "extracted_answer")] = None
-            if kind == "tts":
-                pairs[as_pair(row, "first_answer")] = None
-    return list(pairs)
 
 
 def as_pair(row: Row, name: str) -> tuple:
@@ -343,49 +293,37 @@ def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
     return (draws[:, 0] - draws[:, 1]) / n
 
 
-def occurrence_keys(rows: Tally):
-    """Each row's key, told apart from earlier rows with the same one."""
-    import numpy as np
-
-    keys = np.frombuffer(rows.keys, dtype=np.uint64)
-    order = np.argsort(keys, kind="stable")
-    new = np.r_[True, keys[order][1:] != keys[order][:-1]][: len(keys)]
-    position = np.arange(len(keys))
-    occurrence = np.empty(len(keys), dtype=np.uint64)
-    occurrence[order] = position - np.maximum.accumulate(np.where(new, position, 0))
-    return keys + occurrence * np.uint64(0x9E3779B97F4A7C15)  # wraps around
-
-
 def compare(base: Tally, other: Tally) -> list[Row]:
     """Differences on the rows that both files answered in the same mode: of each benchmark, of their mean, of all."""
     import numpy as np
+    import pandas as pd
 
+    tables = []
+    for total in (base, other):
+        table = pd.DataFrame(total.outcomes, columns=["key", "dataset", "kind", "right"])
+        table["occurrence"] = table.groupby("key").cumcount()  # the same question may stand there several times
+        tables.append(table[table["right"].notna()])
+    pairs = tables[0].merge(tables[1], on=["key", "occurrence", "kind"], suffixes=("", "_after"))
     rng = np.random.default_rng(0)
-    _, i, j = np.intersect1d(occurrence_keys(base), occurrence_keys(other), assume_unique=True, return_indices=True)
-    before, after = (np.frombuffer(t.outcomes, np.int8)[k] for t, k in ((base, i), (other, j)))
-    dataset_ids = np.frombuffer(base.dataset_ids, np.uint32)[i]
-    same_kind = np.frombuffer(base.kinds, np.int8)[i] == np.frombuffer(other.kinds, np.int8)[j]
-    both = (before >= 0) & (after >= 0) & same_kind
 
-    def difference(name: str, chosen) -> tuple[Row, Any]:
-        n = int(chosen.sum())
-        gained, lost = (int((chosen & (before == k) & (after == 1 - k)).sum()) for k in (0, 1))
+    def difference(name: str, rows: pd.DataFrame) -> tuple[Row, Any]:
+        before, after = rows["right"].astype(int), rows["right_after"].astype(int)
+        n, gained, lost = len(rows), int((after > before).sum()), int((after < before).sum())
         draws = resampled(gained, lost, n, rng)
-        row = {"dataset": name, "rows": n, "base_accuracy": float(before[chosen].mean()),
-               "accuracy": float(after[chosen].mean()), "difference": (gained - lost) / n,
-               "interval": np.quantile(draws, (0.025, 0.975)).tolist(), "gained": gained, "lost": lost,
-               "p": mcnemar(gained, lost)}  # fmt: skip
+        row = {"dataset": name, "rows": n, "base_accuracy": float(before.mean()), "accuracy": float(after.mean()),
+               "difference": (gained - lost) / n, "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
+               "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}  # fmt: skip
         return row, draws
 
-    masks = {name: both & (dataset_ids == k) for name, k in base.datasets.items()}
-    differences = [difference(name, mask) for name, mask in masks.items() if mask.any()]
+    groups = {name: pairs[pairs["dataset"] == name] for name in base.datasets}
+    differences = [difference(name, group) for name, group in groups.items() if len(group)]
     rows = [row for row, _ in differences]
     if len(rows) > 1:
         draws = np.mean([draws for _, draws in differences], axis=0)
         means = {k: sum(r[k] for r in rows) / len(rows) for k in ("base_accuracy", "accuracy", "difference")}
-        total = {"rows": int(both.sum()), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
+        total = {"rows": len(pairs), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
         rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
-        rows.append(difference("all rows", both)[0])
+        rows.append(difference("all rows", pairs)[0])
     return [{"base": base.path, "path": other.path, **row} for row in rows]
 
 
@@ -393,7 +331,7 @@ def summarise(tallies: list[Tally]) -> Row:
     """Everything as one JSON-able record: `files`, and `paired` differences from the first of them."""
     files = []
     for total in tallies:
-        keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), total.datasets[key[0]]))
+        keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), list(total.datasets).index(key[0])))
         benchmarks = [rates(*key, total.counts[key]) for key in keys]
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]

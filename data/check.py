@@ -23,8 +23,9 @@ from typing import Any
 from data.arguments import DataSettings
 from data.cli import Parser, refuse
 from data.images import BadImage, check_image
-from data.read import Reader, Row, batched
+from data.read import Reader, Row
 from data.rows import BadInput, BadRow, Source, question_text
+from data.table import batched
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so

@@ -24,6 +24,7 @@ from data.arguments import DataSettings
 from data.cli import Parser, flag, refuse
 from data.progress import PartFile
 from data.rows import BadInput, BadRow
+from data.table import batched
 
 CHUNK = 256  # questions whose rates are written at once
 
@@ -120,7 +121,6 @@ def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:
     """Fill in the pass rates that are not known yet. `sampler.answers(rows)` gives n completions for each row."""
     from tqdm.auto import tqdm
 
-    from data.read import batched
     from verify import extract_boxed, verify_many
 
     todo = [i for i in range(len(dataset)) if i not in rates.done]

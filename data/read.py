@@ -116,7 +116,7 @@ def read_dataset(
     path = str(Path(folder) / "rows.arrow")
     schema = features.arrow_schema
     with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
-        for batch in batched(reader, 512):
+        for batch in table.batched(reader, 512):
             rows = [row for entry in batch if (row := stored(*entry)) is not None]
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
     if not counts["rows"]:
@@ -207,13 +207,6 @@ def bad_rows_summary(bad_rows: list[BadRow], examples: int = 3) -> str:
     reasons = ", ".join(f"{n:,} by {name}" for name, n in counts.most_common())
     first = "; ".join(str(bad) for bad in bad_rows[:examples])
     return f"{len(bad_rows):,} rows left out ({reasons}): {first}{'; ...' if len(bad_rows) > examples else ''}"
-
-
-def batched(iterable: Iterable, size: int) -> Iterator[list]:
-    """Lists of `size`; the last one may be shorter."""
-    iterator = iter(iterable)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,13 @@ def _starts_with_list(path: str) -> bool:
     return True
 
 
+def batched(iterable: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size`; the last one may be shorter."""
+    iterator = iter(iterable)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
 def list_text(rows: Iterable[str]) -> str:
     """Rows, each as JSON, as a JSON list that can be read line by line."""
     return "[\n" + ",\n".join(rows) + "\n]\n"

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -305,10 +306,10 @@ def test_streaming_gives_what_json_gives(tmp_path, form):
 
 def test_empty_list_and_larger_than_a_batch(tmp_path):
     assert "files" in summarise([tally(write(tmp_path / "e.json", []))])
-    rows = [row(str(i % 5), problem=str(i)) for i in range(5000)]  # scored by other processes too
+    rows = [row(str(i % 5), problem=str(i)) for i in range(5000)]
     found = tally(write(tmp_path / "f.json", rows), pair=True)
-    assert (found.counts["m", "answer"]["right"], len(found.keys)) == (1000, 5000)
-    assert list(found.outcomes) == [int(i % 5 == 4) for i in range(5000)]
+    assert found.counts["m", "answer"]["right"] == 1000
+    assert [right for *_, right in found.outcomes] == [i % 5 == 4 for i in range(5000)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
@@ -419,5 +420,5 @@ def test_text_of_a_file_stays_in_its_cell():
 def test_nothing_heavy_for_help():
     code = "import sys, calculate_acc; print([m for m in ('torch', 'numpy', 'pandas', 'sympy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=acc.os.path.dirname(acc.__file__), timeout=60, check=True)  # fmt: skip
+                          cwd=Path(acc.__file__).parent, timeout=60, check=True)  # fmt: skip
     assert done.stdout.strip() == "[]"
