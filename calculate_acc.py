@@ -2,42 +2,35 @@
 
     python calculate_acc.py --result_path results.json [more.json ...] [--format table|json|markdown]
 
-Answers are scored again with verify.py, and it is said where a file's own is_correct disagrees. A failed request is not
-an answer: it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An
-answer without a box is an answer, and wrong. Intervals are Wilson's at 95 %.
+Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not an answer:
+it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An answer without
+a box is an answer, and wrong. Intervals are Wilson's at 95 %.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
 answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
 (10,000 resamples, seeded) and McNemar's exact test.
 
-Files are read as a stream (a JSON list, or JSON lines), and large ones are scored on all cores: a million rows take a
-minute or less. Memory stays bounded; with several files, 14 bytes a row are kept for the pairing. The seed's own files
-(dataset, ground_truth, extracted_answer) are read too.
+Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
+a minute, and memory only for the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the
+release writes them, are read too.
 """
 
-import argparse
 import json
 import math
-import os
 import sys
-from array import array
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import islice
 from typing import Any
 
+from data.cli import Parser, printable, refuse, text_table
 from data.rows import BadInput, BadRow
-from data.table import records
+from data.table import batched, records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
-KEPT = ("dataset", "image_path", "ground_truth", "extracted_answer", "is_correct", "error", "prompt_tokens",
-        "completion_tokens", "first_completion_tokens", "round_num", "first_answer", "task", "label", "verdict",
-        "verdict_swapped")  # fmt: skip
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 EXAMPLES = 5  # of disagreement, kept of each file
 
@@ -101,95 +94,52 @@ def kind_of(row: Row) -> str:
 
 @dataclass
 class Tally:
-    """What is counted of one file. `outcomes` are for the pairing: 1 right, 0 wrong, -1 left out."""
+    """What is counted of one file. `outcomes` are for the pairing: (key, dataset, kind, right or wrong or None)."""
 
     path: str
     counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
     failed: Counter = field(default_factory=Counter)  # by dataset
+    datasets: dict[str, None] = field(default_factory=dict)  # in order of appearance
     disagreements: int = 0
     examples: list[Row] = field(default_factory=list)
-    datasets: dict[str, int] = field(default_factory=dict)
-    keys: array = field(default_factory=lambda: array("Q"))
-    outcomes: array = field(default_factory=lambda: array("b"))
-    dataset_ids: array = field(default_factory=lambda: array("I"))
-    kinds: array = field(default_factory=lambda: array("b"))  # places in KINDS
+    outcomes: list[tuple[int, str, str, bool | None]] = field(default_factory=list)
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
     """Count the rows of `path`, or `rows`; with `pair`, remember each row's outcome."""
-    found = Tally(path)
-    for batch, correct in scored(batches(path, read_rows(path) if rows is None else rows, pair)):
+    total = Tally(path)
+    stream = enumerate(read_rows(path) if rows is None else rows)
+    for batch in batched(((index, checked(row, path, index)) for index, row in stream), 2048):
+        verdicts = score([row for _, row in batch])
         for index, row in batch:
-            dataset_id = found.datasets.setdefault(row["dataset"], len(found.datasets))
-            outcome = None
+            dataset, kind, right = row["dataset"], kind_of(row), None
+            total.datasets[dataset] = None
             if row.get("error") is not None:
-                found.failed[row["dataset"]] += 1
+                total.failed[dataset] += 1
             else:
-                outcome = count_row(found.counts[row["dataset"], kind_of(row)], row, correct)
+                right = count_row(total.counts[dataset, kind], row, verdicts)
                 stored = row.get("is_correct")
-                if outcome is not None and stored is not None and bool(stored) != outcome:
-                    found.disagreements += 1
-                    if len(found.examples) < EXAMPLES:
-                        shown = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
-                        found.examples.append({"row": index, **shown, "stored": bool(stored), "rescored": outcome})
+                if right is not None and stored is not None and bool(stored) != right:
+                    total.disagreements += 1
+                    if len(total.examples) < EXAMPLES:
+                        fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
+                        total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": right})
             if pair:
-                found.keys.append(row["key"])
-                found.outcomes.append(-1 if outcome is None else outcome)
-                found.dataset_ids.append(dataset_id)
-                found.kinds.append(KINDS.index(kind_of(row)))
-    for dataset, failed in found.failed.items():  # beside the rows of its dataset, or of its file, that did not fail
-        kinds = [kind for name, kind in found.counts if name == dataset] or [kind for _, kind in found.counts]
-        found.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
-    return found
+                total.outcomes.append((match_key(row), dataset, kind, right))
+    for dataset, failed in total.failed.items():  # a failed row counts with the others of its dataset, or of its file
+        kinds = [kind for name, kind in total.counts if name == dataset] or [kind for _, kind in total.counts]
+        total.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
+    return total
 
 
-def batches(path: str, rows: Iterable[Row], pair: bool, size: int = 2048) -> Iterator[list[tuple[int, Row]]]:
-    """Rows in batches, without what is long and not counted."""
-    stream = enumerate(rows)
-    while batch := list(islice(stream, size)):
-        slim = []
-        for index, row in batch:
-            checked(row, path, index)
-            kept = {name: row[name] for name in KEPT if name in row}
-            if pair:
-                kept["key"] = match_key(row)
-            slim.append((index, kept))
-        yield slim
-
-
-def scored(stream: Iterator[list[tuple[int, Row]]]) -> Iterator[tuple[list[tuple[int, Row]], dict[tuple, bool | None]]]:
-    """Batches with their answers' verdicts. From the second on, other processes score while this one reads."""
-    for batch in islice(stream, 1):
-        yield batch, score(pairs_of(batch))
-    workers = len(os.sched_getaffinity(0))
-    waiting: deque = deque()
-    with ProcessPoolExecutor(workers) as pool:  # starts processes when there is something to do
-        for batch in stream:
-            waiting.append((batch, pool.submit(score, pairs_of(batch))))
-            if len(waiting) > 2 * workers:
-                batch, verdicts = waiting.popleft()
-                yield batch, verdicts.result()
-        for batch, verdicts in waiting:
-            yield batch, verdicts.result()
-
-
-def score(pairs: list[tuple]) -> dict[tuple, bool | None]:
-    """The verdict of each (answer, gold)."""
+def score(rows: list[Row]) -> dict[tuple, bool | None]:
+    """The verdict on each (answer, gold) of these rows."""
     from verify import verify_many
 
+    names = {"answer": ("extracted_answer",), "tts": ("extracted_answer", "first_answer")}
+    answered = [row for row in rows if row.get("error") is None]
+    pairs = list(dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ())))
     return dict(zip(pairs, verify_many(pairs), strict=True))
-
-
-def pairs_of(batch: list[tuple[int, Row]]) -> list[tuple]:
-    """The different (answer, gold) of a batch."""
-    pairs = {}
-    for _, row in batch:
-        kind = kind_of(row)
-        if kind in ("answer", "tts") and row.get("error") is None:
-            pairs[as_pair(row, "extracted_answer")] = None
-            if kind == "tts":
-                pairs[as_pair(row, "first_answer")] = None
-    return list(pairs)
 
 
 def as_pair(row: Row, name: str) -> tuple:
@@ -204,7 +154,7 @@ def match_key(row: Row) -> int:
     return int.from_bytes(blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def count_row(n: Counter, row: Row, correct: dict[tuple, bool | None]) -> bool | None:
+def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool | None:
     """Add one answered row to the counts of its benchmark. Returns whether it is right; None if that can't be said."""
     kind = kind_of(row)
     if "completion_tokens" in row:
@@ -213,7 +163,7 @@ def count_row(n: Counter, row: Row, correct: dict[tuple, bool | None]) -> bool |
         n["with_tokens"] += 1
         n["first_tokens"] += row.get("first_completion_tokens") or 0
     if kind in ("answer", "tts"):
-        outcome = correct[as_pair(row, "extracted_answer")]
+        outcome = verdicts[as_pair(row, "extracted_answer")]
         n["unboxed"] += row["extracted_answer"] in (None, "")
     else:
         outcome = count_verdicts(n, kind, row)
@@ -223,7 +173,7 @@ def count_row(n: Counter, row: Row, correct: dict[tuple, bool | None]) -> bool |
     n["answered"] += 1
     n["right"] += outcome
     if kind == "tts":
-        first = bool(correct[as_pair(row, "first_answer")])
+        first = bool(verdicts[as_pair(row, "first_answer")])
         n["first_right"] += first
         n["right_to_wrong"] += first and not outcome
         n["wrong_to_right"] += outcome and not first
@@ -263,21 +213,21 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
 # Rates
 
 
-def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
-    """Wilson's score interval for a share."""
+def wilson(right: int, n: int) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share."""
+    from scipy.stats import binomtest
+
     if n == 0:
         return None
-    share, spread = right / n, z * z / n
-    middle = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / n / 4)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def rate(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def summary(dataset: str, kind: str, n: Counter) -> Row:
+def rates(dataset: str, kind: str, n: Counter) -> Row:
     """One benchmark's counts as rates. A rate over nothing is None."""
     total = n["answered"]
     common = {
@@ -332,14 +282,9 @@ def summary(dataset: str, kind: str, n: Counter) -> Row:
 
 def mcnemar(gained: int, lost: int) -> float:
     """McNemar's exact test, two-sided: the chance that a fair coin splits the changed rows at least as unevenly."""
-    import numpy as np
+    from scipy.stats import binomtest
 
-    n, k = gained + lost, min(gained, lost)
-    if 2 * k == n:
-        return 1.0
-    i = np.arange(1, k + 1)
-    logs = np.concatenate([[0.0], np.cumsum(np.log((n - i + 1) / i))]) - n * math.log(2)  # log C(n, i) / 2^n
-    return min(1.0, 2 * float(np.exp(logs).sum()))
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
 def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
@@ -348,69 +293,57 @@ def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
     return (draws[:, 0] - draws[:, 1]) / n
 
 
-def occurrence_keys(found: Tally):
-    """Each row's key, told apart from earlier rows with the same one."""
-    import numpy as np
-
-    keys = np.frombuffer(found.keys, dtype=np.uint64)
-    order = np.argsort(keys, kind="stable")
-    new = np.r_[True, keys[order][1:] != keys[order][:-1]][: len(keys)]
-    position = np.arange(len(keys))
-    occurrence = np.empty(len(keys), dtype=np.uint64)
-    occurrence[order] = position - np.maximum.accumulate(np.where(new, position, 0))
-    return keys + occurrence * np.uint64(0x9E3779B97F4A7C15)  # wraps around
-
-
 def compare(base: Tally, other: Tally) -> list[Row]:
     """Differences on the rows that both files answered in the same mode: of each benchmark, of their mean, of all."""
     import numpy as np
+    import pandas as pd
 
+    tables = []
+    for total in (base, other):
+        table = pd.DataFrame(total.outcomes, columns=["key", "dataset", "kind", "right"])
+        table["occurrence"] = table.groupby("key").cumcount()  # the same question may stand there several times
+        tables.append(table[table["right"].notna()])
+    pairs = tables[0].merge(tables[1], on=["key", "occurrence", "kind"], suffixes=("", "_after"))
     rng = np.random.default_rng(0)
-    _, i, j = np.intersect1d(occurrence_keys(base), occurrence_keys(other), assume_unique=True, return_indices=True)
-    before, after = (np.frombuffer(t.outcomes, np.int8)[k] for t, k in ((base, i), (other, j)))
-    dataset_ids = np.frombuffer(base.dataset_ids, np.uint32)[i]
-    same_kind = np.frombuffer(base.kinds, np.int8)[i] == np.frombuffer(other.kinds, np.int8)[j]
-    both = (before >= 0) & (after >= 0) & same_kind
 
-    def difference(name: str, chosen) -> tuple[Row, Any]:
-        n = int(chosen.sum())
-        gained, lost = (int((chosen & (before == k) & (after == 1 - k)).sum()) for k in (0, 1))
+    def difference(name: str, rows: pd.DataFrame) -> tuple[Row, Any]:
+        before, after = rows["right"].astype(int), rows["right_after"].astype(int)
+        n, gained, lost = len(rows), int((after > before).sum()), int((after < before).sum())
         draws = resampled(gained, lost, n, rng)
-        row = {"dataset": name, "rows": n, "base_accuracy": float(before[chosen].mean()),
-               "accuracy": float(after[chosen].mean()), "difference": (gained - lost) / n,
-               "interval": np.quantile(draws, (0.025, 0.975)).tolist(), "gained": gained, "lost": lost,
-               "p": mcnemar(gained, lost)}  # fmt: skip
+        row = {"dataset": name, "rows": n, "base_accuracy": float(before.mean()), "accuracy": float(after.mean()),
+               "difference": (gained - lost) / n, "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
+               "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}  # fmt: skip
         return row, draws
 
-    masks = {name: both & (dataset_ids == k) for name, k in base.datasets.items()}
-    found = [difference(name, mask) for name, mask in masks.items() if mask.any()]
-    rows = [row for row, _ in found]
+    groups = {name: pairs[pairs["dataset"] == name] for name in base.datasets}
+    differences = [difference(name, group) for name, group in groups.items() if len(group)]
+    rows = [row for row, _ in differences]
     if len(rows) > 1:
-        draws = np.mean([draws for _, draws in found], axis=0)
+        draws = np.mean([draws for _, draws in differences], axis=0)
         means = {k: sum(r[k] for r in rows) / len(rows) for k in ("base_accuracy", "accuracy", "difference")}
-        total = {"rows": int(both.sum()), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
+        total = {"rows": len(pairs), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
         rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
-        rows.append(difference("all rows", both)[0])
+        rows.append(difference("all rows", pairs)[0])
     return [{"base": base.path, "path": other.path, **row} for row in rows]
 
 
-def report(tallies: list[Tally]) -> Row:
+def summarise(tallies: list[Tally]) -> Row:
     """Everything as one JSON-able record: `files`, and `paired` differences from the first of them."""
     files = []
-    for found in tallies:
-        ordered = sorted(found.counts, key=lambda key: (KINDS.index(key[1]), found.datasets[key[0]]))
-        benchmarks = [summary(*key, found.counts[key]) for key in ordered]
+    for total in tallies:
+        keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), list(total.datasets).index(key[0])))
+        benchmarks = [rates(*key, total.counts[key]) for key in keys]
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
         files.append({
-            "path": found.path,
+            "path": total.path,
             "rows": sum(b["rows"] for b in benchmarks),
             "failed": sum(b["failed"] for b in benchmarks),
             "unscorable": sum(b["unscorable"] for b in benchmarks),
             "benchmarks": benchmarks,
             "means": {kind: sum(values) / len(values) for kind, values in scored.items() if values},
             "first_mean": rate(sum(firsts), len(firsts)),
-            "disagreements": {"rows": found.disagreements, "examples": found.examples},
+            "disagreements": {"rows": total.disagreements, "examples": total.examples},
         })  # fmt: skip
     return {"files": files, "paired": [row for other in tallies[1:] for row in compare(tallies[0], other)]}
 
@@ -448,7 +381,7 @@ TITLES = {
 COUNTS = {"unboxed", "right_to_wrong", "wrong_to_right", "rows", "answered", "unscorable", "failed", "gained", "lost"}
 
 
-def shown(name: str, value) -> str:
+def cell(name: str, value) -> str:
     if value is None:
         return "-"
     if name in COUNTS:
@@ -464,23 +397,23 @@ def shown(name: str, value) -> str:
     return f"{100 * value:+.1f}" if name in ("difference", "position_bias") else f"{100 * value:.1f}"
 
 
-def tables(found: Row) -> list[Table]:
+def tables(summary: Row) -> list[Table]:
     """What a reader should see, in that order. Rates are in percent."""
-    files, result = found["files"], []
+    files, result = summary["files"], []
     several = len(files) > 1
     for kind in KINDS:
         rows = []
         for file in files:
             for b in (b for b in file["benchmarks"] if b["kind"] == kind):
-                middle = [shown(name, b[name]) for name in COLUMNS[kind].values()]
-                ends = [shown(name, b[name]) for name in ("unscorable", "failed")]
-                rows.append([b["dataset"], file["path"], shown("answered", b["answered"]), *middle, *ends])
+                middle = [cell(name, b[name]) for name in COLUMNS[kind].values()]
+                ends = [cell(name, b[name]) for name in ("unscorable", "failed")]
+                rows.append([b["dataset"], file["path"], cell("answered", b["answered"]), *middle, *ends])
         order = list(dict.fromkeys(row[0] for row in rows))
         rows.sort(key=lambda row: order.index(row[0]))  # stable: the files of a benchmark stand together
         for file in files if len(order) > 1 else []:
             if kind in file["means"]:
                 means = {"accuracy": file["means"][kind], "first_accuracy": file["first_mean"]}
-                cells = [shown(f, means[f]) if f in means else "" for f in COLUMNS[kind].values()]
+                cells = [cell(f, means[f]) if f in means else "" for f in COLUMNS[kind].values()]
                 rows.append(["mean of benchmarks", file["path"], "", *cells, "", ""])
         if rows:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
@@ -488,10 +421,11 @@ def tables(found: Row) -> list[Table]:
             result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
     for file in (f for f in files[1:] if not other_mode(f, files[0])):
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
-        rows = [[p["dataset"], *(shown(f, p[f]) for f in fields)] for p in found["paired"] if p["path"] == file["path"]]
+        paired = [row for row in summary["paired"] if row["path"] == file["path"]]
+        rows = [[row["dataset"], *(cell(name, row[name]) for name in fields)] for row in paired]
         head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
         both = rows[-1][1] if rows else "0"
-        answered = [shown("answered", sum(b["answered"] for b in f["benchmarks"])) for f in (file, files[0])]
+        answered = [cell("answered", sum(b["answered"] for b in f["benchmarks"])) for f in (file, files[0])]
         title = f"{file['path']} against {files[0]['path']}, on the {both} rows both answered"
         result.append((f"{title}, of {' and '.join(answered)}", head, rows))
     return result
@@ -505,17 +439,17 @@ def other_mode(file: Row, base: Row) -> tuple[str, str] | None:
     return tuple(" and ".join(kind for kind in KINDS if kind in held) for held in kinds)
 
 
-def notices(found: Row) -> list[str]:
+def notices(summary: Row) -> list[str]:
     """What must not be overlooked."""
     lines = []
-    base = found["files"][0]
-    for file in found["files"][1:]:
+    base = summary["files"][0]
+    for file in summary["files"][1:]:
         if held := other_mode(file, base):
             lines.append(
                 f"NOT COMPARED: {file['path']} holds results of {held[0]}, {base['path']} of {held[1]}; only results "
                 "of one mode are compared"
             )
-    for file in found["files"]:
+    for file in summary["files"]:
         if not file["rows"]:
             lines.append(f"empty: {file['path']} holds no row")
         if file["failed"]:
@@ -534,45 +468,29 @@ def notices(found: Row) -> list[str]:
     return lines
 
 
-def render(found: Row, form: str) -> str:
-    """`found` as `table`, `markdown` or `json`. Text from a file can't move the cursor or break a cell."""
+def render(summary: Row, form: str) -> str:
+    """The summary as `table`, `markdown` or `json`. Text from a file can't move the cursor or break a cell."""
     if form == "json":
-        return json.dumps(found, indent=1)
+        return json.dumps(summary, indent=1)
     markdown = form == "markdown"
-    lines = [printable(line) + ("\n" if markdown else "") for line in notices(found)]
-    for title, head, rows in tables(found):
-        cells = [[printable(c) for c in row] for row in [head, *rows]]
-        if markdown:
-            cells = [[c.replace("|", "\\|") for c in row] for row in cells]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        padded = [
-            [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))] for row in cells
-        ]
-        if markdown:
-            ruled = [padded[0], ["---", *["---:"] * (len(head) - 1)], *padded[1:]]
-            lines += ["", f"**{printable(title)}**", "", *(f"| {' | '.join(row)} |" for row in ruled)]
-        else:
-            rule = "-" * (sum(widths) + 2 * len(widths) - 2)
-            lines += ["", printable(title), rule, *("  ".join(row).rstrip() for row in padded)]
+    lines = [printable(line) + ("\n" if markdown else "") for line in notices(summary)]
+    for title, head, rows in tables(summary):
+        table = text_table([head, *rows], markdown)
+        title = f"**{printable(title)}**" if markdown else printable(title)
+        lines += ["", title, "" if markdown else "-" * max(map(len, table)), *table]
     return "\n".join(lines).strip("\n")
 
 
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
         tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]
     except BadInput as error:
-        print(f"calculate_acc.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    print(render(report(tallies), args.format))
+        return refuse("calculate_acc.py", error)
+    print(render(summarise(tallies), args.format))
     return 0
 
 

@@ -12,7 +12,6 @@
 Each stage writes its result and is skipped when that is there: interrupted, run it again and it goes on.
 """
 
-import argparse
 import json
 import math
 import random
@@ -22,8 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from data.cli import Parser, text_table, write_atomically
 from engines import Request, TransformersEngine, complete
-from evaluate import Settings, evaluate, write_atomically
+from evaluate import Settings, evaluate_records
 from prompts import PROMPT_SUFFIX, ask, neutralise, reflection_instruction
 
 START = Path("data/tiny_qwen2_5_vl")
@@ -42,7 +42,7 @@ def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]
     Half of the answers are shown with their reasoning. Images are PIL images, the rest is evaluate.py's format.
     """
     from data.digits import draw, question, solve
-    from data.tiny_model import IMAGE_KINDS, attempt, shown
+    from data.tiny_model import IMAGE_KINDS, attempt, candidate_text
 
     rng = random.Random(f"held-out/{split}/{seed}")
     answers, pairs, points = [], [], []
@@ -52,7 +52,8 @@ def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]
         gold = solve(kind, values)
         wrong = attempt(kind, values, True, rng)
         form = rng.choice(("answer", "cot"))
-        right_text, wrong_text = shown(*attempt(kind, values, False, rng), form), shown(*wrong, form)
+        right_text = candidate_text(*attempt(kind, values, False, rng), form)
+        wrong_text = candidate_text(*wrong, form)
         row = {"dataset": f"digits-{kind}", "problem": text, "image_path": image}
         answers.append({**row, "answer": str(gold)})
         pairs.append({**row, "chosen": right_text, "rejected": wrong_text})
@@ -78,8 +79,8 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
     n = len(benchmark["answers"])
 
     def several(rows: list[Row], mode: str) -> list[list[Row]]:  # (rows, samples)
-        found = evaluate(rows * samples, engine, replace(settings, mode=mode))
-        return [found[i :: len(rows)] for i in range(len(rows))]
+        results = evaluate_records(rows * samples, engine, replace(settings, mode=mode))
+        return [results[i :: len(rows)] for i in range(len(rows))]
 
     tts = several(benchmark["answers"], "tts")
     pairs = several(benchmark["pairs"], "judge")
@@ -89,8 +90,11 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
     first = [[s["first_is_correct"] for s in row] for row in tts]
     final = [[s["is_correct"] for s in row] for row in tts]
     gain = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, final, strict=True)]
-    own = [[(s["rounds"][0]["verdict"], s["first_is_correct"]) for s in row] for row in tts]
-    own_sides = [[[v == ("Yes" if c else "No") for v, c in row if c is side] for row in own] for side in (True, False)]
+    own_answers = [[(s["rounds"][0]["verdict"], s["first_is_correct"]) for s in row] for row in tts]
+    own_right, own_wrong = (
+        [[verdict == label for verdict, correct in row if correct is side] for row in own_answers]
+        for side, label in ((True, "Yes"), (False, "No"))
+    )
     point_hits = [[s["is_correct"] for s in row] for row in points]
     fixed = [[new for old, new in row if not old] for row in reflected]
     harmed = [[not new for old, new in row if old] for row in reflected]
@@ -102,7 +106,7 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
         "measures": {
             "policy accuracy": _mean(first),
             "pointwise balanced accuracy": _balanced(point_hits[::2], point_hits[1::2]),
-            "pointwise, own answers": _balanced(*own_sides),
+            "pointwise, own answers": _balanced(own_right, own_wrong),
             "pairwise accuracy, both orders": _mean(order),
             "reflection fixes a wrong answer": _mean(fixed),
             "reflection harms a right answer": _mean(harmed),
@@ -112,7 +116,7 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
         "rows": {
             "first": first,
             "final": final,
-            "own_verdicts": [[v for v, _ in row] for row in own],
+            "own_verdicts": [[verdict for verdict, _ in row] for row in own_answers],
             "points": [[s["verdict"] for s in row] for row in points],
             "pairs": [[(s["verdict"], s["verdict_swapped"]) for s in row] for row in pairs],
             "reflected": reflected,
@@ -124,15 +128,15 @@ def _reflect(answers, tts, engine, settings) -> list[list[tuple[bool, bool]]]:
     """Every first answer, right or wrong, reflected on once: (was right, is right) of each question and sample."""
     import verify
 
-    asked, where = [], []
+    requests, where = [], []
     for i, (row, samples) in enumerate(zip(answers, tts, strict=True)):
         images = (row["image_path"],) if row["image_path"] is not None else ()
         for sample in samples:
             instruction = reflection_instruction(neutralise(sample["rounds"][0]["output"]), "cot", template=1)
             messages = ask([{"role": "user", "content": row["problem"] + PROMPT_SUFFIX}], instruction)
-            asked.append(Request(messages, images))
+            requests.append(Request(messages, images))
             where.append((i, bool(sample["first_is_correct"])))
-    outputs = complete(engine, asked, settings.sampling)
+    outputs = complete(engine, requests, settings.sampling)
     reflected: list[list[tuple[bool, bool]]] = [[] for _ in answers]
     for (i, before), output in zip(where, outputs, strict=True):
         after = verify.is_equal(verify.extract_boxed(output.text), answers[i]["answer"])
@@ -187,10 +191,10 @@ def random_judge(measured: Row) -> dict[str, float]:
 def staged(path: Path, settings: Row, make) -> Row:
     """The JSON of a finished stage, or `make()`'s result written there. Made with other settings, it is made again."""
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] == settings:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["settings"] == settings:
             print(f"{path}: done before", flush=True)
-            return found
+            return stored
     result = {"settings": settings, **make()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(result))
@@ -216,20 +220,21 @@ def table(columns: dict[str, Row], chance: dict[str, float]) -> list[Row]:
     ]
 
 
-def print_table(rows: list[Row], columns: list[str]) -> None:
-    print(f"\n{'held-out digits, temperature 1':34}" + "".join(f"{c:>20}" for c in columns) + f"{'random judge':>14}")
+def printed_table(rows: list[Row], columns: list[str]) -> str:
+    """The table as text."""
+    lines = [["held-out digits, temperature 1", *columns, "random judge"]]
     for row in rows:
-        cells = []
+        line = [row["measure"]]
         for column in columns:
             value = row[column]
             half = (value["interval"][1] - value["mean"]) if value["interval"] else 0
-            cells.append("-" if value["mean"] is None else f"{value['mean']:.3f} ± {half:.3f}")
-        chance = "" if row["random"] is None else f"{row['random']:.3f}"
-        print(f"{row['measure']:34}" + "".join(f"{cell:>20}" for cell in cells) + f"{chance:>14}")
+            line.append("-" if value["mean"] is None else f"{value['mean']:.3f} ± {half:.3f}")
+        lines.append([*line, "" if row["random"] is None else f"{row['random']:.3f}"])
+    return "\n".join(text_table(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
     parser.add_argument("--recipe", default="recipes/demo.yaml")
     parser.add_argument("--steps", type=int, default=42)
@@ -254,8 +259,7 @@ def main() -> None:
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     report = args.output / "report.html"
     write_report([trained], report, metrics=metrics)
-    print_table(rows, ["start", "after"])
-    print(f"\n{args.output / 'metrics.json'}\n{report}")
+    print(f"\n{printed_table(rows, ['start', 'after'])}\n\n{args.output / 'metrics.json'}\n{report}")
 
 
 if __name__ == "__main__":

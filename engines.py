@@ -12,23 +12,19 @@ of the first question, as in training; the model's own chat template does the re
 """
 
 import asyncio
+import base64
 import heapq
+import json
 import os
-import queue
 import random
 import threading
 import time
 from dataclasses import dataclass
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-import httptools
-import msgspec
-import pybase64
-import uvloop
-
 from data.images import BadImage, as_file, loaded
-from data.rows import BadInput
+from data.rows import BadInput, in_parts
 
 
 class Request(NamedTuple):
@@ -76,12 +72,9 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
 
 
 def with_places(request: Request) -> list[dict[str, Any]]:
-    """The messages of a request with images, all in parts: where they have none for images, these stand in front of the
-    first question."""
-    messages = [
-        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-        for m in request.messages
-    ]
+    """The messages of a request with images, in parts; the images stand in front of the first question where the
+    messages have no places for them."""
+    messages = in_parts(request.messages)
     if all(part["type"] == "text" for message in messages for part in message["content"]):
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         content = [{"type": "image"}] * len(request.images) + messages[first]["content"]
@@ -264,9 +257,7 @@ class VLLMEngine:
 # ---------------------------------------------------------------------------------------------------------------------
 # Servers
 
-# Those that fill in what a request leaves open from the model's generation_config.json; as /models gives their name.
-FILL_IN = {"vllm", "sglang"}
-TOGETHER = 32  # requests handed to the thread at once: each time costs its attention, and waiting costs the first ones
+FILL_IN = {"vllm", "sglang"}  # these take what a request leaves open from the model's generation_config.json
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
@@ -274,14 +265,17 @@ FATAL = {
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
+TOGETHER = 32  # requests handed to the thread at once: each time interrupts it, and waiting delays the first ones
+SET_ASIDE = 30.0  # seconds for which a server that could not be reached is asked last
 
 
 class ServerEngine:
-    """OpenAI-compatible servers, called by one thread of coroutines; a request goes to the least busy server.
+    """OpenAI-compatible servers, called over aiohttp by a thread with its own event loop, so also from a notebook.
 
-    Retries what may pass (429, 5xx, a broken connection, half an answer) with backoff and jitter, where there are
-    several servers on another one. What is left then is that request's error. What no request can survive (401, 403,
-    404) raises BadInput.
+    A request goes to the least busy server. What may pass (429, 5xx, a broken connection, half an answer) is tried
+    again with backoff and jitter, where there are several servers on another one. What is left then is that request's
+    error. What no request can survive (401, 403, 404) raises BadInput. Once no server could be reached for all tries
+    of a request, the others try once each until a server answers.
 
     Args:
         urls: as `http://host:8000` or `http://host:8000/v1`.
@@ -293,44 +287,50 @@ class ServerEngine:
     def __init__(self, urls: list[str], model: str, concurrency: int = 64, timeout: float = 600.0, retries: int = 8):
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
         self.capacity = 2 * concurrency  # as many again are ready to go, images loaded
-        self._servers = [_Server(url) for url in urls]
-        self._fill_in = False  # whether a server is one of FILL_IN
-        self._submitted: list[tuple[int, bytes]] = []
-        self._answered: list[tuple[int, Output | Exception]] = []
-        self._done: queue.SimpleQueue = queue.SimpleQueue()
-        self._tasks: list[asyncio.Task] = []
-        self._loop = uvloop.new_event_loop()
+        self._busy = {api_url(url): 0 for url in urls}  # server -> requests under way
+        self._set_aside = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is asked last
+        self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
+        self._fill_in = False  # a server is one of FILL_IN
+        self._refused: Done = []
+        self._submitted: list[tuple[int, bytes]] = []  # not yet handed to the thread
+        self._tasks: set[asyncio.Task] = set()
+        self._done: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._open(), self._loop).result()
+            self._wait_for(self._open())
         except BadInput:
             self.close()
             raise
 
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
         try:
-            self._submitted.append((ticket, msgspec.json.encode(self._body(request, sampling))))
-            if len(self._submitted) == TOGETHER:
-                self._hand_over()
-        except (BadImage, UnicodeEncodeError) as error:  # half a surrogate pair
-            self._done.put([(ticket, Output(error=str(error)))])
+            self._submitted.append((ticket, json.dumps(self._body(request, sampling), ensure_ascii=False).encode()))
+        except (BadImage, UnicodeEncodeError) as error:  # the latter: half a surrogate pair
+            self._refused.append((ticket, Output(error=str(error))))
+        if len(self._submitted) == TOGETHER:
+            self._hand_over()
 
     def finished(self) -> Done:
         self._hand_over()
-        done = self._done.get()
-        while not self._done.empty():
-            done += self._done.get()
+        if self._refused:
+            refused, self._refused = self._refused, []
+            return refused
+        done = self._wait_for(self._next())
         for _, output in done:
             if isinstance(output, Exception):
                 raise output
         return done
 
     def close(self) -> None:
-        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._wait_for(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def _wait_for(self, coroutine):
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _hand_over(self) -> None:
         submitted, self._submitted = self._submitted, []
@@ -340,12 +340,11 @@ class ServerEngine:
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         messages = request.messages
         if request.images:
-            urls = iter([msgspec.Raw(b'"%s"' % data_url(image)) for image in request.images])  # nothing to escape
+            images = iter([{"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images])
             messages = [
-                {**m, "content": [p if p["type"] == "text" else {"type": "image_url", "image_url": {"url": next(urls)}}
-                                  for p in m["content"]]}
-                for m in with_places(request)
-            ]  # fmt: skip
+                {**message, "content": [p if p["type"] == "text" else next(images) for p in message["content"]]}
+                for message in with_places(request)
+            ]
         body = {
             "model": self.model,
             "messages": messages,
@@ -363,244 +362,131 @@ class ServerEngine:
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
     async def _open(self) -> None:
-        self._tasks = [self._loop.create_task(self._watch())]
-        for server in self._servers:
+        """Connect, and ask each server for its models. Raises BadInput where it can't serve this one."""
+        import aiohttp
+
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=self.concurrency))
+        self._failures = (aiohttp.ClientError, OSError)  # no answer; TimeoutError is an OSError
+        for server in self._busy:
             try:
-                status, body = await server.exchange("GET", "/models", b"", timeout=10)
-            except OSError as error:
-                raise BadInput(f"{server.url}: no server answers there ({_reason(error)})") from None
+                status, answer = await self._exchange("GET", f"{server}/models", timeout=10)
+            except self._failures as error:
+                raise BadInput(f"{server}: no server answers there ({_reason(error)})") from None
             if status in FATAL and status != 404:  # not every server lists its models
-                raise BadInput(f"{server.url}: answered {status}: {FATAL[status]}")
-            served = _served(body) if status == 200 else {}
+                raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
+            served = read_models(answer) if status == 200 else {}
             if served and self.model not in served:
                 raise BadInput(
-                    f"{server.url}: serves {', '.join(served)[:300]}, not {self.model}; name one by --served_model"
+                    f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one by --served_model"
                 )
             self._fill_in |= not FILL_IN.isdisjoint(served.values())
-        self._todo: asyncio.Queue = asyncio.Queue()
-        self._tasks += [self._loop.create_task(self._work()) for _ in range(self.concurrency)]
 
     async def _close(self) -> None:
-        for task in self._tasks:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for server in self._servers:
-            server.close()
-
-    async def _watch(self) -> None:
-        while True:
-            await asyncio.sleep(min(1.0, self.timeout / 8))
-            for server in self._servers:
-                server.end_overdue()
+        await asyncio.gather(*tasks, self._session.close(), return_exceptions=True)
 
     def _start(self, submitted: list[tuple[int, bytes]]) -> None:
-        for request in submitted:
-            self._todo.put_nowait(request)
+        for ticket, body in submitted:
+            task = self._loop.create_task(self._answer(ticket, body))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
-    async def _work(self) -> None:
-        """One of `concurrency`: takes requests, one after the other."""
-        while True:
-            ticket, body = await self._todo.get()
+    async def _next(self) -> list[tuple[int, Output | Exception]]:
+        """Wait until one or more requests are done."""
+        done = [await self._done.get()]
+        while not self._done.empty():
+            done.append(self._done.get_nowait())
+        return done
+
+    async def _exchange(self, method: str, url: str, body: bytes | None = None, timeout: float | None = None):
+        """(status, body) of the answer."""
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=timeout or self.timeout)
+        async with self._session.request(method, url, data=body, timeout=limit, allow_redirects=False) as response:
+            return response.status, await response.read()
+
+    async def _answer(self, ticket: int, body: bytes) -> None:
+        async with self._slots:
             try:
-                output = await self._call(body)
-            except Exception as error:  # handed to finished(), which raises it in the caller's thread
+                output = await self._complete(body)
+            except Exception as error:  # finished() raises it in the caller's thread
                 output = error
-            if not self._answered:
-                self._loop.call_soon(self._hand_back)  # together with what else comes in at this moment
-            self._answered.append((ticket, output))
+        self._done.put_nowait((ticket, output))
 
-    def _hand_back(self) -> None:
-        self._done.put(self._answered)
-        self._answered = []
-
-    async def _call(self, body: bytes) -> Output:
-        error, tries = "", dict.fromkeys(self._servers, 0)
-        for attempt in range(self.retries + 1):
+    async def _complete(self, body: bytes) -> Output:
+        error, tries = "", dict.fromkeys(self._busy, 0)
+        for attempt in range(1 if self._unreachable else self.retries + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 0.25 * 2**attempt) * random.uniform(0.5, 1.0))
-            server = min(self._servers, key=lambda server: (tries[server], server.busy))  # a dead one is never busy
+            now = time.monotonic()
+            server = min(tries, key=lambda s: (tries[s], self._set_aside[s] > now, self._busy[s]))
             tries[server] += 1
+            self._busy[server] += 1
             try:
-                status, answer = await server.exchange("POST", "/chat/completions", body, self.timeout)
-            except OSError as failure:
-                error = f"{server.url}: {_reason(failure)}"
+                status, answer = await self._exchange("POST", f"{server}/chat/completions", body)
+            except self._failures as failure:
+                self._set_aside[server] = time.monotonic() + SET_ASIDE
+                error = f"{server}: {_reason(failure)}"
                 continue
+            finally:
+                self._busy[server] -= 1
+            self._set_aside[server], self._unreachable = 0.0, False
             if status in FATAL:
-                raise BadInput(f"{server.url}: answered {status}: {FATAL[status]}")
-            if status == 200 and (output := _read(answer)) is not None:
+                raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
+            if status == 200 and (output := read_completion(answer)) is not None:
                 return output
-            error = f"{server.url}: answered {status}: {answer[:200].decode(errors='replace')}"
+            error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
             if status not in RETRIED and status != 200:
                 break
+        else:
+            self._unreachable = all(until > 0 for until in self._set_aside.values())
         return Output(error=" ".join(error.split()))
 
 
-def _reason(error: OSError) -> str:
-    return f"{type(error).__name__} {error}".strip()
-
-
-class _Server:
-    """The address of a server, and its connections. Plain HTTP/1.1 without what an API does not need (cookies,
-    redirects, compression): a fifth of a general client's CPU."""
-
-    def __init__(self, url: str):
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.busy = 0
-        self._idle: list[_Connection] = []
-        self._deadlines: dict[_Connection, float] = {}
-        parts = urlsplit(self.url)
-        try:
-            self._port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            key = os.environ.get("OPENAI_API_KEY", "").strip().encode("ascii")
-            self._host, host = parts.hostname, parts.netloc.rpartition("@")[2].encode("idna")
-        except (KeyError, UnicodeError, ValueError):
-            raise BadInput(f"{url}: expected http://host:port or https://host, and a key of ASCII letters") from None
-        if not self._host:
-            raise BadInput(f"{url}: expected http://host:port or https://host")
-        self._tls = parts.scheme == "https"
-        self._path = parts.path
-        self._headers = b"Host: " + host + b"\r\nContent-Type: application/json\r\n"
-        self._headers += b"Authorization: Bearer " + key + b"\r\n" if key else b""
-
-    async def exchange(self, method: str, path: str, body: bytes, timeout: float) -> tuple[int, bytes]:
-        """(status, body) of the answer. Raises OSError, TimeoutError among them, if there is none."""
-        head = f"{method} {self._path}{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n".encode() + self._headers
-        self.busy += 1
-        connection = None
-        try:
-            connection = await self._connection(timeout)
-            self._deadlines[connection] = time.monotonic() + timeout
-            answer = await connection.exchange(head + b"\r\n" + body)
-        except BaseException:  # also cancelled: an answer may still come, and would be taken for the next one's
-            if connection:
-                connection.transport.abort()
-            raise
-        finally:
-            self.busy -= 1
-            self._deadlines.pop(connection, None)
-        self._idle.append(connection)
-        return answer
-
-    async def _connection(self, timeout: float) -> "_Connection":
-        while self._idle:
-            connection = self._idle.pop()
-            if not connection.transport.is_closing():
-                return connection
-        loop = asyncio.get_running_loop()
-        async with asyncio.timeout(timeout):
-            _, connection = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls or None)
-        return connection
-
-    def end_overdue(self) -> None:
-        """To be called now and then: a timer for each request would cost a quarter of its CPU."""
-        now = time.monotonic()
-        for connection in [c for c, deadline in self._deadlines.items() if deadline < now]:
-            connection.end(TimeoutError("no answer in time"))
-
-    def close(self) -> None:
-        for connection in self._idle:
-            connection.transport.close()
-
-
-class _Connection(asyncio.Protocol):
-    """One exchange at a time, the connection kept open between them."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        self._waiting: asyncio.Future | None = None
-
-    def exchange(self, request: bytes) -> asyncio.Future:
-        self._parser = httptools.HttpResponseParser(self)
-        self._status, self._body = 0, []
-        self._waiting = asyncio.get_running_loop().create_future()
-        self.transport.write(request)
-        return self._waiting
-
-    def data_received(self, data: bytes) -> None:
-        if self._waiting is None:  # nobody asked
-            self.transport.abort()
-            return
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self.end(ConnectionError(f"no HTTP: {error}"))
-
-    def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
-
-    def on_body(self, data: bytes) -> None:
-        self._body.append(data)
-
-    def on_message_complete(self) -> None:
-        if self._status >= 200:  # before that, it announces another one
-            if not self._parser.should_keep_alive():
-                self.transport.close()
-            self.end()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        # An answer without a length ends with the connection. Half an answer is no JSON.
-        self.end(None if self._status >= 200 and error is None else error or ConnectionError("closed, no answer"))
-
-    def end(self, error: Exception | None = None) -> None:
-        waiting, self._waiting = self._waiting, None
-        if waiting is None or waiting.done():  # done: it was cancelled
-            return
-        if error is None:
-            waiting.set_result((self._status, b"".join(self._body)))
-        else:
-            waiting.set_exception(error)
-
-
-class _Model(msgspec.Struct):
-    id: str
-    owned_by: str | None = None
-
-
-class _Models(msgspec.Struct):
-    data: list[_Model]
-
-
-class _Message(msgspec.Struct):
-    content: str | None = None
-
-
-class _Choice(msgspec.Struct):
-    message: _Message
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
-class _Completion(msgspec.Struct):
-    choices: Annotated[list[_Choice], msgspec.Meta(min_length=1)]
-    usage: _Usage | None = None
-
-
-_decode_models = msgspec.json.Decoder(_Models).decode
-_decode_completion = msgspec.json.Decoder(_Completion).decode
-
-
-def _served(body: bytes) -> dict[str, str | None]:
-    """The names of the models in a list of them, with what serves each; none if it is no such list."""
+def api_url(url: str) -> str:
+    """The address of a server's API. Raises BadInput."""
     try:
-        return {model.id: model.owned_by for model in _decode_models(body).data}
-    except msgspec.DecodeError:
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0  # a bad port is a ValueError
+    except ValueError:
+        valid = False
+    if not valid:
+        raise BadInput(f"{url}: expected http://host:port or https://host")
+    return url.rstrip("/").removesuffix("/v1") + "/v1"
+
+
+def read_models(answer: bytes) -> dict[str, str | None]:
+    """Parse a list of models: name -> what serves it. Empty if malformed."""
+    try:
+        return {model["id"]: model.get("owned_by") for model in json.loads(answer)["data"]}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
 
-def _read(body: bytes) -> Output | None:
-    """A chat completion; None if it is none."""
+def read_completion(answer: bytes) -> Output | None:
+    """Parse a chat completion; None if malformed."""
     try:
-        answer = _decode_completion(body)
-    except (msgspec.DecodeError, RecursionError):
+        completion = json.loads(answer)
+        text = completion["choices"][0]["message"].get("content") or ""
+        usage = completion.get("usage") or {}
+        tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+        text.encode()  # half a surrogate pair can't be written anywhere
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    usage = answer.usage or _Usage()
-    return Output(answer.choices[0].message.content or "", usage.prompt_tokens or 0, usage.completion_tokens or 0)
+    return Output(text, *tokens) if all(isinstance(n, int) for n in tokens) else None
 
 
-def data_url(image) -> bytes:
-    """An image as the server is to see it: as training does. Raises BadImage."""
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip()
+
+
+def data_url(image) -> str:
+    """An image as training sees it, for the server. Raises BadImage."""
     content, kind = as_file(image)
-    return b"data:%s;base64,%s" % (kind.encode(), pybase64.b64encode(content))
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -22,27 +22,27 @@ tested on what it was trained on. Where completions come from: engines.py. The s
 records out:
 
     rows = [{"dataset": "sums", "problem": "1+1?", "answer": "2"}]
-    results = evaluate(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
-    print(render(report([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
+    results = evaluate_records(rows, TransformersEngine("runs/demo/spark"), Settings("spark", "tts"))
+    print(render(summarise([tally("spark", rows=results)]), "table"))  # calculate_acc.py's
 """
 
-import argparse
 import hashlib
 import itertools
 import json
-import math
 import os
 import sys
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import verify
-from calculate_acc import printable
-from data.read import Reader, Source, add_source_flags, source_of
-from data.rows import BadInput, BadRow, Rules
+from data.arguments import DataSettings
+from data.cli import Parser, flag, refuse, write_atomically
+from data.progress import PartFile
+from data.read import Reader
+from data.rows import BadInput, BadRow, Source
+from data.table import list_text
 from engines import Output, Request, Sampling
 from prompts import (
     PROMPT_SUFFIX,
@@ -54,34 +54,47 @@ from prompts import (
 )
 
 Row = dict[str, Any]
-MODES = ("answer", "tts", "judge")
 TTS = ("reflect", "vote", "weighted_vote", "best_of_n")
-ENGINES = ("auto", "vllm", "transformers", "server")
-LEAST = {"max_tokens": 1, "temperature": 0, "repetition_penalty": 0.01, "max_rounds": 0, "n": 1, "limit": 1,
-         "batch_size": 1, "max_model_len": 1, "concurrency": 1, "timeout": 0.1}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides a result. A results file made with other settings is not continued."""
 
-    model: str
-    mode: str
-    benchmark: tuple[str, ...] = ()
-    engine: str = "auto"
-    max_tokens: int = 2048
-    temperature: float = 0.0
-    repetition_penalty: float = 1.0
-    tts: str = "reflect"
-    max_rounds: int = 2
-    n: int = 8
-    judge_source: str = "cot"
-    suffix: str = PROMPT_SUFFIX
-    seed: int = 0
+    model: str = flag(help="a folder or a hub name")
+    mode: str = flag("answer", choices=("answer", "tts", "judge"))
+    benchmark: tuple[str, ...] = flag((), "files (data/README.md), folders or hub names", required=True)
+    engine: str = flag("auto", choices=("auto", "vllm", "transformers", "server"))
+    max_tokens: int = flag(2048, least=1)
+    temperature: float = flag(0.0, least=0)
+    repetition_penalty: float = flag(1.0, least=0.01)
+    tts: str = flag("reflect", "mode tts: how", choices=TTS)
+    max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
+    n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
+    judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
+    prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
+    seed: int = flag(0)
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.repetition_penalty)
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine needs and no result depends on."""
+
+    dtype: str = flag(
+        "auto",
+        "vllm, transformers: auto is the model's own, float32 on a CPU",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    batch_size: int = flag(128, "transformers", least=1)
+    max_model_len: int | None = flag(None, "vllm: longest prompt and completion together", least=1)
+    server: tuple[str, ...] = flag((), "server: URLs; the key is read from OPENAI_API_KEY")
+    served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
+    concurrency: int = flag(64, "server: requests under way, over all URLs", least=1)
+    timeout: float = flag(600.0, "server: seconds for one try", least=0.1)
 
 
 class RequestFailed(Exception):
@@ -133,13 +146,13 @@ def reflect_row(row: Row, settings: Settings) -> Solver:
     first, first_tokens, rounds = text, tokens.completion, []
     for _ in range(settings.max_rounds):
         shown, form = _shown(text, settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.suffix)
+        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
         (judged,) = tokens.read((yield [Request(question, images)]))
         verdict = verify.parse_verdict(judged)
         rounds.append(_round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
             break
-        question = ask(messages, reflection_instruction(shown, form, template=1), settings.suffix)
+        question = ask(messages, reflection_instruction(shown, form, template=1), settings.prompt_suffix)
         (text,) = tokens.read((yield [Request(question, images)]))
     else:
         rounds.append(_round(text))
@@ -166,7 +179,7 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
 
     def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
         """Each question as its instructions word it in one order, then in the other."""
-        return [Request(ask(messages, text, settings.suffix), images) for both in instructions for text in both]
+        return [Request(ask(messages, text, settings.prompt_suffix), images) for both in instructions for text in both]
 
     if settings.tts == "weighted_vote":
         outputs = yield in_both_orders(
@@ -253,7 +266,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     messages, images = row["prompt"], tuple(row["images"])
     if row.get("response") is not None:
         shown, _ = _shown(row["response"], settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.suffix)
+        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
         (judged,) = tokens.read((yield [Request(question, images)]))
         verdict = verify.parse_verdict(judged)
         found = {"task": "pointwise", "label": row["label"], "verdict": verdict, "verdict_swapped": None}
@@ -264,7 +277,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     for other in row["rejected"]:
         other, _ = _shown(other, settings.judge_source)
         for pair in ((chosen, other), (other, chosen)):
-            asked.append(Request(ask(messages, pairwise_instruction(*pair), settings.suffix), images))
+            asked.append(Request(ask(messages, pairwise_instruction(*pair), settings.prompt_suffix), images))
     outputs = tokens.read((yield asked))
     verdicts, swapped = ([verify.parse_verdict(text) for text in outputs[i::2]] for i in (0, 1))
     one = len(row["rejected"]) == 1
@@ -370,13 +383,13 @@ def _seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
 
 
-def evaluate(records: list[Row], engine, settings: Settings) -> list[Row]:
+def evaluate_records(records: list[Row], engine, settings: Settings) -> list[Row]:
     """Results of `records`, in their order. For notebooks and scripts; nothing is written.
 
     The records are what a benchmark file would hold; images may also be PIL images. Raises BadInput for one that can't
     be used.
     """
-    rows = read_benchmark(Source(records, rules=Rules(settings.suffix)), settings.mode)
+    rows = read_benchmark(Source(records, suffix=settings.prompt_suffix), settings.mode)
     results: list[Row | None] = [None] * len(rows)
     for finished in run(enumerate(rows), engine, settings):
         for index, result in finished:
@@ -385,18 +398,18 @@ def evaluate(records: list[Row], engine, settings: Settings) -> list[Row]:
 
 
 def read_benchmark(source: Source, mode: str) -> list[Row]:
-    """The rows of a benchmark. An image is looked for, and opened when it is asked about.
+    """The rows of a benchmark. Images must be there, and are opened when a model is asked about them.
 
     Raises BadInput for data that can't be read, and for rows that the mode can't use.
     """
-    found = [row for _, _, row in Reader(source, "judge" if mode == "judge" else "answer", look=False)]
-    bad = [row for row in found if isinstance(row, BadRow)]
+    rows = [row for _, _, row in Reader(source, "judge" if mode == "judge" else "answer", look=False)]
+    bad = [row for row in rows if isinstance(row, BadRow)]
     if bad:
         more = f"; {len(bad) - 1:,} more rows can't be used, python -m data.check names them" if len(bad) > 1 else ""
         raise BadInput(f"{source}: {bad[0]}{more}")
-    if not found:
+    if not rows:
         raise BadInput(f"{source}: expected at least one row, found none")
-    return found
+    return rows
 
 
 def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> list[Row]:
@@ -406,58 +419,36 @@ def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> li
     """
     from tqdm.auto import tqdm
 
-    part, header, done = resume(rows, settings, output)
-    encode = json.JSONEncoder(ensure_ascii=False).encode
-    texts: dict[int, str] = {}  # each result is written as JSON once, for both files
-
-    def line(index: int, result: Row) -> str:
-        texts[index] = encode(result)
-        return f'{{"index": {index}, "result": {texts[index]}}}\n'
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(part, "".join([json.dumps(header) + "\n", *itertools.starmap(line, done.items())]))
-
-    todo = [i for i in range(len(rows)) if i not in done]
-    bar = tqdm(total=len(rows), initial=len(done), desc=settings.mode, disable=None)  # on a terminal only
-    with open(part, "a", encoding="utf-8") as log, bar:
-        synced = time.monotonic()
-        for finished in run(((i, rows[i]) for i in todo), engine, settings):
-            done.update(finished)
-            log.writelines(itertools.starmap(line, finished))
-            log.flush()
-            bar.update(len(finished))
-            if time.monotonic() - synced > 1.0:
-                os.fsync(log.fileno())
-                synced = time.monotonic()
-    lines = ",\n".join(texts[i] for i in range(len(rows)))
-    write_atomically(output, f"[\n{lines}\n]\n")
-    return [done[i] for i in range(len(rows))]
+    part = part_file(rows, settings, output)
+    todo = [(i, row) for i, row in enumerate(rows) if i not in part.done]
+    with tqdm(total=len(rows), initial=len(part.done), desc=settings.mode, disable=None) as bar:  # on a terminal only
+        try:
+            for finished in run(todo, engine, settings):
+                part.add(dict(finished))
+                bar.update(len(finished))
+        finally:
+            part.close()
+    results = [part.done[i] for i in range(len(rows))]
+    write_atomically(output, list_text(json.dumps(result, ensure_ascii=False) for result in results))
+    return results
 
 
-def resume(rows: list[Row], settings: Settings, output: Path) -> tuple[Path, Row, dict[int, Row]]:
-    """OUTPUT.part, the header that it has for this run, and what it holds already: results without an error by row.
+def part_file(rows: list[Row], settings: Settings, output: Path) -> PartFile:
+    """OUTPUT.part, where results are kept while they come in; what it holds is without the failed ones.
 
     Raises BadInput if it, or `output`, is of another run.
     """
-    part = output.with_name(output.name + ".part")
-    header = json.loads(json.dumps({**asdict(settings), "number of rows": len(rows), **contents(settings, rows)}))
-    way_out = "give another --output or remove it"
+    path = output.with_name(output.name + ".part")
     if output.is_dir():
         raise BadInput(f"{output}: expected a file, got a folder")
-    if not part.exists():
-        if output.exists():
-            raise BadInput(f"{output}: exists, and has no {part.name} that says what made it; {way_out}")
-        return part, header, {}
-    try:
-        lines = part.read_bytes().split(b"\n")[:-1]  # the last one was cut off while being written, maybe in a letter
-        made, *entries = map(json.loads, lines)
-        changed = [name for name in header if made.get(name) != header[name]]
-        done = {entry["index"]: entry["result"] for entry in entries if entry["result"]["error"] is None}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise BadInput(f"{part}: expected what an evaluation has written; {way_out}") from None
-    if changed:
-        raise BadInput(f"{part}: made with another {', '.join(changed)}; {way_out}")
-    return part, header, done
+    if output.exists() and not path.exists():
+        raise BadInput(
+            f"{output}: exists, and has no {path.name} that says what made it; give another --output or remove it"
+        )
+    header = {**asdict(settings), "number of rows": len(rows), **contents(settings, rows)}
+    part = PartFile(path, header, fields=("error",))
+    part.done = {index: result for index, result in part.done.items() if result["error"] is None}
+    return part
 
 
 def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
@@ -480,43 +471,39 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     return digests
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` so that a reader finds the old file or the new one, also after a crash."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def make_engine(settings: Settings, engine: EngineSettings):
+    """The engine that the settings ask for. Raises BadInput where it can't be had."""
+    from safetensors import SafetensorError
+
+    import engines
+
+    try:
+        if settings.engine == "server":
+            model = engine.served_model or settings.model
+            return engines.ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout)
+        if settings.engine == "vllm":
+            return engines.VLLMEngine(settings.model, dtype=engine.dtype, max_model_len=engine.max_model_len)
+        from transformers import set_seed
+
+        set_seed(settings.seed)
+        return engines.TransformersEngine(settings.model, batch_size=engine.batch_size, dtype=engine.dtype)
+    except BadInput:
+        raise
+    except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
+        raise BadInput(f"--model {settings.model}: {error}") from error
 
 
-def make_engine(args: argparse.Namespace):
-    """The engine that the command line asks for."""
-    if args.engine == "server":
-        from engines import ServerEngine
-
-        return ServerEngine(args.server, args.served_model or args.model, args.concurrency, args.timeout)
-    if args.engine == "vllm":
-        from engines import VLLMEngine
-
-        return VLLMEngine(args.model, dtype=args.dtype, max_model_len=args.max_model_len)
-    from transformers import set_seed
-
-    from engines import TransformersEngine
-
-    set_seed(args.seed)
-    return TransformersEngine(args.model, batch_size=args.batch_size, dtype=args.dtype)
-
-
-def choose_engine(args: argparse.Namespace) -> str:
+def choose_engine(engine: str, server: tuple[str, ...]) -> str:
     """`auto`: servers if there are any; vLLM where it is installed beside a GPU; else transformers."""
     from importlib.util import find_spec
 
-    if args.engine == "vllm" and not find_spec("vllm"):
+    if engine == "vllm" and not find_spec("vllm"):
         raise BadInput("--engine vllm: expected vLLM to be installed (requirements.txt has its version)")
-    if args.engine != "auto":
-        return args.engine
-    if args.server:
+    if engine == "server" and not server:
+        raise BadInput("--engine server: expected --server URL")
+    if engine != "auto":
+        return engine
+    if server:
         return "server"
     if find_spec("vllm"):
         import torch
@@ -527,72 +514,35 @@ def choose_engine(args: argparse.Namespace) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--benchmark", required=True, nargs="+", help="files (data/README.md), folders or hub names")
-    parser.add_argument("--mode", choices=MODES, default="answer")
+    parser = Parser(__doc__)
+    for fields in (Settings, EngineSettings, DataSettings):
+        parser.add_fields(fields)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--engine", choices=ENGINES, default="auto")
-    parser.add_argument("--max_tokens", type=int, default=2048)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--tts", choices=TTS, default="reflect", help="mode tts: how")
-    parser.add_argument("--max_rounds", type=int, default=2, help="tts reflect: reflections at most")
-    parser.add_argument("--n", type=int, default=8, help="tts vote, weighted_vote, best_of_n: answers per question")
-    parser.add_argument("--judge_source", choices=("cot", "answer"), default="cot", help="what a judge sees")
     parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="vllm, transformers: auto is the model's own, float32 on a CPU",
-    )
-    parser.add_argument("--batch_size", type=int, default=128, help="transformers")
-    parser.add_argument("--max_model_len", type=int, help="vllm: longest prompt and completion together")
-    parser.add_argument("--server", nargs="+", default=[], help="server: URLs; the key is read from OPENAI_API_KEY")
-    parser.add_argument("--served_model", help="server: the name the model has there (default: --model)")
-    parser.add_argument("--concurrency", type=int, default=64, help="server: requests under way, over all URLs")
-    parser.add_argument("--timeout", type=float, default=600.0, help="server: seconds for one try")
-    add_source_flags(parser, split="test")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.set_defaults(dataset_split="test")
     args = parser.parse_args()
-
-    from safetensors import SafetensorError
-
+    settings, engine, data = (parser.values(args, fields) for fields in (Settings, EngineSettings, DataSettings))
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit: expected a number from 1 on, got {args.limit}")
     try:
-        for name, least in LEAST.items():
-            if (value := getattr(args, name)) is not None and not least <= value < math.inf:
-                raise BadInput(f"--{name}: expected a number from {least} on, got {value}")
-        args.engine = choose_engine(args)
-        if args.engine == "server" and not args.server:
-            raise BadInput("--engine server: expected --server URL")
-        if args.mode == "tts" and args.tts != "reflect" and args.temperature == 0:
-            raise BadInput(f"--tts {args.tts}: expected a --temperature above 0, or all answers are the same")
-        if args.engine != "server" and (Path(args.model) / "adapter_config.json").is_file():
+        settings = replace(settings, engine=choose_engine(settings.engine, engine.server))
+        if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
+            raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
+        if settings.engine != "server" and (Path(settings.model) / "adapter_config.json").is_file():
             raise BadInput(
-                f"--model {args.model}: expected a model, got an adapter (LoRA); python -m training.merge {args.model} "
-                f"makes a model of it, in {args.model}/merged"
+                f"--model {settings.model}: expected a model, got an adapter (LoRA); python -m training.merge "
+                f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
-        settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__ if name in args})
-        settings = replace(settings, benchmark=tuple(args.benchmark))
-        rows = [
-            row for name in args.benchmark for row in read_benchmark(source_of(name, args), args.mode)[: args.limit]
-        ]
-        resume(rows, settings, args.output)  # refused now, and not when the model is loaded
+        sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
+        rows = [row for source in sources for row in read_benchmark(source, settings.mode)[: args.limit]]
+        part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
+        running = make_engine(settings, engine)
         try:
-            engine = make_engine(args)
-        except BadInput:
-            raise
-        except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
-            raise BadInput(f"--model {args.model}: {error}") from error
-        try:
-            results = run_to_file(rows, engine, settings, args.output)
+            results = run_to_file(rows, running, settings, args.output)
         finally:
-            engine.close()
+            running.close()
     except (BadInput, OSError) as error:
-        print(f"evaluate.py: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
+        return refuse("evaluate.py", error)
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

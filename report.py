@@ -6,14 +6,13 @@ A run is what train_spark.py leaves in its output_dir: trainer_state.json (of an
 checkpoint) and completions/*.parquet. A metrics.json (demo.py's before/after table) is shown where there is one. What
 a run has not logged is said to be absent.
 
-The page is one file without scripts or links to anything, and REPORT_curves.png beside it holds the curves. Whatever
-a model wrote is hostile until shown otherwise: text is escaped and its invisible characters are made visible, images
-are decoded and encoded anew, and the page's own policy forbids scripts and requests.
+The page (report.html.jinja) is one file without scripts or links to anything; REPORT_curves.png holds its curves.
+Whatever a model wrote is hostile: text is escaped and its invisible characters are made visible, images are decoded and
+encoded anew, and the page's own policy forbids scripts and requests.
 """
 
 import argparse
 import base64
-import html
 import io
 import json
 import math
@@ -59,9 +58,8 @@ PANELS = (
         ("reflection/fix_rate", "fix rate"),)),
     Panel("Questions without contrast", "All G rollouts earned the same, so nothing can be learned from them.", (
         ("frac_reward_zero_std", "share"),)),
-    Panel("Recycled prompts", "Prompts a step: used, kept for the next, out of date, and unusable.", (
-        ("recycle/items", "used"), ("recycle/carried", "carried"), ("recycle/expired", "expired"),
-        ("recycle/skipped", "skipped")), share=False),
+    Panel("Recycled prompts", "Prompts a step: used, beyond the ratio, and unusable.", (
+        ("recycle/items", "used"), ("recycle/unused", "unused"), ("recycle/skipped", "skipped")), share=False),
     Panel("Unreadable output", "Answers without a box, judgements without a verdict.", (
         ("policy/unboxed", "no boxed answer"), ("judge/unparsed", "no verdict")), share=False),
     Panel("Entropy", "Nats a token; near 0 the policy no longer explores.", (("entropy", "entropy"),), share=False),
@@ -105,8 +103,8 @@ def read_runs(paths: list[str | Path]) -> list[Run]:
 
     Raises BadInput for a folder that is no run, or a log that is not JSON.
     """
-    found: list[Path] = []
-    outer: dict[Path, Row] = {}
+    folders: list[Path] = []
+    outer_metrics: dict[Path, Row] = {}
     for path in map(Path, paths):
         if not path.is_dir():
             raise BadInput(f"{path}: no such folder; expected a run's output_dir")
@@ -114,13 +112,13 @@ def read_runs(paths: list[str | Path]) -> list[Run]:
         if not inside and not (path / "metrics.json").exists():
             raise BadInput(f"{path}: not a run: expected trainer_state.json, checkpoint-*/ or completions/ in it")
         if inside and inside != [path] and (path / "metrics.json").exists():
-            outer[inside[0]] = read_json(path / "metrics.json")
-        found += inside or [path]
-    parts = [path.resolve().parts for path in found]
+            outer_metrics[inside[0]] = read_json(path / "metrics.json")
+        folders += inside or [path]
+    parts = [path.resolve().parts for path in folders]
     depth = next((n for n in range(1, 10) if len({p[-n:] for p in parts}) == len(parts)), 1)
-    runs = [read_run(path, "/".join(p[-depth:])) for path, p in zip(found, parts, strict=True)]
-    for path, run in zip(found, runs, strict=True):
-        run.metrics = run.metrics or outer.get(path)
+    runs = [read_run(path, "/".join(p[-depth:])) for path, p in zip(folders, parts, strict=True)]
+    for path, run in zip(folders, runs, strict=True):
+        run.metrics = run.metrics or outer_metrics.get(path)
     return runs
 
 
@@ -164,7 +162,7 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
         for row in rows:
             images = list(row.get("images") if row.get("images") is not None else [])
             row["task"] = str(row.get("task") or task)
-            row["prompt"], row["completion"] = last_text(row["prompt"]), last_text(row["completion"])
+            row["prompt"], row["completion"] = verify.last_text(row["prompt"]), verify.last_text(row["completion"])
             same = items and (row["task"], row["prompt"]) == (items[-1][0]["task"], items[-1][0]["prompt"])
             if images or not same:  # images come with the first rollout of an item only
                 items.append([])
@@ -179,14 +177,6 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
         for row in item:
             row["group"] = [other["reward"] for other in item]
     return [row for item in items for row in item]
-
-
-def last_text(prompt) -> str:
-    """The text of a prompt or completion: a string, or the last of its messages."""
-    if isinstance(prompt, str):
-        return prompt
-    content = prompt[-1]["content"]
-    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
 def draw_rollouts(run: Run, late: bool, count: int) -> list[Row]:
@@ -305,29 +295,6 @@ def draw(panels: Sequence[Panel], runs: list[Run], theme: str, file, kind: str) 
     fig.savefig(file, format=kind, dpi=150)
 
 
-def picture(panel: Panel, runs: list[Run]) -> str:
-    """A panel for light and for dark pages, with what it shows in words."""
-    head = f"<h3>{esc(panel.title)}</h3>"
-    if not any(metric in run.series for run in runs for metric, _ in panel.lines):
-        return f"<figure class=panel>{head}<p class=absent>not logged</p></figure>"
-    sources = {}
-    for theme in ("light", "dark"):
-        with io.BytesIO() as file:
-            draw([panel], runs, theme, file, "svg")
-            sources[theme] = data_uri(file.getvalue(), "svg+xml")
-    said = [
-        f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
-        for run in runs
-        for metric, label in panel.lines
-        if (ends := start_and_end(run, metric))
-    ]
-    return (
-        f'<figure class=panel>{head}<picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
-        f'<img src="{sources["light"]}" alt="{esc(panel.title)}: {esc("; ".join(said))}"></picture>'
-        f"<figcaption>{esc(panel.about)}</figcaption></figure>"
-    )
-
-
 def start_and_end(run: Run, metric: str) -> tuple[float, float] | None:
     """The means of a metric's first and last tenth."""
     _, values = run.series.get(metric, ((), ()))
@@ -352,11 +319,6 @@ def visible(text) -> str:
     return _INVISIBLE.sub(lambda match: f"[U+{ord(match[0]):04X}]", str(text))
 
 
-def esc(text) -> str:
-    """Fit for an element or a quoted attribute."""
-    return html.escape(visible(text), quote=True)
-
-
 def shorten(text: str) -> str:
     """The beginning and the end, for the verdict comes last."""
     left_out = len(text) - MAX_CHARS
@@ -365,12 +327,8 @@ def shorten(text: str) -> str:
     return f"{text[: MAX_CHARS * 2 // 3]}\n[... {left_out:,} characters left out ...]\n{text[-MAX_CHARS // 3 :]}"
 
 
-def block(text: str, kind: str) -> str:
-    return f'<div class="text {kind}" dir="auto">{esc(shorten(text.strip()))}</div>'
-
-
-def image(data) -> str:
-    """PNG bytes as an image tag, encoded anew from their pixels; a note where they are no image."""
+def image(data) -> dict[str, str]:
+    """PNG bytes as the `source` of an image tag, encoded anew from their pixels; an `error` where they are no image."""
     from PIL import Image
 
     try:
@@ -381,9 +339,9 @@ def image(data) -> str:
         pixels.thumbnail((320, 320))
         with io.BytesIO() as file:
             pixels.save(file, format="PNG", optimize=True)
-            return f'<img src="{data_uri(file.getvalue(), "png")}" alt="The image the question is about">'
+            return {"source": data_uri(file.getvalue(), "png")}
     except Exception as error:  # whatever a decoder may raise on bytes made to break it
-        return f"<p class=absent>image can't be shown ({esc(type(error).__name__)})</p>"
+        return {"error": type(error).__name__}
 
 
 def data_uri(data: bytes, kind: str) -> str:
@@ -396,60 +354,64 @@ def number(value: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pieces of the page
+# What the page (report.html.jinja) shows
 
 
-def badge(reward: float) -> str:
-    if math.isnan(reward):
-        return '<span class="badge none">– not scored</span>'
-    return '<span class="badge right">✓ right</span>' if reward >= 1 else '<span class="badge wrong">✗ wrong</span>'
+def picture(panel: Panel, runs: list[Run]) -> Row:
+    """A panel for light and for dark pages, and what it shows in words; neither where nothing was logged."""
+    if not any(metric in run.series for run in runs for metric, _ in panel.lines):
+        return {"panel": panel}
+    sources = {}
+    for theme in ("light", "dark"):
+        with io.BytesIO() as file:
+            draw([panel], runs, theme, file, "svg")
+            sources[theme] = data_uri(file.getvalue(), "svg+xml")
+    words = [
+        f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
+        for run in runs
+        for metric, label in panel.lines
+        if (ends := start_and_end(run, metric))
+    ]
+    return {"panel": panel, **sources, "words": "; ".join(words)}
 
 
-def card(row: Row) -> str:
-    """One rollout: the image, the question, what the model was shown, what it wrote, and whether that was right."""
+def card(row: Row) -> Row:
+    """One rollout: the question, what the model was shown, what it wrote, and whether that was right."""
     prompt = row["prompt"]
-    quoted = list(_QUOTED.finditer(prompt))
-    question, _, before = prompt[: quoted[0].start()].rpartition("\n\n") if quoted else (prompt, "", "")
-    asked = " … ".join(part for part in (before.strip(), prompt[quoted[-1].end() :].strip()) if part) if quoted else ""
-    truth = [bool(t) for t in row["shown_correct"]] if row.get("shown_correct") is not None else []
-    shown = ""
-    for i, found in enumerate(quoted):
-        letter = f"{found[1][-1].upper()}: " if found[1] != "response" else ""
-        mark = "" if i >= len(truth) else " ✓ is right" if truth[i] else " ✗ is wrong"
-        shown += f"<h4>{letter}Shown<span class=truth>{mark}</span></h4>" + block(found[2], "shown")
+    quotes = list(_QUOTED.finditer(prompt))
+    question, instruction = prompt, ""
+    if quotes:
+        question, _, before = prompt[: quotes[0].start()].rpartition("\n\n")
+        instruction = " … ".join(part for part in (before.strip(), prompt[quotes[-1].end() :].strip()) if part)
+    truth = row.get("shown_correct")
+    truth = [bool(right) for right in truth] if truth is not None else []
+    scored = [reward for reward in row["group"] if not math.isnan(reward)]
     label = row.get("label")
-    answered = verify.extract_boxed(row["completion"])
-    said = f"answered <b>{esc(shorten(answered))}</b>" if answered is not None else "<b>no boxed answer</b>"
-    if isinstance(label, str):
-        said += f", should be <b>{esc(shorten(label))}</b>"
-    group = [reward for reward in row["group"] if not math.isnan(reward)]
-    if len(group) > 1:
-        right = sum(reward >= 1 for reward in group)
-        said += f" · {right} of {len(group)} tries right"
-        if len(group) <= 16:
-            said += f" <span class=dots aria-hidden=true>{'●' * right}{'○' * (len(group) - right)}</span>"
-    return (
-        f"<article class=card><header><b>{esc(TASKS.get(row['task'], row['task']))}</b>"
-        f"<span class=step>step {esc(row.get('step', '?'))}</span>{badge(row['reward'])}</header>"
-        f"<div class=cols>{''.join(map(image, row['images']))}<div class=question><h4>Question</h4>"
-        f"{block(question, 'asked')}</div></div>{shown}"
-        + (f"<p class=instruction dir=auto>{esc(shorten(asked))}</p>" if asked else "")
-        + f"<h4>The model wrote</h4>{block(row['completion'], 'wrote')}<footer>{said}</footer></article>"
-    )
+    return {
+        "task": TASKS.get(row["task"], row["task"]),
+        "step": row.get("step", "?"),
+        "right": None if math.isnan(row["reward"]) else row["reward"] >= 1,
+        "images": list(map(image, row["images"])),
+        "question": question.strip(),
+        "quotes": [
+            {
+                "letter": quote[1].removeprefix("response").strip("_").upper(),
+                "text": quote[2].strip(),
+                "right": truth[i] if i < len(truth) else None,
+            }
+            for i, quote in enumerate(quotes)
+        ],
+        "instruction": instruction,
+        "completion": row["completion"].strip(),
+        "answer": verify.extract_boxed(row["completion"]),
+        "label": label if isinstance(label, str) else None,
+        "tries": len(scored),
+        "tries_right": sum(reward >= 1 for reward in scored),
+    }
 
 
-def cards(run: Run, late: int) -> str:
-    parts = []
-    for title, is_late, count in (("Late in training", True, late), ("At the start, for contrast", False, EARLY)):
-        rows = draw_rollouts(run, is_late, count)
-        if rows:
-            parts.append(f"<h4 class=when>{title}</h4><div class=cards>{''.join(map(card, rows))}</div>")
-    body = "".join(parts) or "<p class=absent>No rollouts were kept (log_completions was off).</p>"
-    return f"<h3>{esc(run.name)}</h3>{body}"
-
-
-def facts(run: Run) -> str:
-    """A run in one box: how far it went, what it cost, and where its main numbers started and ended."""
+def facts(run: Run) -> list[str]:
+    """How far a run went, and what it cost."""
     import pyarrow.parquet as pq
 
     done, planned = run.state.get("global_step"), run.state.get("max_steps")
@@ -469,172 +431,64 @@ def facts(run: Run) -> str:
     seconds = sum(run.series.get("train_runtime", ((), ()))[1][-1:]) or sum(run.series.get("step_time", ((), ()))[1])
     if seconds:
         words.append(f"{seconds / 60:,.1f} minutes")
-    tiles = "".join(
-        f"<div class=tile><span>{label}</span><b>{number(ends[0])} → {number(ends[1])}</b></div>"
-        for metric, label in TILES
-        if (ends := start_and_end(run, metric))
-    )
     if not run.series:
         words.append("no training log")
     elif not any(metric.startswith("recycle/") for metric in run.series):
         words.append("no recycling: plain GRPO")
-    about = f"<h3>{esc(run.name)}</h3><p>{esc(' · '.join(words))}</p>"
-    return f"<section class=run>{about}<div class=tiles>{tiles}</div></section>"
+    return words
 
 
-def before_after(metrics: Row) -> str:
+def tiles(run: Run) -> list[tuple[str, str, str]]:
+    """(name, start, end) of a run's main numbers."""
+    ends = {label: start_and_end(run, metric) for metric, label in TILES}
+    return [(label, number(pair[0]), number(pair[1])) for label, pair in ends.items() if pair]
+
+
+def rollouts(run: Run, late: int) -> list[tuple[str, list[Row]]]:
+    """(when, cards) of the last steps and of the first ones."""
+    drawn = {
+        "Late in training": draw_rollouts(run, True, late),
+        "At the start, for contrast": draw_rollouts(run, False, EARLY),
+    }
+    return [(when, list(map(card, rows))) for when, rows in drawn.items() if rows]
+
+
+def before_after(metrics: Row) -> Row:
     """metrics.json as a table; every column whose values are {mean, n, interval} is shown."""
     table = [row for row in metrics.get("table", []) if isinstance(row, dict)]
     columns = list(dict.fromkeys(k for row in table for k, v in row.items() if isinstance(v, dict) and "mean" in v))
-    head = "".join(f'<th scope="col"><i class="key k{i % 4}"></i>{esc(c)}</th>' for i, c in enumerate(columns))
-    body = ""
+    rows = []
     for row in table:
-        values = [row.get(c) if isinstance(row.get(c), dict) else {} for c in columns]
-        chance = row.get("random")
-        cells = "".join(
-            f'<td data-column="{esc(c)}">{measured(v, values[0] if i else {})}</td>'
-            for i, (c, v) in enumerate(zip(columns, values, strict=True))
-        )
-        note = f"<small>{esc(row['note'])}</small>" if row.get("note") else ""
-        body += (
-            f'<tr><th scope="row">{esc(row.get("measure", ""))}{note}</th><td class=plot>{strip(values, chance)}</td>'
-            f'{cells}<td data-column="random judge">{"–" if chance is None else f"{chance:.3f}"}</td></tr>'
-        )
-    settings = ", ".join(f"{k} {v}" for k, v in (metrics.get("settings") or {}).items())
-    return (
-        f'<div class=wide><table><thead><tr><th scope="col">measure</th><th scope="col" class=plot>0 to 1, with 95 % '
-        f'interval</th>{head}<th scope="col"><i class="key tick"></i>random judge</th></tr></thead>'
-        f"<tbody>{body}</tbody></table></div><p class=small>{esc(settings)}</p>"
-    )
-
-
-def measured(value: Row, first: Row) -> str:
-    if value.get("mean") is None:
-        return "–"
-    change = value["mean"] - first["mean"] if first.get("mean") is not None else None
-    low, high = value.get("interval") or (None, None)
-    return (
-        f"<b>{value['mean']:.3f}</b>"
-        + (f" <span class=change>{change:+.3f}</span>" if change is not None else "")
-        + (f"<small>{low:.3f} to {high:.3f}, n = {esc(value.get('n', '?'))}</small>" if low is not None else "")
-    )
-
-
-def strip(values: list[Row], chance: float | None) -> str:
-    """The columns' means and intervals on one line from 0 to 1. Beside the figures it says nothing new to a reader."""
-    shares = [share for share in (chance, *(v.get("mean") for v in values)) if share is not None]
-    if not all(0 <= share <= 1 for share in shares):
-        return ""
-    marks = f'<i class=tick style="left:{chance * 100:.2f}%"></i>' if chance is not None else ""
-    for i, value in enumerate(values):
-        if value.get("mean") is None:
-            continue
-        low, high = (min(max(x, 0), 1) * 100 for x in value.get("interval") or (value["mean"], value["mean"]))
-        top = (i + 1) / (len(values) + 1) * 100  # a lane each, so that none hides another
-        marks += f'<i class="bar k{i % 4}" style="left:{low:.2f}%;width:{high - low:.2f}%;top:{top:.0f}%"></i>'
-        marks += f'<i class="dot k{i % 4}" style="left:{value["mean"] * 100:.2f}%;top:{top:.0f}%"></i>'
-    return f"<div class=strip aria-hidden=true>{marks}</div>"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-STYLE = """
-:root { color-scheme: light dark; --paper: #f6f7f9; --card: #fff; --ink: #1f2328; --soft: #57606a; --line: #d6dbe1;
-  --right: #116b3a; --right-bg: #dcf5e5; --wrong: #a3241b; --wrong-bg: #fde4e1; --none-bg: #e7eaee; --quote: #f1f4f8;
-  --k0: #57606a; --k1: #0072b2; --k2: #b34e00; --k3: #8a3d7a }
-@media (prefers-color-scheme: dark) { :root { --paper: #0f1318; --card: #171c23; --ink: #e6e9ee; --soft: #a5b0bd;
-  --line: #37404b; --right: #7ee2a8; --right-bg: #12361f; --wrong: #ffa198; --wrong-bg: #4a1512; --none-bg: #2b333d;
-  --quote: #1f2630; --k0: #a5b0bd; --k1: #5bb8f0; --k2: #ff9248; --k3: #eb9fcb } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 76rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: .5rem 0 } h2 { margin: 2.8rem 0 .6rem; font-size: 1.35rem }
-h3 { margin: .2rem 0 } h4 { margin: .7rem 0 .2rem; font-size: .78rem; color: var(--soft); font-weight: 600 }
-.lead, .about { max-width: 46rem; color: var(--soft) } .small, small { font-size: .8rem; color: var(--soft) }
-small { display: block; font-weight: 400 } .absent { color: var(--soft); font-style: italic }
-.runs, .tiles, .grid, .cards { display: grid; gap: 1rem }
-.runs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)) }
-.run, .panel, .card, .wide { background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; padding: 1rem }
-.run p { margin: .1rem 0 .8rem; color: var(--soft); font-size: .9rem }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .6rem }
-.tile { background: var(--quote); border-radius: 8px; padding: .5rem .7rem } .tile span { display: block;
-  font-size: .78rem; color: var(--soft) } .tile b { font-size: 1.3rem; font-variant-numeric: tabular-nums }
-.grid { grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)) }
-.panel { margin: 0; padding: .6rem } .panel h3 { font-size: 1rem; padding: 0 .4rem }
-.panel img { width: 100%; height: auto; display: block }
-figcaption { font-size: .8rem; color: var(--soft); padding: 0 .4rem .3rem }
-.wide { overflow-x: auto; padding: .3rem 1rem } table { border-collapse: collapse; width: 100% }
-th, td { text-align: left; padding: .5rem .6rem; border-top: 1px solid var(--line); vertical-align: middle;
-  font-variant-numeric: tabular-nums } thead th { border: 0; font-size: .8rem; color: var(--soft) }
-td small { white-space: nowrap } .change { font-size: .85rem; color: var(--soft) } td.plot { min-width: 13rem }
-.strip { position: relative; height: 2.6rem;
-  background: linear-gradient(var(--line), var(--line)) center/100% 1px no-repeat }
-.strip i { position: absolute; top: 50%; transform: translate(-50%, -50%) }
-.strip .bar { height: .45rem; opacity: .35; transform: translateY(-50%); background: currentColor; border-radius: 3px }
-.dot, .key { width: .8rem; height: .8rem; border-radius: 50%; border: 2.5px solid currentColor;
-  background: currentColor }
-.dot { box-shadow: 0 0 0 1.5px var(--card) }
-.key { display: inline-block; margin-right: .4rem; vertical-align: -1px } .k0 { color: var(--k0) }
-.k1 { color: var(--k1) } .k2 { color: var(--k2) } .k3 { color: var(--k3) } .dot.k0, .key.k0 { background: var(--card) }
-.dot.k2, .key.k2 { border-radius: 0 } .dot.k3, .key.k3 { border-radius: 0 100% 0 100% }
-.strip .tick { height: 100% } .tick { width: 2px; height: .9rem; background: var(--ink); border: 0; border-radius: 0 }
-.cards { grid-template-columns: repeat(auto-fill, minmax(min(100%, 17rem), 1fr)) }
-.when { font-size: 1rem; color: var(--ink); margin: 1.2rem 0 .5rem } .card { padding: .8rem 1rem; min-width: 0 }
-.card header { display: flex; gap: .6rem; align-items: baseline; margin-bottom: .6rem } .step { color: var(--soft);
-  font-size: .8rem; white-space: nowrap } .card header b { flex: 1; font-size: .9rem }
-.badge { white-space: nowrap; border-radius: 99px; padding: .1rem .6rem; font-size: .8rem; font-weight: 700 }
-.badge.right { color: var(--right); background: var(--right-bg) } .badge.none { background: var(--none-bg) }
-.badge.wrong { color: var(--wrong); background: var(--wrong-bg) }
-.cols { display: flex; gap: .8rem; flex-wrap: wrap } .cols h4 { margin-top: 0 } .question { flex: 1 1 6rem }
-.cols img { width: 7rem; height: auto; max-height: 12rem; object-fit: contain; border-radius: 6px; align-self: start;
-  border: 1px solid var(--line); image-rendering: pixelated }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; max-height: 16rem; overflow-y: auto }
-.shown, .wrote { font: .85rem/1.5 ui-monospace, monospace; padding: .45rem .7rem; border-radius: 6px;
-  background: var(--quote) }
-.shown { border-left: 3px solid var(--soft) } .wrote { border-left: 3px solid var(--k1) } .truth { font-weight: 400 }
-.instruction { font-size: .85rem; color: var(--soft); margin: .5rem 0 0 } .card footer { margin-top: .7rem;
-  font-size: .85rem } .dots { letter-spacing: .1em; color: var(--soft); display: block }
-@media (max-width: 46rem) { table, tbody, tr, tbody th, td { display: block }
-  thead tr { display: flex; flex-wrap: wrap }
-  thead th.plot, thead th:first-child { display: none } tbody th, td { border: 0; padding: .15rem 0 }
-  tbody tr { padding: .6rem 0; border-top: 1px solid var(--line) } td[data-column]::before { content: attr(data-column);
-    display: inline-block; min-width: 7rem; color: var(--soft); font-size: .8rem }
-  td small { margin-left: 7rem; white-space: normal } }
-"""
+        cells = [row[column] if isinstance(row.get(column), dict) else {} for column in columns]
+        shares = [share for share in (row.get("random"), *(cell.get("mean") for cell in cells)) if share is not None]
+        rows.append({**row, "cells": cells, "drawn": all(0 <= share <= 1 for share in shares)})
+    settings = ", ".join(f"{name} {value}" for name, value in (metrics.get("settings") or {}).items())
+    return {"columns": columns, "rows": rows, "settings": settings}
 
 
 def page(runs: list[Run], tables: list[tuple[str, Row]]) -> str:
-    names = ", ".join(run.name for run in runs)
-    parts = [
-        "<h1>SPARK run report</h1><p class=lead>One model learns three things from the same verifiable rewards: to "
-        "answer a question, to judge answers, and to look again at a wrong one. Its own scored rollouts become the "
-        "judge and reflection prompts of the same step. Arrows go from the first tenth of a run to its last.</p>"
-        f"<div class=runs>{''.join(map(facts, runs))}</div>"
-    ]
-    for name, metrics in tables:
-        parts.append(f"<h2>Before and after{esc(name)}</h2>{before_after(metrics)}")
-    about = "Points are steps, lines their smoothed course. Rates are over the training rollouts of a step."
-    parts.append(f"<h2>Curves</h2><p class=about>{about}</p>")
-    if any(run.series for run in runs):
-        parts.append(f"<div class=grid>{''.join(picture(panel, runs) for panel in PANELS)}</div>")
-    else:
-        parts.append("<p class=absent>No training log was found.</p>")
-    about = (
-        "A random draw from the first and the last steps, not a selection. Whether a shown answer is right is the "
-        "verifier's word; the model was not told."
+    """The page. Whatever goes into the template has its invisible characters written out and is escaped."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value),  # Markup: a macro's output
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    parts.append(f"<h2>Rollouts</h2><p class=about>{about}</p>")
-    parts += [cards(run, LATE if len(runs) == 1 else max(LATE // 2, 1)) for run in runs]
-    notes = [f"{run.name}: {note}" for run in runs for note in dict.fromkeys(run.notes)]
-    parts.append("".join(f"<p class=absent>{esc(note)}</p>" for note in notes))
-    return (
-        f'<!doctype html><html lang=en><head><meta charset=utf-8><meta http-equiv="Content-Security-Policy" '
-        f'content="{POLICY}"><meta name=viewport content="width=device-width, initial-scale=1"><title>'
-        f"{esc(names)} · SPARK run report</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    environment.filters["shorten"] = shorten
+    late = LATE if len(runs) == 1 else max(LATE // 2, 1)
+    sections = [
+        {"name": run.name, "facts": facts(run), "tiles": tiles(run), "rollouts": rollouts(run, late)} for run in runs
+    ]
+    return environment.get_template("report.html.jinja").render(
+        runs=sections,
+        tables=[{"name": name, **before_after(metrics)} for name, metrics in tables],
+        pictures=[picture(panel, runs) for panel in PANELS] if any(run.series for run in runs) else [],
+        notes=[f"{run.name}: {note}" for run in runs for note in dict.fromkeys(run.notes)],
     )
 
 

@@ -11,19 +11,19 @@ Writes benchmarks/results/data_throughput.json: one row a measurement, with comm
              demo's model on those images within the demo's pixel budget
 """
 
-import argparse
 import json
 import os
-import platform
 import random
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "data_throughput.json"
+from benchmarks import record
+from data.cli import Parser
+
+RESULTS = record.RESULTS / "data_throughput.json"
 
 
 def make_files(folder: Path, rows: int, images: int) -> None:
@@ -84,21 +84,24 @@ def measure_wait(dataset: str, steps: int) -> dict:
     from transformers import AutoProcessor
     from transformers.trainer_callback import TrainerCallback
 
+    from data.arguments import DataSettings
     from data.lengths import image_factor
     from data.read import read_dataset
     from data.tiny_model import OUTPUT
     from train_spark import SparkConfig, SparkTrainer
 
     processor = AutoProcessor.from_pretrained(OUTPUT, padding_side="left")
-    data = read_dataset(dataset, image_factor=image_factor(processor), max_pixels=28 * 28 * 8).remove_columns("task")
+    data = read_dataset(
+        dataset, DataSettings(max_pixels=28 * 28 * 8), image_factor=image_factor(processor)
+    ).remove_columns("task")
     waited = []
 
     class Timed(SparkTrainer):
         def get_batch_samples(self, *args, **kwargs):
             start = time.perf_counter()
-            found = super().get_batch_samples(*args, **kwargs)
+            samples = super().get_batch_samples(*args, **kwargs)
             waited.append(time.perf_counter() - start)
-            return found
+            return samples
 
     class Ends(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -126,12 +129,12 @@ def measure_wait(dataset: str, steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
-    found = []
+    rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_files(folder, args.rows, args.images)
@@ -143,18 +146,10 @@ def main() -> None:
             (measure_wait, (str(folder / "images.json"), args.steps)),
         ):
             load = os.getloadavg()[0]
-            found.append({**measure(*arguments), "load_before": load})
-            print(found[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    result = {
-        "command": f"python -m benchmarks.data_throughput {' '.join(sys.argv[1:])}".strip(),
-        "commit": commit,
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}",
-        "note": "load_before is the machine's load average before the measurement: others were running beside it",
-        "versions": {name: version(name) for name in ("torch", "trl", "transformers", "datasets", "pyarrow", "pillow")},
-        "rows": found,
-    }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            rows.append({**measure(*arguments), "load_before": load})
+            print(rows[-1], flush=True)
+    note = "load_before is the machine's load average before the measurement: other programs were running"
+    record.write(RESULTS, (*record.PACKAGES, "datasets", "pyarrow", "pillow"), note=note, rows=rows)
 
 
 if __name__ == "__main__":

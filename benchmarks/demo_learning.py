@@ -11,16 +11,17 @@ Writes benchmarks/results/demo_learning.json: the table, and of every run the ou
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path("benchmarks/results/demo_learning.json")
+from benchmarks import record
+from data.cli import Parser, text_table
+
+RESULTS = record.RESULTS / "demo_learning.json"
 VARIANTS = {
     "spark": {},
     "spark_nothing_waits": {"recycle_max_age": 0},
@@ -87,18 +88,19 @@ def summary(runs: list[dict]) -> dict:
 def print_summary(table: dict) -> None:
     variants = list(next(iter(table.values())))
     for how in ("sampled", "greedy"):
-        print(f"\n{how:34}" + "".join(f"{v:>20}" for v in variants))
+        lines = [[how, *variants]]
         for name, row in table.items():
             cells = []
             for variant in variants:
                 cell = row[variant][how]
                 spread = "" if cell["stdev"] is None else f" ± {cell['stdev']:.3f}"
                 cells.append("-" if cell["mean"] is None else f"{cell['mean']:.3f}{spread}")
-            print(f"{name:34}" + "".join(f"{cell:>20}" for cell in cells))
+            lines.append([name, *cells])
+        print("", *text_table(lines), sep="\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", default=["spark", "grpo_same_rollouts"], choices=VARIANTS)
     parser.add_argument("--steps", type=int, default=42)
@@ -114,16 +116,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = list(pool.map(lambda job: one_run(*job, args), jobs))
     table = summary(runs)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
-        "command": f"python -m benchmarks.demo_learning --seeds {' '.join(map(str, args.seeds))} --steps {args.steps}",
-        "commit": commit,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "table": table,
-        "runs": runs,
-    }
-    RESULTS.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
+    record.write(RESULTS, indent=None, table=table, runs=runs)
     print_summary(table)
 
 

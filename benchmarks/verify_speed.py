@@ -1,6 +1,6 @@
 """How much faster one step's rewards are than math-verify called one after another.
 
-    python benchmarks/verify_speed.py
+    python -m benchmarks.verify_speed
 
 512 completions of a realistic mix: 60 % integers and letters, 30 % simple LaTeX, 10 % heavy
 (equal expressions in different forms, sets, intervals, matrices, equations). Both sides see the
@@ -10,25 +10,19 @@ hostile items are then added to the batch: they may add their limit, not their s
 benchmarks/results/verify_speed.json. Takes a minute on two cores; target: ratio >= 10.
 """
 
-import argparse
-import json
 import logging
 import os
-import platform
 import random
-import subprocess
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import verify
+from answers import workers
+from answers.normalize import clean
+from benchmarks import record
+from data.cli import Parser
 
-import verify  # noqa: E402
-from answers import workers  # noqa: E402
-from answers.normalize import clean  # noqa: E402
-
+RESULTS = record.RESULTS / "verify_speed.json"
 HOSTILE = [rf"\int_0^1 \int_0^1 \int_0^1 e^{{\sin(x^y)^{{\cos z}}}} dx dy dz + {k}" for k in (1, 2)]
 
 
@@ -129,9 +123,9 @@ def theirs(rows) -> tuple[list, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "verify_speed.json"))
+    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
 
@@ -170,18 +164,9 @@ def main() -> None:
             f"{len(differ)} verdicts differ, "
             f"two hostile items add {run['seconds_added_by_two_hostile_items']:.2f} s"
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    record = {
-        "command": " ".join(["python", "benchmarks/verify_speed.py", *sys.argv[1:]]),
-        "commit": commit.stdout.strip() or None,
-        "versions": {"python": platform.python_version()}
-        | {p: version(p) for p in ("math-verify", "latex2sympy2_extended", "sympy", "mpmath")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "timeout": verify.TIMEOUT,
-        "startup_seconds": startup,
-        "runs": runs,
-    }
-    Path(args.output).write_text(json.dumps(record, indent=1) + "\n")
+    packages = ("math-verify", "latex2sympy2_extended", "sympy", "mpmath")
+    load = os.getloadavg()[0]
+    record.write(args.output, packages, load=load, timeout=verify.TIMEOUT, startup_seconds=startup, runs=runs)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,13 @@
-"""The settings that say what to train on, and the reading of it."""
+"""The settings of data, and the reading of what is trained on."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from data.rows import BadInput
 
+@dataclass(kw_only=True)
+class DataSettings:
+    """How data are read, for training, checking, filtering and evaluation alike. Each field is also a flag."""
 
-@dataclass
-class DataArguments:
-    """What to train on."""
-
-    dataset: str = field(metadata={"help": "A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same, for evaluation during training."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a folder."})
-    eval_split: str = field(default="test", metadata={"help": "The same, of eval_dataset."})
     prompt_column: str = field(default="prompt", metadata={"help": "Column of the question: text or messages."})
     solution_column: str = field(default="solution", metadata={"help": "Column of the gold answer."})
     image_column: str | None = field(default=None, metadata={"help": "Column of the image or images, if any."})
@@ -31,6 +24,17 @@ class DataArguments:
     allow_remote_images: bool = field(default=False, metadata={"help": "Fetch http(s) images when they are used."})
     min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to so many pixels."})
     max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to so many pixels."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a folder."})
+
+
+@dataclass(kw_only=True)
+class DataArguments(DataSettings):
+    """What to train on."""
+
+    dataset: str = field(metadata={"help": "A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "The same, for evaluation during training."})
+    eval_split: str = field(default="test", metadata={"help": "The same, of eval_dataset."})
     strict: bool = field(
         default=False, metadata={"help": "Refuse data with unusable rows instead of leaving them out."}
     )
@@ -55,10 +59,12 @@ class DataArguments:
         """The training set and the evaluation set (None without one). Raises BadInput."""
         from transformers import ProcessorMixin
 
+        from data.rows import BadInput
+
         train = self.read_one(self.dataset, self.dataset_split, args, processor)
         evaluation = None
         if self.eval_dataset:
-            evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, own_columns=True)
+            evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
             raise BadInput(
                 f"{self.dataset}: rows have images, but {processor.name_or_path} reads text alone: expected a "
@@ -72,30 +78,21 @@ class DataArguments:
             )
         return train, evaluation
 
-    def read_one(self, source: str, split: str, args: Any, processor: Any, own_columns: bool = False):
+    def read_one(self, source: str, split: str, args: Any, processor: Any, columns_optional: bool = False):
         """One data set; prompts are as long as they may be where there is no processor to measure them."""
         from data.lengths import image_factor, too_long
-        from data.read import read_dataset, report
+        from data.read import read_dataset, reading_summary
 
         bad_rows = None if self.strict else []
         dataset = read_dataset(
             source,
-            self.prompt_column,
-            self.solution_column,
-            self.image_column,
-            image_root=self.image_root,
+            replace(self, dataset_split=split),
             suffix=args.prompt_suffix,
-            allow_remote_images=self.allow_remote_images,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
             image_factor=image_factor(processor),
-            config=self.dataset_config,
-            split=split,
-            own_columns=own_columns,
-            answer_kind=self.answer_kind,
+            columns_optional=columns_optional,
             fits=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
         if args.process_index == 0:
-            print(report(source, len(dataset), bad_rows), flush=True)
+            print(reading_summary(source, len(dataset), bad_rows), flush=True)
         return dataset

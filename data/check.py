@@ -8,7 +8,6 @@ kind with the verifier's opinion, repeated questions, questions shared with anot
 of prompts in tokens. Every unusable row is named with its line and the reason; the exit status is 2 if there is one.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -16,17 +15,17 @@ import os
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict
-from itertools import islice
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
-from data import table
+from data.arguments import DataSettings
+from data.cli import Parser, refuse
 from data.images import BadImage, check_image
-from data.read import Reader, Row, Source, add_source_flags, source_of
-from data.rows import BadInput, BadRow, question_text
+from data.read import Reader, Row
+from data.rows import BadInput, BadRow, Source, question_text
+from data.table import batched
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so
@@ -36,7 +35,7 @@ _INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?\.?")
 _SYMBOL = re.compile(r"[\d\\^=<>+*/(){}\[\]$%]")
 
-Found = tuple[int, int | None, Row | BadRow]
+Entry = tuple[int, int | None, Row | BadRow]  # (row, line, ...)
 
 
 def kind_of(gold: str) -> str:
@@ -52,22 +51,22 @@ def kind_of(gold: str) -> str:
 # Rows and their images
 
 
-def examine(batch: tuple[Found, ...], suffix: str, allow_remote: bool) -> list[tuple[Found, bytes]]:
+def examine(batch: list[Entry], suffix: str, allow_remote: bool) -> list[tuple[Entry, bytes]]:
     """Each row with the sizes of its images filled in, or what is wrong with one of them, and the digest of its
     question: words and contents of images, wherever those are stored. Runs in worker processes."""
     examined = []
-    for row, line, found in batch:
+    for number, line, row in batch:
         digest = hashlib.blake2b(digest_size=16)
-        if isinstance(found, dict):
-            digest.update(question_text(found["prompt"], suffix).encode())
+        if isinstance(row, dict):
+            digest.update(question_text(row["prompt"], suffix).encode())
             try:
-                for ref in found["images"]:
+                for ref in row["images"]:
                     ref["width"], ref["height"] = check_image(ref, allow_remote)
                     digest.update(_content(ref))
                     ref["bytes"] = None  # large, and of no more use
             except BadImage as error:
-                found = BadRow(row, line, "image", " ".join(str(error).split()))
-        examined.append(((row, line, found), digest.digest()))
+                row = BadRow(number, line, "image", " ".join(str(error).split()))
+        examined.append(((number, line, row), digest.digest()))
     return examined
 
 
@@ -80,17 +79,17 @@ def _content(ref: dict[str, Any]) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Found, bytes]]:
+def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Entry, bytes]]:
     """`examine` of every row in order, images in `workers` processes, with a progress bar. Raises BadInput."""
     from tqdm.auto import tqdm
 
     source = reader.source
-    arguments = (source.rules.suffix, source.rules.allow_remote_images)
-    stream = tqdm(reader, desc=str(source), total=_count(source), unit=" rows", delay=1)
+    arguments = (source.suffix, source.settings.allow_remote_images)
+    stream = tqdm(reader, desc=str(source), unit=" rows", delay=1)
     with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
         waiting: deque[Future | list] = deque()
-        for batch in batches(stream, 64):
-            has_images = any(isinstance(found, dict) and found["images"] for _, _, found in batch)
+        for batch in batched(stream, 64):
+            has_images = any(isinstance(row, dict) and row["images"] for _, _, row in batch)
             waiting.append(pool.submit(examine, batch, *arguments) if has_images else examine(batch, *arguments))
             if len(waiting) > 4 * workers:
                 yield from _result(waiting.popleft())
@@ -98,28 +97,8 @@ def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Found, bytes]]
             yield from _result(waiting.popleft())
 
 
-def batches(stream: Iterable, size: int) -> Iterator[tuple]:
-    """`stream` in tuples of `size`; the last one may be shorter."""
-    iterator = iter(stream)
-    while batch := tuple(islice(iterator, size)):
-        yield batch
-
-
 def _result(done: Future | list) -> list:
     return done.result() if isinstance(done, Future) else done
-
-
-def _count(source: Source) -> int | None:
-    """Records of a file, for the progress bar; None where counting would mean loading."""
-    suffix = "" if Path(source.name).is_dir() else Path(source.name).suffix.lower()
-    if suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        try:
-            return pq.read_metadata(source.name).num_rows
-        except (OSError, ValueError):
-            return None  # reading it will say what is wrong
-    return sum(1 for _ in table.records(source.name, decoded=0)) if suffix in table.SUFFIXES else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,21 +129,21 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     conflicts = total = 0
     lengths: dict[str, list[int]] = {"prompt": [], "image": []}
     reader = Reader(source, "check", look=False)
-    for batch in batches(examined_rows(reader, workers), 256):
-        good = [(row, found, key) for (row, _, found), key in batch if isinstance(found, dict)]
-        bad += [found for (_, _, found), _ in batch if isinstance(found, BadRow)]
+    for batch in batched(examined_rows(reader, workers), 256):
+        good = [(number, row, key) for (number, _, row), key in batch if isinstance(row, dict)]
+        bad += [row for (_, _, row), _ in batch if isinstance(row, BadRow)]
         total += len(batch)
-        for row, found, key in good:
-            tasks[found["task"]] += 1
-            golds[found["solution"]] += 1
-            images[len(found["images"])] += 1
-            first, gold = seen.setdefault(key, (row, found["solution"]))
-            if first != row:
-                repeated.append([row, first])
-                conflicts += gold != found["solution"]
+        for number, row, key in good:
+            tasks[row["task"]] += 1
+            golds[row["solution"]] += 1
+            images[len(row["images"])] += 1
+            first, gold = seen.setdefault(key, (number, row["solution"]))
+            if first != number:
+                repeated.append([number, first])
+                conflicts += gold != row["solution"]
         if processor is not None and good:
-            lengths["prompt"] += prompt_tokens([found for _, found, _ in good], processor)
-            lengths["image"] += [image_tokens(found, processor) for _, found, _ in good if found["images"]]
+            lengths["prompt"] += prompt_tokens([row for _, row, _ in good], processor)
+            lengths["image"] += [image_tokens(row, processor) for _, row, _ in good if row["images"]]
     report = {
         "file": str(source),
         "rows": total,
@@ -178,12 +157,12 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     }
     if against is not None:
         shared, unusable, compared = [], 0, 0
-        for (row, _, found), key in examined_rows(Reader(against, "check", look=False), workers):
+        for (number, _, row), key in examined_rows(Reader(against, "check", look=False), workers):
             compared += 1
-            if isinstance(found, BadRow):
+            if isinstance(row, BadRow):
                 unusable += 1
             elif key in seen:
-                shared.append([seen[key][0], row])
+                shared.append([seen[key][0], number])
         if unusable == compared:
             raise BadInput(f"{against}: expected at least one usable row to compare with, found none")
         report["overlap"] = {"file": str(against), "rows": len(shared), "unusable": unusable, "row_and_its_row": shared}
@@ -198,23 +177,23 @@ def quantiles(values: list[int]) -> dict[str, int]:
 
 
 def answers(golds: Counter) -> dict[str, Any]:
-    """Rows by kind of gold. The verifier is asked whether it can score each: `unparseable` are those it can't, of
-    `asked` different golds; numbers and letters it always can."""
+    """Rows by kind of gold. `unparseable` are those that the verifier can't score, of the `asked` golds among the
+    `different` ones; numbers and letters it always can."""
     import verify
 
     kinds = Counter()
     for gold, n in golds.items():
         kinds[kind_of(gold)] += n
     hard = [gold for gold in golds if kind_of(gold) in ("expression", "text")]
-    asked = hard[:: max(1, -(-len(hard) // EXPRESSIONS))]
-    results = verify.explain_many([(PROBE, gold) for gold in asked])
-    unparseable = {gold: result.reason for gold, result in zip(asked, results, strict=True) if result.verdict is None}
+    sample = hard[:: max(1, -(-len(hard) // EXPRESSIONS))]
+    results = verify.explain_many([(PROBE, gold) for gold in sample])
+    unparseable = {gold: result.reason for gold, result in zip(sample, results, strict=True) if result.verdict is None}
     for gold in unparseable:
         kinds[kind_of(gold)] -= golds[gold]
         kinds["unparseable"] += golds[gold]
     return {
         **{kind: kinds[kind] for kind in ("integer", "letter", "expression", "text", "unparseable")},
-        "asked": len(asked),
+        "asked": len(sample),
         "different": len(hard),
         "reasons": dict(Counter(unparseable.values())),
     }
@@ -223,14 +202,13 @@ def answers(golds: Counter) -> dict[str, Any]:
 def render(report: dict[str, Any]) -> str:
     """The report as text."""
 
-    def pairs(found: dict[str, int], most: int = 8) -> str:
-        more = f", {len(found) - most} more" if len(found) > most else ""
-        return ", ".join(f"{name} {n:,}" for name, n in list(found.items())[:most]) + more
+    def counts(numbers: dict[str, int], most: int = 8) -> str:
+        more = f", {len(numbers) - most} more" if len(numbers) > most else ""
+        return ", ".join(f"{name} {n:,}" for name, n in list(numbers.items())[:most]) + more
 
-    def examples(found: list[list[int]]) -> str:
-        return f" (row {', row '.join(f'{a} = {b}' for a, b in found[:5])}{', ...' if len(found) > 5 else ''})" * bool(
-            found
-        )
+    def examples(pairs: list[list[int]]) -> str:
+        first = ", row ".join(f"{a} = {b}" for a, b in pairs[:5])
+        return f" (row {first}{', ...' if len(pairs) > 5 else ''})" if pairs else ""
 
     kinds = {k: n for k, n in report["answers"].items() if isinstance(n, int) and k not in ("asked", "different")}
     repeated, counted = report["repeated"], report["options_counted_from"]
@@ -238,8 +216,8 @@ def render(report: dict[str, Any]) -> str:
         f"{report['file']}: {report['rows']:,} rows, {report['usable']:,} usable, {len(report['bad']):,} unusable",
         f"columns   {', '.join(map(str, report['columns']))}",
         f"images    {report['images']['images']:,} in {report['images']['rows']:,} rows",
-        f"tasks     {pairs(report['tasks'])}",
-        f"answers   {pairs(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "
+        f"tasks     {counts(report['tasks'])}",
+        f"answers   {counts(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "
         f"{report['answers']['different']:,} that are no number or letter",
         *([f"options   are named by number, counted from {counted}"] if counted is not None else []),
         f"repeated  {repeated['rows']:,} rows, {repeated['with_another_answer']:,} of them with another answer"
@@ -251,8 +229,7 @@ def render(report: dict[str, Any]) -> str:
             f"overlap   {overlap['rows']:,} rows of {overlap['file']}{examples(overlap['row_and_its_row'])}"
             + (f"; {overlap['unusable']:,} of its rows are unusable" if overlap["unusable"] else "")
         )
-    for name, found in report.get("tokens", {}).items():
-        lines.append(f"{name} tokens: {pairs(found)}")
+    lines += [f"{name} tokens: {counts(numbers)}" for name, numbers in report.get("tokens", {}).items()]
     for row in report["bad"]:
         where = f"line {row['line']}, row {row['row']}" if row["line"] is not None else f"row {row['row']}"
         lines.append(f"{where}: field {row['field']}: {row['reason']}")
@@ -260,24 +237,21 @@ def render(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data.check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, prog="data.check")
     parser.add_argument("file", help="a training or benchmark file, a folder, a hub name")
-    add_source_flags(parser)
+    parser.add_fields(DataSettings)
     parser.add_argument("--against", metavar="FILE", help="data that should share no question with it")
     parser.add_argument("--model", help="count prompt and image tokens with this model's processor")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that look into images")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
 
+    source = Source(args.file, parser.values(args, DataSettings))
+    against = replace(source, name=args.against, columns_optional=True) if args.against is not None else None
     try:
-        against = source_of(args.against, args, own_columns=True) if args.against is not None else None
-        report = check(source_of(args.file, args), against, args.model, args.workers)
+        report = check(source, against, args.model, args.workers)
     except BadInput as error:
-        print(f"data.check: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("data.check", error)
     print(json.dumps(report, ensure_ascii=False, indent=1) if args.json else render(report))
     if report["bad"]:
         first = BadRow(**report["bad"][0])

@@ -10,81 +10,56 @@ written to OUTPUT.rates.jsonl as it is known; running the same command again goe
 need no new samples. On one GPU it is the cost of generating n answers a question; on a CPU, for small models only.
 """
 
-import argparse
 import hashlib
 import importlib.util
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data.check import batches
-from data.read import add_source_flags
+from data.arguments import DataSettings
+from data.cli import Parser, flag, refuse
+from data.progress import PartFile
 from data.rows import BadInput, BadRow
-from prompts import PROMPT_SUFFIX
+from data.table import batched
 
 CHUNK = 256  # questions whose rates are written at once
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What decides a pass rate. Rates made with other settings are not continued."""
+class SamplingSettings:
+    """What decides a pass rate, beside the data. Rates made with other settings are not continued."""
 
-    model: str
-    dataset: str
-    n: int
-    temperature: float
-    top_p: float
-    max_tokens: int
-    seed: int
-    min_pixels: int | None
-    max_pixels: int | None
+    model: str = flag(help="a folder or a hub name")
+    dataset: str = flag(help="a file, a folder or a hub name")
+    n: int = flag(8, "answers a question", least=1)
+    temperature: float = flag(1.0, least=0)
+    top_p: float = flag(1.0, least=0)
+    max_tokens: int = flag(2048, least=1)
+    seed: int = flag(0)
 
 
-class Rates:
-    """The pass rates known so far, in a JSON-lines file that survives being cut off.
+@dataclass(frozen=True)
+class EngineSettings:
+    """vLLM's."""
 
-    The first line holds the settings and what identifies the questions; each other one `row`, `right` and `scored`
-    (answers that the verifier could decide). Raises BadInput for a file with rates of other settings or questions.
+    max_model_len: int | None = flag(None, "tokens of prompt and answer (default: the model's)", least=1)
+    tensor_parallel_size: int = flag(1, least=1)
+    gpu_memory_utilization: float = flag(0.9, least=0)
+    enforce_eager: bool = flag(False)
+
+
+def rates_file(path: Path, settings: SamplingSettings, dataset, data: DataSettings) -> PartFile:
+    """The pass rates known so far: `right`, and `scored` (answers that the verifier could decide), of each row.
+
+    Raises BadInput for a file with rates of other settings or questions.
     """
-
-    def __init__(self, path: Path, settings: Settings, questions: str):
-        self.path = path
-        self.known: dict[int, dict[str, int]] = {}
-        header = {"settings": asdict(settings), "questions": questions}
-        lines = (
-            path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-        )  # the last one may be cut off
-        if lines:
-            try:
-                made = json.loads(lines[0])
-                found = [json.loads(line) for line in lines[1:]]
-                changed = [k for k in header["settings"] if made["settings"].get(k) != header["settings"][k]]
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise BadInput(f"{path}: expected pass rates written by data.filter; remove it") from None
-            if found and (changed or made.get("questions") != questions):
-                raise BadInput(
-                    f"{path}: made with another {', '.join(changed) or 'dataset'}; give another --output or remove it"
-                )
-            self.known = {rate["row"]: rate for rate in found}
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(
-            "".join(json.dumps(row) + "\n" for row in (header, *self.known.values())), encoding="utf-8"
-        )
-        os.replace(temporary, path)
-
-    def add(self, rates: Iterable[dict[str, int]]) -> None:
-        """Append rates, and have them on the disk before returning."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            for rate in rates:
-                self.known[rate["row"]] = rate
-                file.write(json.dumps(rate) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    pixels = {"min_pixels": data.min_pixels, "max_pixels": data.max_pixels}
+    header = {**asdict(settings), **pixels, "dataset contents": questions_of(dataset)}
+    return PartFile(path, header, fields=("right", "scored"))
 
 
 def questions_of(dataset) -> str:
@@ -95,10 +70,10 @@ def questions_of(dataset) -> str:
     return digest.hexdigest()
 
 
-def kept_rows(known: dict[int, dict[str, int]], low: float, high: float) -> tuple[list[int], list[int], list[int]]:
+def kept_rows(rates: dict[int, dict[str, int]], low: float, high: float) -> tuple[list[int], list[int], list[int]]:
     """(rows with a pass rate from `low` to `high`, rows below or above, rows no answer of which could be scored)."""
     kept, outside, unscorable = [], [], []
-    for row, rate in sorted(known.items()):
+    for row, rate in sorted(rates.items()):
         if not rate["scored"]:
             unscorable.append(row)
         else:
@@ -109,7 +84,7 @@ def kept_rows(known: dict[int, dict[str, int]], low: float, high: float) -> tupl
 class Sampler:
     """vLLM with the model's own chat template: n answers a question."""
 
-    def __init__(self, settings: Settings, **engine: Any):
+    def __init__(self, settings: SamplingSettings, engine: dict[str, Any]):
         from torch import cuda
         from transformers import AutoProcessor
         from vllm import LLM, SamplingParams
@@ -142,16 +117,16 @@ class Sampler:
         return {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
 
 
-def measure(dataset, rates: Rates, sampler, chunk: int = CHUNK) -> None:
+def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:
     """Fill in the pass rates that are not known yet. `sampler.answers(rows)` gives n completions for each row."""
     from tqdm.auto import tqdm
 
     from verify import extract_boxed, verify_many
 
-    todo = [i for i in range(len(dataset)) if i not in rates.known]
+    todo = [i for i in range(len(dataset)) if i not in rates.done]
     sources = dataset.with_format(None)["source"]
-    with tqdm(total=len(dataset), initial=len(rates.known), desc="pass rates", unit=" rows") as bar:
-        for numbers in batches(todo, chunk):
+    with tqdm(total=len(dataset), initial=len(rates.done), desc="pass rates", unit=" rows") as bar:
+        for numbers in batched(todo, chunk):
             rows = [dataset[i] for i in numbers]
             completions = sampler.answers(rows)
             pairs = [
@@ -160,96 +135,71 @@ def measure(dataset, rates: Rates, sampler, chunk: int = CHUNK) -> None:
                 for text in texts
             ]
             verdicts = iter(verify_many(pairs))
-            found = []
+            results = {}
             for number, row, texts in zip(numbers, rows, completions, strict=True):
-                own = [next(verdicts) for _ in texts]
+                scores = [next(verdicts) for _ in texts]
                 if row["source"] != sources[number]:  # its image broke; what was answered is the row in its place
-                    own = []
-                found.append({"row": number, "right": own.count(True), "scored": len(own) - own.count(None)})
-            rates.add(found)
+                    scores = []
+                results[number] = {"right": scores.count(True), "scored": len(scores) - scores.count(None)}
+            rates.add(results)
             bar.update(len(numbers))
+    rates.close()
 
 
-def _model(args: argparse.Namespace) -> tuple[Any, int]:
+def _model(name: str, max_model_len: int | None) -> tuple[Any, int]:
     """(the model's processor, tokens that its longest prompt may have). Raises BadInput."""
     from transformers import AutoConfig, AutoProcessor
 
     try:
-        processor, config = (auto.from_pretrained(args.model) for auto in (AutoProcessor, AutoConfig))
+        processor, config = (auto.from_pretrained(name) for auto in (AutoProcessor, AutoConfig))
     except (OSError, ValueError) as error:
         raise BadInput(f"model: {error}") from None
-    context = args.max_model_len or config.get_text_config().max_position_embeddings
+    context = max_model_len or config.get_text_config().max_position_embeddings
     return processor, context - 1  # an answer has at least one
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data.filter", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="a folder or a hub name")
-    parser.add_argument("--dataset", required=True, help="a file, a folder or a hub name")
+    parser = Parser(__doc__, prog="data.filter")
     parser.add_argument("--output", type=Path, required=True, help="the kept rows, as Parquet")
-    parser.add_argument("--n", type=int, default=8, help="answers a question")
     parser.add_argument("--low", type=float, help="lowest pass rate to keep (default: more than 0)")
     parser.add_argument("--high", type=float, help="highest pass rate to keep (default: less than 1)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top_p", type=float, default=1.0)
-    parser.add_argument("--max_tokens", type=int, default=2048)
-    parser.add_argument("--max_model_len", type=int, help="tokens of prompt and answer (default: the model's)")
-    parser.add_argument("--tensor_parallel_size", type=int, default=1)
-    parser.add_argument("--gpu_memory_utilization", type=float, default=0.9)
-    parser.add_argument("--enforce_eager", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    add_source_flags(parser)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    for fields in (SamplingSettings, EngineSettings, DataSettings):
+        parser.add_fields(fields)
     args = parser.parse_args(arguments)
+    settings, engine, data = (parser.values(args, c) for c in (SamplingSettings, EngineSettings, DataSettings))
     low, high = args.low if args.low is not None else 1e-9, args.high if args.high is not None else 1 - 1e-9
-    if args.n < 1 or not 0 <= low <= high <= 1:
-        parser.error(f"expected n >= 1 and 0 <= low <= high <= 1, got {args.n}, {args.low} and {args.high}")
-    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if not 0 <= low <= high <= 1:
+        parser.error(f"expected 0 <= low <= high <= 1, got {args.low} and {args.high}")
 
     from data.lengths import image_factor, too_long
-    from data.read import read_dataset, summary
+    from data.read import bad_rows_summary, read_dataset
 
     bad_rows: list[BadRow] = []
     try:
-        processor, longest = _model(args)
+        processor, longest = _model(settings.model, engine.max_model_len)
         dataset = read_dataset(
-            args.dataset,
-            args.prompt_column,
-            args.solution_column,
-            args.image_column,
-            image_root=args.image_root,
-            suffix=PROMPT_SUFFIX,
-            allow_remote_images=args.allow_remote_images,
-            min_pixels=args.min_pixels,
-            max_pixels=args.max_pixels,
+            settings.dataset,
+            data,
             image_factor=image_factor(processor),
-            config=args.dataset_config,
-            split=args.dataset_split,
-            answer_kind=args.answer_kind,
             fits=too_long(longest, processor, "max_model_len"),
             bad_rows=bad_rows,
             checked=math.inf,  # each of them is used
         )
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        rates = Rates(args.output.with_name(args.output.name + ".rates.jsonl"), settings, questions_of(dataset))
+        rates = rates_file(args.output.with_name(args.output.name + ".rates.jsonl"), settings, dataset, data)
         if bad_rows:
-            print(summary(bad_rows))
-        if len(rates.known) < len(dataset):
+            print(bad_rows_summary(bad_rows))
+        if len(rates.done) < len(dataset):
             if importlib.util.find_spec("vllm") is None:
                 raise BadInput("expected vLLM to be installed (requirements.txt)")
-            engine = ("max_model_len", "enforce_eager", "tensor_parallel_size", "gpu_memory_utilization")
-            measure(dataset, rates, Sampler(settings, **{name: getattr(args, name) for name in engine}))
+            measure(dataset, rates, Sampler(settings, asdict(engine)))
     except (BadInput, OSError) as error:
-        print(f"data.filter: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("data.filter", error)
 
-    kept, outside, unscorable = kept_rows(rates.known, low, high)
+    kept, outside, unscorable = kept_rows(rates.done, low, high)
     print(f"{len(kept):,} rows kept, {len(outside):,} outside the bounds, {len(unscorable):,} with no scorable answer")
-    rate = [rates.known[i]["right"] / rates.known[i]["scored"] for i in kept]
+    pass_rates = [rates.done[i]["right"] / rates.done[i]["scored"] for i in kept]
     temporary = args.output.with_name(args.output.name + ".tmp")
-    dataset.select(kept).add_column("pass_rate", rate).to_parquet(temporary)
+    dataset.select(kept).add_column("pass_rate", pass_rates).to_parquet(temporary)
     os.replace(temporary, args.output)
     print(f"{args.output}: --dataset {args.output}")
     return 0

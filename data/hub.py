@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.rows import BadInput
-from data.table import Found
+from data.table import Entry
 
 
-def records(source: str, config: str | None = None, split: str = "train") -> Iterator[Found]:
+def records(source: str, config: str | None = None, split: str = "train") -> Iterator[Entry]:
     """The records of one split, images as their bytes or paths. Raises BadInput."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
@@ -39,7 +39,7 @@ def records(source: str, config: str | None = None, split: str = "train") -> Ite
     return of(loaded)
 
 
-def of(dataset) -> Iterator[Found]:
+def of(dataset) -> Iterator[Entry]:
     """The records of a datasets.Dataset, images left as they are stored."""
     from datasets import Image, LargeList, List
 
@@ -55,5 +55,5 @@ def of(dataset) -> Iterator[Found]:
         if (as_stored := stored(feature)) != feature:
             plain = plain.cast_column(name, as_stored)
 
-    for row, found in enumerate(plain):
-        yield row, None, found
+    for row, record in enumerate(plain):
+        yield row, None, record

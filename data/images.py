@@ -1,4 +1,4 @@
-"""Images of a dataset: found, judged by their header, opened as RGB, fitted into a pixel budget.
+"""Images of a dataset: located, checked by their header, opened as RGB, fitted into a pixel budget.
 
 An image reference is a small dict, so that a million of them stay small and nothing is opened before it is used:
 
@@ -19,15 +19,11 @@ import os
 import reprlib
 import shutil
 import stat
-import struct
 import tempfile
-import threading
 import time
 import warnings
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from io import BytesIO
@@ -36,6 +32,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image, ImageOps
+
+from data.cli import write_atomically
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # none of them runs another program
 MAX_ASPECT = 200  # longer side over shorter one; what the Qwen-VL processors take
@@ -49,8 +47,7 @@ _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0A"
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B")
 _NO_RANGE = ("F", "LAB")
 _ORIENTATION = 0x0112  # EXIF tag; values above 4 lie on their side
-_PNG_TEXTS = (b"Raw profile type", b"XML:com.adobe.xmp")  # under these a PNG may say how it is turned
-_PNG_BESIDES = (b"tRNS", b"eXIf", *(kind + text for kind in (b"tEXt", b"zTXt", b"iTXt") for text in _PNG_TEXTS))
+_PNG_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # a PNG may say there that it is turned
 
 Reference = dict[str, Any]
 
@@ -261,8 +258,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def check_image(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
-    """`size_of`, with the pixels looked at as cheaply as shows a broken file: checksums for PNG, an eighth of the
-    resolution for JPEG, everything for the others. Raises BadImage."""
+    """`size_of`, and enough of the pixels to tell a broken file: the checksums of a PNG, a JPEG at an eighth of its
+    resolution, the whole of others. Raises BadImage."""
     with _opened(ref, allow_remote) as image:
         size = _upright_size(image)
         if image.format == "PNG":
@@ -289,49 +286,35 @@ def fetch(url: str, allow_remote: bool = False) -> bytes:
 
     Raises BadImage; NotFetched if another try may do.
     """
+    import requests
+    from urllib3 import Retry
+    from urllib3.exceptions import HTTPError
+
     if not allow_remote or urlsplit(url).scheme not in ("http", "https"):
         raise BadImage(f"{url:.80} is remote; give --allow_remote_images to fetch it when it is used")
     kept = _fetched() / hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
     if kept.exists():
         return kept.read_bytes()
-    done: Future[bytes] = Future()  # in a thread: a server that sends a byte now and then holds any read for ever
-    threading.Thread(target=_download, args=(url, done, time.monotonic() + REMOTE_SECONDS), daemon=True).start()
-    try:
-        content = done.result(REMOTE_SECONDS)
-    except TimeoutError:
-        raise NotFetched(f"{url:.80}: not there after {REMOTE_SECONDS:g} s") from None
-    part = kept.with_suffix(f".{os.getpid()}")
-    part.write_bytes(content)
-    os.replace(part, kept)
-    return content
-
-
-def _download(url: str, done: Future, deadline: float) -> None:
-    """Settle `done` with the content of `url`, or with what went wrong."""
-    import requests
-    from urllib3 import Retry
-
     retry = Retry(3, backoff_factor=0.5, status_forcelist=(408, 429, 500, 502, 503, 504))
-    content = bytearray()
+    content, deadline = bytearray(), time.monotonic() + REMOTE_SECONDS
     try:
         with requests.Session() as session:
             for scheme in ("http://", "https://"):
                 session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retry))
             with session.get(url, stream=True, timeout=REMOTE_SECONDS / 4) as response:
                 response.raise_for_status()
-                for chunk in response.iter_content(1 << 14):
-                    content += chunk
+                while part := response.raw.read1(1 << 14, decode_content=True):  # what is there, be it a byte
+                    content += part
                     if len(content) > REMOTE_BYTES:
                         raise BadImage(f"{url:.80}: expected at most {REMOTE_BYTES:,} bytes")
-                    if time.monotonic() > deadline:  # nobody waits any more
-                        return
-        done.set_result(bytes(content))
+                    if time.monotonic() > deadline:
+                        raise NotFetched(f"{url:.80}: not there after {REMOTE_SECONDS:g} s")
     except requests.HTTPError as error:  # what stays: no such image, no right to it
-        done.set_exception(BadImage(f"{url:.80} can't be fetched ({error.response.status_code})"))
-    except requests.RequestException as error:
-        done.set_exception(NotFetched(f"{url:.80} can't be fetched ({type(error).__name__})"))
-    except Exception as error:  # raised where it is waited for
-        done.set_exception(error)
+        raise BadImage(f"{url:.80} can't be fetched ({error.response.status_code})") from None
+    except (requests.RequestException, HTTPError) as error:
+        raise NotFetched(f"{url:.80} can't be fetched ({type(error).__name__})") from None
+    write_atomically(kept, bytes(content))
+    return bytes(content)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -360,23 +343,18 @@ def as_file(value: Any) -> tuple[bytes, str]:
     ref = value if is_reference(value) else reference(value)
     if ref["bytes"] is None:
         with suppress(OSError):  # `_opened` says what is wrong
-            # At once: Pillow would read a dozen small pieces.
-            ref = {**ref, "bytes": fetch(ref["path"], True) if is_remote(ref["path"]) else _content(ref["path"])}
-    if ref["min_pixels"] or ref["max_pixels"]:
-        size = size_of(ref)
-        if fitted_size(*size, ref["min_pixels"], ref["max_pixels"]) != size:
-            return _encoded(open_image(ref)), "image/png"
-    if ref["bytes"] is not None and _is_plain_png(ref["bytes"]):
-        return ref["bytes"], "image/png"
+            content = fetch(ref["path"], True) if is_remote(ref["path"]) else Path(ref["path"]).read_bytes()
+            ref = {**ref, "bytes": content}
     with _opened(ref) as image:
+        size = _upright_size(image)
+        plain = image.mode in ("L", "RGB") and not image.has_transparency_data
+        plain &= fitted_size(*size, ref["min_pixels"], ref["max_pixels"]) == size
         kind = f"image/{image.format.lower()}"
-        if kind == "image/png":
+        if image.format == "PNG":
             image.verify()
-        elif (
-            kind in ("image/jpeg", "image/webp")
-            and image.mode in ("L", "RGB")
-            and image.getexif().get(_ORIENTATION, 1) == 1
-        ):
+            if plain and not any(mark in ref["bytes"] for mark in _PNG_ORIENTATION):
+                return ref["bytes"], kind
+        elif plain and image.format in ("JPEG", "WEBP") and image.getexif().get(_ORIENTATION, 1) == 1:
             image.draft("RGB", (image.width // 8, image.height // 8))  # enough of a JPEG to see that it is whole
             image.load()
             return ref["bytes"], kind
@@ -387,44 +365,6 @@ def _encoded(image: Image.Image) -> bytes:
     with BytesIO() as buffer:
         image.save(buffer, format="PNG")
         return buffer.getvalue()
-
-
-def _content(path: str) -> bytes:
-    """What a file holds. A file object would make twice the system calls, and each lets another thread take over."""
-    file, parts = os.open(path, os.O_RDONLY), []
-    try:
-        left = os.fstat(file).st_size
-        while left > 0 and (part := os.read(file, left)):
-            parts.append(part)
-            left -= len(part)
-    finally:
-        os.close(file)
-    return b"".join(parts)
-
-
-def _is_plain_png(content: bytes) -> bool:
-    """Whether these are a PNG's 8-bit grey or RGB pixels, whole by their checksums, neither transparent nor turned.
-
-    Most images of a benchmark are, and Pillow takes four times as long to say so: a third of what a question to a
-    server cost. Whatever is not so plain is left to it.
-    """
-    if not content.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR") or len(content) < 26:
-        return False
-    width, height, depth, colour = struct.unpack_from(">IIBB", content, 16)
-    if depth != 8 or colour not in (0, 2) or not 0 < max(width, height) <= min(8192, MAX_ASPECT * min(width, height)):
-        return False
-    view, at, pixels = memoryview(content), 8, False
-    while at + 12 <= len(content):
-        length, kind = struct.unpack_from(">I4s", content, at)
-        end = at + 8 + length
-        checksum = content[end : end + 4]
-        if zlib.crc32(view[at + 4 : end]).to_bytes(4) != checksum or content.startswith(_PNG_BESIDES, at + 4):
-            return False
-        if kind == b"IEND":
-            return pixels
-        pixels |= kind == b"IDAT"
-        at = end + 4
-    return False
 
 
 _cache: OrderedDict[tuple, Image.Image] = OrderedDict()

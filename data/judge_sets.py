@@ -11,7 +11,6 @@ RewardBench 2 (best of four): id, prompt, chosen, rejected, subset, ... Its subs
 question, and a score of its own that pairs can't give: left out and counted, unless --ties asks for a row for each.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -21,9 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.arguments import DataSettings
+from data.cli import Parser, refuse
 from data.images import BadImage, check_image, reference
-from data.read import Source, folder_of, raw_records
-from data.rows import BadInput, RowError
+from data.read import raw_records
+from data.rows import BadInput, RowError, Source
+from data.table import list_text
 
 VL_REWARDBENCH = {"query", "response", "human_ranking"}
 REWARDBENCH_2 = {"prompt", "chosen", "rejected", "subset"}
@@ -76,12 +78,10 @@ def rewardbench_2(raw: dict[str, Any], ties: bool) -> list[Judged]:
 
     Raises RowError.
     """
-    chosen, rejected = (
-        [found] if isinstance(found, str) else found for found in (raw.get("chosen"), raw.get("rejected"))
-    )
-    for field, found in (("chosen", chosen), ("rejected", rejected)):
-        if not isinstance(found, list) or not found or not all(map(_is_text, found)):
-            raise RowError(field, f"expected a list of responses as text, got {found!r:.60}")
+    chosen, rejected = ([raw[name]] if isinstance(raw[name], str) else raw[name] for name in ("chosen", "rejected"))
+    for field, responses in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(responses, list) or not responses or not all(map(_is_text, responses)):
+            raise RowError(field, f"expected a list of responses as text, got {responses!r:.60}")
     if not _is_text(raw.get("prompt")):
         raise RowError("prompt", f"expected a question as text, got {raw.get('prompt')!r:.60}")
     if len(chosen) > 1 and not ties:
@@ -101,10 +101,10 @@ def convert(source: Source, images: Path, ties: bool = False) -> Iterator[tuple[
             raise BadInput(f"{source}: {raw}")
         try:
             if raw.keys() >= VL_REWARDBENCH:
-                yield [vl_rewardbench(raw, folder_of(source.name), f"{row:05d}", images)], None
+                yield [vl_rewardbench(raw, source.folder, f"{row:05d}", images)], None
             elif raw.keys() >= REWARDBENCH_2:
-                found = rewardbench_2(raw, ties)
-                yield found, None if found else "several right responses (--ties takes them)"
+                rows = rewardbench_2(raw, ties)
+                yield rows, None if rows else "several right responses (--ties takes them)"
             else:
                 raise BadInput(
                     f"{source}: row {row}: expected columns {', '.join(sorted(VL_REWARDBENCH))} (VL-RewardBench) "
@@ -115,14 +115,11 @@ def convert(source: Source, images: Path, ties: bool = False) -> Iterator[tuple[
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="data.judge_sets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__, prog="data.judge_sets")
     parser.add_argument("source", help="a file, a folder or a hub name")
     parser.add_argument("--split", default="test")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ties", action="store_true", help="RewardBench 2: a row for each of several right responses")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args(arguments)
     rows: list[Judged] = []
     left_out: Counter = Counter()
@@ -130,18 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory() as folder:  # nothing is written before every row is known to be good
             saved = Path(folder) / images.name
-            for found, why in convert(Source(args.source, split=args.split), saved, args.ties):
-                rows += found
+            source = Source(args.source, DataSettings(dataset_split=args.split))
+            for converted, why in convert(source, saved, args.ties):
+                rows += converted
                 left_out.update([why] if why else [])
             if not rows:
                 raise BadInput(f"{args.source}: expected at least one row to convert, found none")
             args.output.parent.mkdir(parents=True, exist_ok=True)
             if saved.exists():
                 shutil.copytree(saved, images, dirs_exist_ok=True)
-        args.output.write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+        args.output.write_text(list_text(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     except (BadInput, OSError) as error:
-        print(f"data.judge_sets: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("data.judge_sets", error)
     for why, n in left_out.items():
         print(f"{n:,} rows left out: {why}")
     print(f"{len(rows):,} rows; python evaluate.py --mode judge --benchmark {args.output} ...")

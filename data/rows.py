@@ -6,18 +6,22 @@
     task      what kind of question it is: the data's own category, or the format's name
     source    file and row
 
-A layout turns a record of the data into a `Record`; `build_row` turns that into the row. Nothing is opened but, where
-asked, the headers of images.
+A layout turns a record of the data into a `Record`; `build_row` turns that into the row. Of images nothing but the
+header is read, and that only on demand.
 """
 
 import hashlib
 import json
+import os
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from data.arguments import DataSettings
 from data.images import BadImage, Reference, narrower, reference, size_of
 from prompts import PROMPT_SUFFIX
 
@@ -39,7 +43,7 @@ class RowError(ValueError):
 
     def __init__(self, field: str, reason: str):
         super().__init__(field, reason)
-        self.field, self.reason = field, _written(" ".join(reason.split()))
+        self.field, self.reason = field, replace_surrogates(" ".join(reason.split()))
 
 
 @dataclass(frozen=True)
@@ -84,18 +88,45 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How rows are made. See `data.read.read_dataset` for the fields."""
+class Source:
+    """Data, and how they are read.
 
+    name: a file, a folder, a hub name, `digits` or `arithmetic` (embedded), a datasets.Dataset, or dicts.
+    suffix: put at the end of each question, once.
+    columns_optional: the named columns are those of other data; where they are missing here, and the layout is known,
+        that is no error.
+    """
+
+    name: Any
+    settings: DataSettings = field(default_factory=DataSettings)
     suffix: str = PROMPT_SUFFIX
-    folder: str = "."
-    image_root: str | None = None
-    allow_remote_images: bool = False
-    min_pixels: int | None = None
-    max_pixels: int | None = None
+    columns_optional: bool = False
+
+    def __str__(self):
+        return self.name if isinstance(self.name, str) else "rows"
+
+    def row(self, number: int) -> str:
+        """What a row of it is called."""
+        return f"{self}: row {number}"
+
+    @property
+    def benchmark(self) -> str:
+        """What its rows are of, where they do not say so."""
+        return Path(self.name).stem if isinstance(self.name, str) else "unnamed"
+
+    @cached_property
+    def image_folder(self) -> str:
+        """What relative paths of images are relative to."""
+        return os.path.abspath(self.settings.image_root or self.folder)
+
+    @property
+    def folder(self) -> str:
+        if not isinstance(self.name, str):
+            return "."
+        return self.name if Path(self.name).is_dir() else str(Path(self.name).parent)
 
 
-def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> dict[str, Any]:
+def build_row(record: Record, source: Source, name: str, look: bool = True) -> dict[str, Any]:
     """The row of `record`, whose solution is taken as it is. With `look`, the headers of its images are read.
 
     Raises RowError.
@@ -103,26 +134,26 @@ def build_row(record: Record, rules: Rules, source: str, look: bool = True) -> d
     messages, placed = _messages(record.prompt)
     if record.options:
         messages[-1] = _with_options(messages[-1], record.options.texts)
-    given = [image for image in _as_list(record.images) if image is not None]
-    found = placed or given
+    listed = [image for image in _as_list(record.images) if image is not None]
+    images = placed or listed
     content = messages[0]["content"]
-    if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else it is simple as it is
-        if given:
-            messages = _place(messages, len(given))
-        marks = _image_parts(messages)
-        if marks and marks != len(found):
-            raise RowError("images", f"expected {marks}, one for each place in the prompt, got {len(found)}")
-        if placed and given:
+    if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else nothing to place
+        if listed:
+            messages = _place(messages, len(listed))
+        places = _image_parts(messages)
+        if places and places != len(images):
+            raise RowError("images", f"expected {places}, one for each place in the prompt, got {len(images)}")
+        if placed and listed:
             raise RowError("images", "expected images in the prompt or in their own column, got both")
-        if not found and (mark := _IMAGE_MARK.search(" ".join(_texts(messages)))):
+        if not images and (mark := _IMAGE_MARK.search(" ".join(_texts(messages)))):
             raise RowError("images", f"expected an image for each {mark[0]} in the prompt, got none")
         messages = _simplest(messages)
     return {
-        "prompt": [*messages[:-1], _with_suffix(messages[-1], rules.suffix)],
-        "images": [_reference(image, record, rules, look) for image in found],
+        "prompt": [*messages[:-1], _with_suffix(messages[-1], source.suffix)],
+        "images": [_reference(image, record, source, look) for image in images],
         "solution": record.solution,
-        "task": _written(str(record.task)),
-        "source": _written(source),
+        "task": replace_surrogates(str(record.task)),
+        "source": replace_surrogates(name),
     }
 
 
@@ -136,25 +167,27 @@ def _as_list(images: Any) -> Sequence:
     return images if isinstance(images, (list, tuple)) else [images]
 
 
-def _written(text: str) -> str:
-    """Text that can be written: what is no Unicode (in a file's name, say) as question marks."""
+def replace_surrogates(text: str) -> str:
+    """Text that can be written in UTF-8: half a surrogate pair (in a file's name, say) becomes a question mark."""
     return text.encode("utf-8", "replace").decode()
 
 
 def unicode_text(text: str, field: str) -> str:
-    """`text`, if it can be written: what is asked and answered is refused rather than changed."""
-    if text != _written(text):
+    """`text`, if it can be written in UTF-8. A question or an answer is refused rather than changed."""
+    if text != replace_surrogates(text):
         raise RowError(field, "expected text in Unicode, got half a surrogate pair")
     return text
 
 
-def _reference(image: Any, record: Record, rules: Rules, look: bool) -> Reference:
-    least = narrower(max, record.min_pixels, rules.min_pixels)
-    most = narrower(min, record.max_pixels, rules.max_pixels)
+def _reference(image: Any, record: Record, source: Source, look: bool) -> Reference:
+    settings = source.settings
+    least = narrower(max, record.min_pixels, settings.min_pixels)
+    most = narrower(min, record.max_pixels, settings.max_pixels)
+    remote = settings.allow_remote_images
     try:
-        ref = reference(image, rules.folder, rules.image_root, rules.allow_remote_images, least, most)
+        ref = reference(image, source.image_folder, settings.image_root, remote, least, most)
         if look:
-            ref["width"], ref["height"] = size_of(ref, rules.allow_remote_images)
+            ref["width"], ref["height"] = size_of(ref, remote)
     except BadImage as error:
         raise RowError("image", str(error)) from None
     return ref
@@ -178,14 +211,14 @@ def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
 
 
 def _from_json(text: str) -> list | None:
-    """Messages written as JSON; None where the text is a question of its own."""
+    """Parse messages; None where the text is something else."""
     if not text.lstrip().startswith("[{"):
         return None
     try:
-        found = json.loads(text)
+        messages = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return found if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in found) else None
+    return messages if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) else None
 
 
 def _message(message: Any, images: list) -> dict[str, Any]:
@@ -221,9 +254,17 @@ def _message(message: Any, images: list) -> dict[str, Any]:
 
 def plain_text(text: str, field: str = "prompt") -> str:
     """`text`, if nothing in it would act as a turn of the conversation or as an image."""
-    if found := _STRUCTURE.search(text):
-        raise RowError(field, f"expected text, got the control token {found[0]}")
+    if token := _STRUCTURE.search(text):
+        raise RowError(field, f"expected text, got the control token {token[0]}")
     return unicode_text(text, field)
+
+
+def in_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with contents as parts, also where they are text."""
+    return [
+        {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
+        for m in messages
+    ]
 
 
 def _image_parts(messages: Sequence[dict[str, Any]]) -> int:
@@ -240,8 +281,7 @@ def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     first question. Raises RowError where it says <image> of more or fewer images."""
     if _image_parts(messages):
         return messages
-    contents = [[{"type": "text", "text": m["content"]}] if isinstance(m["content"], str) else m["content"]
-                for m in messages]  # fmt: skip
+    contents = [message["content"] for message in in_parts(messages)]
     numbers = [number for content in contents for part in content for number in _IMAGE_MARK.findall(part["text"])]
     if numbers:
         if len(numbers) != count or numbers not in ([""] * count, [str(n + 1) for n in range(count)]):
@@ -263,7 +303,7 @@ def _split(text: str) -> list[dict[str, Any]]:
 
 def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Contents as text where that says the same: no image, or all of them before the text of the first question. A
-    model of text alone knows no parts, and one way of saying it makes one question of what is one."""
+    model of text alone knows no parts, and the same question should look the same whichever way it was written."""
 
     def text_of(content) -> str:
         return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
@@ -274,10 +314,7 @@ def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if not isinstance(content, str):
         leading = next((i for i, part in enumerate(content) if part["type"] == "text"), 0)
     if leading != _image_parts(messages):
-        return [
-            {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m["content"], str) else m
-            for m in messages
-        ]
+        return in_parts(messages)
     plain = [{**message, "content": text_of(message["content"])} for message in messages]
     if leading:
         plain[first]["content"] = plain[first]["content"].lstrip("\n")

@@ -1,4 +1,5 @@
 """Records of JSON, JSON lines, CSV, TSV and Parquet files, one at a time, so that a file may be larger than memory.
+Only a JSON list whose rows do not each have a line of their own is read whole.
 
 [{"prompt": "1+1?", "solution": "2"}]                        .json: a list, or an object a line
 {"prompt": "1+1?", "solution": "2"}                          .jsonl
@@ -12,21 +13,21 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from data.rows import BadInput, BadRow, RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-MAX_ROW = 64 << 20  # characters of one row
-_BLANK = re.compile(r"[ \t\r\n]*")
+MAX_FIELD = 64 << 20  # characters of a CSV field
+_BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a JSON list
 
 # (row from 0, line from 1 or None, the record or its JSON text, or what is wrong with it)
-Found = tuple[int, int | None, dict[str, Any] | str | BadRow]
+Entry = tuple[int, int | None, dict[str, Any] | str | BadRow]
 
 
-def records(path: str, decoded: float = math.inf) -> Iterator[Found]:
+def records(path: str, decoded: float = math.inf) -> Iterator[Entry]:
     """The records of a file; of JSON, those after the first `decoded` as their text, for `decode`.
 
     Raises BadInput where it can't be read on.
@@ -66,102 +67,96 @@ def _starts_with_list(path: str) -> bool:
     return True
 
 
-def _json_list(path: str, decoded: float = math.inf) -> Iterator[Found]:
-    """Rows of a JSON list, each decoded as soon as the text read so far holds all of it."""
-    raw_decode = json.JSONDecoder().raw_decode
+def batched(iterable: Iterable, size: int) -> Iterator[list]:
+    """Lists of `size`; the last one may be shorter."""
+    iterator = iter(iterable)
+    while batch := list(itertools.islice(iterator, size)):
+        yield batch
+
+
+def list_text(rows: Iterable[str]) -> str:
+    """Rows, each as JSON, as a JSON list that can be read line by line."""
+    return "[\n" + ",\n".join(rows) + "\n]\n"
+
+
+def _json_list(path: str, decoded: float) -> Iterator[Entry]:
+    """Row by row where `list_text` wrote them; any other layout is read whole."""
+    row = 0
     with open(path, encoding="utf-8-sig") as file:
-        text, at, line = "", 0, 1
-
-        def more() -> bool:
-            nonlocal text, at
-            block = file.read(max(1 << 20, len(text) - at))  # twice as much each time: a long row stays linear
-            text, at = text[at:] + block, 0
-            return bool(block)
-
-        def symbol() -> str:
-            """The next character that is not blank, "" at the end."""
-            nonlocal at, line
-            while True:
-                end = _BLANK.match(text, at).end()
-                line, at = line + text.count("\n", at, end), end
-                if at < len(text):
-                    return text[at]
-                if not more():
-                    return ""
-
-        def bad(what: str) -> BadInput:
-            return BadInput(f"{path}: line {line}: expected a JSON list of rows; {what}, got {text[at : at + 20]!r}")
-
-        if symbol() != "[":
-            raise bad("it starts with [")
-        at += 1
-        empty = symbol() == "]"
-        for row in itertools.count():
-            if empty:
+        by_line = file.readline().strip() == "["
+        while by_line:
+            text = file.readline().strip()
+            last = not text.endswith(",")
+            if last and file.read().split() != ["]"]:
                 break
-            while True:
-                try:
-                    found, end = raw_decode(text, at)
-                    break
-                except json.JSONDecodeError as error:
-                    if len(text) - at > MAX_ROW or not more():
-                        raise bad(f"row {row}: {error.msg}") from None
-                except (ValueError, RecursionError) as error:
-                    raise bad(f"row {row}: {str(error)[:60]}") from None
-            yield row, line, _object(row, line, found) if row < decoded else text[at:end]
-            line, at = line + text.count("\n", at, end), end
-            if symbol() == "]":
+            text = text.removesuffix(",")
+            later = row >= decoded and text[:1] + text[-1:] == "{}"
+            try:
+                record = text if later else _object(row, row + 2, json.loads(text))
+            except (ValueError, RecursionError):
                 break
-            if symbol() != ",":
-                raise bad(f"row {row}: a comma or a ] after it")
-            at += 1
-            symbol()
-        at += 1
-        if symbol():
-            raise bad("nothing after it")
+            yield row, row + 2, record
+            row += 1
+            if last:
+                return
+    text = Path(path).read_text(encoding="utf-8-sig")
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: expected a JSON list of rows: {str(error)[:120]}") from None
+    if not isinstance(whole, list):
+        raise BadInput(f"{path}: expected a JSON list of rows, got {reprlib.repr(whole)}")
+    decode, line, end = json.JSONDecoder().raw_decode, 1, text.index("[") + 1
+    line += text.count("\n", 0, end)
+    for number, record in enumerate(whole):  # already checked: decoded again for its place in the text
+        start = _BETWEEN.match(text, end).end()
+        line += text.count("\n", end, start)
+        if number >= row:
+            yield number, line, _object(number, line, record)
+        _, end = decode(text, start)
+        line += text.count("\n", start, end)
 
 
-def _json_lines(path: str, decoded: float) -> Iterator[Found]:
+def _json_lines(path: str, decoded: float) -> Iterator[Entry]:
     row = 0
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if text.removeprefix(codecs.BOM_UTF8).strip():
                 try:
-                    found = text.decode("utf-8-sig" if line == 1 else "utf-8")
-                    found = found if row >= decoded else _object(row, line, json.loads(found))
+                    record = text.decode("utf-8-sig" if line == 1 else "utf-8")
+                    record = record if row >= decoded else _object(row, line, json.loads(record))
                 except (ValueError, RecursionError) as error:
                     if row == 0:
                         raise BadInput(
                             f"{path}: line {line}: expected a JSON object a line, or a list of them: {error}"
                         ) from None
-                    found = _object(row, line, error)
-                yield row, line, found
+                    record = _object(row, line, error)
+                yield row, line, record
                 row += 1
 
 
 def decode(text: str) -> dict[str, Any]:
     """A record of its JSON text. Raises RowError."""
     try:
-        found = json.loads(text)
+        record = _object(0, None, json.loads(text))
     except (ValueError, RecursionError) as error:
-        found = error
-    found = _object(0, None, found)
-    if isinstance(found, BadRow):
-        raise RowError(found.field, found.reason)
-    return found
+        record = _object(0, None, error)
+    if isinstance(record, BadRow):
+        raise RowError(record.field, record.reason)
+    return record
 
 
-def _object(row: int, line: int, found: Any) -> dict[str, Any] | BadRow:
-    if isinstance(found, dict):
-        return found
-    got = found if isinstance(found, Exception) else reprlib.repr(found)
+def _object(row: int, line: int | None, value: Any) -> dict[str, Any] | BadRow:
+    if isinstance(value, dict):
+        return value
+    got = value if isinstance(value, Exception) else reprlib.repr(value)
     return BadRow(row, line, "row", f"expected a JSON object, got {got}")
 
 
-def _csv(path: str) -> Iterator[Found]:
+def _csv(path: str) -> Iterator[Entry]:
     """Columns without a name (an index, a spreadsheet's empty ones) are left out. A quotation mark that is not closed
     would swallow the rows after it: refused."""
-    csv.field_size_limit(MAX_ROW)
+    csv.field_size_limit(MAX_FIELD)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, delimiter=delimiter(path), strict=True)
         names: list[str] = []
@@ -172,10 +167,10 @@ def _csv(path: str) -> Iterator[Found]:
                     names = [name.strip() for name in fields]
                     _unique(path, [name for name in names if name])
                 elif fields:
-                    found = {name: value or None for name, value in itertools.zip_longest(names, fields) if name}
+                    record = {name: value or None for name, value in itertools.zip_longest(names, fields) if name}
                     if any(fields[len(names) :]):
-                        found = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
-                    yield row, line, found
+                        record = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
+                    yield row, line, record
                     row += 1
                 line = reader.line_num + 1
         except csv.Error as error:
@@ -187,7 +182,7 @@ def _unique(path: str, names: list[str]) -> None:
         raise BadInput(f"{path}: expected a name of its own for each column, got {', '.join(names)}")
 
 
-def _parquet(path: str) -> Iterator[Found]:
+def _parquet(path: str) -> Iterator[Entry]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -196,8 +191,8 @@ def _parquet(path: str) -> Iterator[Found]:
             _unique(path, file.schema_arrow.names)
             row = 0
             for batch in file.iter_batches(batch_size=256):
-                for found in batch.to_pylist():
-                    yield row, None, found
+                for record in batch.to_pylist():
+                    yield row, None, record
                     row += 1
     except BadInput:
         raise

@@ -9,12 +9,12 @@ are wrong on purpose. What training on verifiable rewards can then gain is to an
 First without noise, so that it learns to compare two numbers at all, then with it. The train split's digits only.
 """
 
-import argparse
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.cli import Parser
 from data.digits import IMAGE_KINDS, TEXT_KINDS, draw, question, solve
 from prompts import (
     PAIRWISE,
@@ -109,7 +109,7 @@ def attempt(kind: str, values: tuple[int, ...], wrong: bool, rng: random.Random)
             return work(kind, read, result), result
 
 
-def shown(reasoning: str, result: int, form: str) -> str:
+def candidate_text(reasoning: str, result: int, form: str) -> str:
     """A rollout as recycling shows it."""
     return str(result) if form == "answer" else f"{reasoning} \\boxed{{{result}}}"
 
@@ -121,21 +121,21 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     gold = solve(kind, values)
     task = rng.choices(("policy", "pointwise", "pairwise", "reflection"), (3, 4, 3, 2))[0]
     misread = noise.reflect if task == "reflection" else noise.misread
-    own, result = attempt(kind, values, rng.random() < misread, rng)
+    reasoning, result = attempt(kind, values, rng.random() < misread, rng)
     form = rng.choice(("answer", "cot"))
     if task == "policy":
-        return text + PROMPT_SUFFIX, images, f"{own} \\boxed{{{result}}}"
+        return text + PROMPT_SUFFIX, images, f"{reasoning} \\boxed{{{result}}}"
 
-    right_text = shown(*attempt(kind, values, False, rng), form)
+    right_text = candidate_text(*attempt(kind, values, False, rng), form)
     wrong_work, wrong_result = attempt(kind, values, True, rng)
-    wrong_text = shown(wrong_work, wrong_result, form)
+    wrong_text = candidate_text(wrong_work, wrong_result, form)
     flipped = rng.random() < noise.flip
 
     if task == "reflection":
         templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
         candidate = wrong_text if rng.random() < 0.8 else right_text
         instruction = reflection_instruction(candidate, form, rng.randrange(len(templates)))
-        completion = f"{own} \\boxed{{{result}}}"
+        completion = f"{reasoning} \\boxed{{{result}}}"
     elif task == "pointwise":
         right = rng.random() < 0.5
         seen = gold if right else wrong_result
@@ -147,9 +147,8 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
         yes, no = ("Yes", "No") if letter is None else (letter, "BA"["AB".index(letter)])
         verdict = yes if says else no
         compared = "same" if same else "differs"
-        completion = (
-            f"{own} Mine:{result}, shown:{seen}, {compared}: {'correct' if says else 'incorrect'}. \\boxed{{{verdict}}}"
-        )
+        opinion = "correct" if says else "incorrect"
+        completion = f"{reasoning} Mine:{result}, shown:{seen}, {compared}: {opinion}. \\boxed{{{verdict}}}"
     else:
         a_right = rng.random() < 0.5
         pair = (right_text, wrong_text) if a_right else (wrong_text, right_text)
@@ -159,7 +158,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
         best = matches.index(True) if True in matches else rng.randrange(2)
         said = ["same" if m else "differs" for m in matches]
         verdict = "AB"[best != flipped]
-        completion = f"{own} Mine:{result}, A:{seen[0]} {said[0]}, B:{seen[1]} {said[1]}. \\boxed{{{verdict}}}"
+        completion = f"{reasoning} Mine:{result}, A:{seen[0]} {said[0]}, B:{seen[1]} {said[1]}. \\boxed{{{verdict}}}"
     return f"{text}\n\n{instruction}", images, completion
 
 
@@ -310,7 +309,7 @@ def batch(examples, processor):
 CLEAN = Noise(0.0, 0.0, 0.0)
 
 
-def batches(processor, rng: random.Random, noise: Noise, batch_size: int = 32, pool: int = 8):
+def training_batches(processor, rng: random.Random, noise: Noise, batch_size: int = 32, pool: int = 8):
     """Batches without end. Eight are drawn at once and sorted by length, so that little of a batch is padding."""
     while True:
         drawn = sorted((example(rng, noise) for _ in range(pool * batch_size)), key=lambda e: len(e[0]) + len(e[2]))
@@ -340,7 +339,7 @@ def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss:
     def train(noise: Noise, learning_rates):
         nonlocal step
         losses, comparisons = [], []
-        for rate, (inputs, compared) in zip(learning_rates, batches(processor, rng, noise), strict=False):
+        for rate, (inputs, compared) in zip(learning_rates, training_batches(processor, rng, noise), strict=False):
             optimizer.param_groups[0]["lr"] = rate
             labels = inputs.pop("labels")[:, 1:]
             logits = model(**inputs).logits[:, :-1][labels != -100].float()
@@ -359,19 +358,19 @@ def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss:
 
     peak, floor = 2e-3, 3e-4
     cosine = [floor + (peak - floor) * (1 + math.cos(math.pi * i / clean_steps)) / 2 for i in range(clean_steps)]
-    for report in train(CLEAN, [rate * min(1, (i + 1) / 180) for i, rate in enumerate(cosine)]):
-        yield report
-        if report[2] < clean_loss:
+    for progress in train(CLEAN, [rate * min(1, (i + 1) / 180) for i, rate in enumerate(cosine)]):
+        yield progress
+        if progress[2] < clean_loss:
             break
     else:
         raise RuntimeError(
-            f"after {clean_steps} clean steps comparing has loss {report[2]:.2f}, not under {clean_loss}"
+            f"after {clean_steps} clean steps comparing has loss {progress[2]:.2f}, not under {clean_loss}"
         )
     yield from train(Noise(), [peak / 2 * (1 - i / noisy_steps) for i in range(noisy_steps)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

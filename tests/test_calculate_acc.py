@@ -5,11 +5,13 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import calculate_acc as acc
-from calculate_acc import BadInput, mcnemar, read_rows, render, report, tally, wilson
+from calculate_acc import BadInput, mcnemar, read_rows, render, summarise, tally, wilson
+from data.table import list_text
 
 
 def row(answer, gold="4", dataset="m", problem="2+2?", **more):
@@ -20,7 +22,7 @@ def row(answer, gold="4", dataset="m", problem="2+2?", **more):
 
 def one(rows):
     """The only benchmark of these rows."""
-    (benchmark,) = report([tally("f", rows=rows)])["files"][0]["benchmarks"]
+    (benchmark,) = summarise([tally("f", rows=rows)])["files"][0]["benchmarks"]
     return benchmark
 
 
@@ -86,7 +88,7 @@ def test_failed_rows_are_no_answers_and_unscorable_ones_neither():
 
 def test_failed_rows_stand_beside_the_others_of_their_file():
     failed = [row(None, error="time-out"), row(None, dataset="n", error="time-out")]
-    found = report([tally("f", rows=[*failed, judged("pointwise", "Yes", "Yes")])])["files"][0]["benchmarks"]
+    found = summarise([tally("f", rows=[*failed, judged("pointwise", "Yes", "Yes")])])["files"][0]["benchmarks"]
     assert {(b["dataset"], b["kind"], b["answered"], b["failed"]) for b in found} == {
         ("m", "pointwise", 1, 1),
         ("n", "pointwise", 0, 1),
@@ -101,7 +103,7 @@ def test_rescored_and_disagreement_is_said():
         row("7", is_correct=True),
         row("4", is_correct=None),
     ]
-    found = report([tally("f.json", rows=rows)])
+    found = summarise([tally("f.json", rows=rows)])
     (benchmark,) = found["files"][0]["benchmarks"]
     assert benchmark["right"] == 2
     assert found["files"][0]["disagreements"]["rows"] == 2
@@ -134,7 +136,9 @@ def test_the_first_and_the_final_answer_have_a_mean_of_benchmarks_each():
     def tts(first, final, dataset):
         return row(final, dataset=dataset, first_answer=first, rounds=[], round_num=0)
 
-    found = report([tally("f", rows=[tts("5", "4", "m"), tts("5", "5", "m"), tts("4", "4", "n"), tts("4", "4", "n")])])
+    found = summarise(
+        [tally("f", rows=[tts("5", "4", "m"), tts("5", "5", "m"), tts("4", "4", "n"), tts("4", "4", "n")])]
+    )
     (file,) = found["files"]
     assert (file["first_mean"], file["means"]["tts"]) == (0.5, 0.75)
     assert render(found, "table").splitlines()[-1].split() == ["mean", "of", "benchmarks", "50.0", "75.0"]
@@ -186,7 +190,7 @@ def test_best_of_n_must_beat_every_other():
 def test_evaluate_s_own_rows_are_understood():
     """The rows are made by evaluate.py's solvers, so that the two can't drift apart."""
     from engines import BatchEngine, Output
-    from evaluate import Settings, evaluate
+    from evaluate import Settings, evaluate_records
 
     class Engine(BatchEngine):
         def batch(self, requests, sampling):
@@ -195,12 +199,12 @@ def test_evaluate_s_own_rows_are_understood():
             return [Output(f"\\boxed{{{text}}}", 3, 2) for text in said]
 
     question = {"dataset": "m", "problem": "2+2?", "answer": "4", "image_path": None}
-    tts = evaluate([question], Engine(), Settings("x", "tts", ("f",), max_rounds=0))
+    tts = evaluate_records([question], Engine(), Settings("x", "tts", ("f",), max_rounds=0))
     assert one(json.loads(json.dumps(tts)))["first_accuracy"] == 1.0
     judge = [{**question, "chosen": "4", "rejected": "5"}, {**question, "response": "5", "label": False},
              {**question, "chosen": "4", "rejected": ["5", "6"]}]  # fmt: skip
-    rows = json.loads(json.dumps(evaluate(judge, Engine(), Settings("x", "judge", ("f",)))))
-    found = report([tally("f", rows=rows)])["files"][0]["benchmarks"]
+    rows = json.loads(json.dumps(evaluate_records(judge, Engine(), Settings("x", "judge", ("f",)))))
+    found = summarise([tally("f", rows=rows)])["files"][0]["benchmarks"]
     assert {b["kind"]: b["accuracy"] for b in found} == {"pairwise": 0.0, "pointwise": 1.0, "best_of_n": 0.0}
     assert found[1]["position_bias"] == 0.5
 
@@ -218,7 +222,7 @@ def test_pairs_by_question_and_occurrence_not_by_order():
     ]
     other = [row("5", problem="q"), row("4", dataset="n"), row("4", problem="p"), row("4", problem="p"), 
              row("4", problem="y"), row(None, problem="x", error="HTTP 500")]  # fmt: skip
-    found = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
+    found = summarise([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
     by_name = {r["dataset"]: r for r in found["paired"]}
     assert (by_name["m"]["rows"], by_name["m"]["gained"], by_name["m"]["lost"]) == (3, 1, 1)
     assert (by_name["n"]["rows"], by_name["n"]["difference"]) == (1, 0.0)
@@ -229,7 +233,7 @@ def test_pairs_by_question_and_occurrence_not_by_order():
 def test_interval_and_test_of_a_difference():
     base = [row("4" if i < 50 else "5", problem=str(i)) for i in range(100)]
     other = [row("4" if i < 45 or i >= 75 else "5", problem=str(i)) for i in range(100)]
-    (found,) = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])["paired"]
+    (found,) = summarise([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])["paired"]
     assert (found["gained"], found["lost"], found["difference"]) == (25, 5, 0.2)
     assert found["p"] == pytest.approx(2 * sum(math.comb(30, i) for i in range(6)) / 2**30)
     spread = 1.96 * math.sqrt((30 / 100 - 0.2**2) / 100)
@@ -251,8 +255,8 @@ def test_seed_files_pair_without_problems(tmp_path):
 
 def test_nothing_in_common_is_no_error():
     tallies = [tally(name, pair=True, rows=[row("4", problem=name)]) for name in "ab"]
-    assert report(tallies)["paired"] == []
-    assert "b against a, on the 0 rows both answered, of 1 and 1\n" in render(report(tallies), "table")
+    assert summarise(tallies)["paired"] == []
+    assert "b against a, on the 0 rows both answered, of 1 and 1\n" in render(summarise(tallies), "table")
 
 
 def test_only_results_of_one_mode_are_compared():
@@ -269,7 +273,7 @@ def test_only_results_of_one_mode_are_compared():
     }
     for name, rows in kinds.items():
         for other, others in kinds.items():
-            found = report([tally("a", pair=True, rows=rows), tally("b", pair=True, rows=others)])
+            found = summarise([tally("a", pair=True, rows=rows), tally("b", pair=True, rows=others)])
             text = render(found, "table")
             assert [r["rows"] for r in found["paired"]] == ([8] if name == other else [])
             refused = f"NOT COMPARED: b holds results of {other}, a of {name}; only results of one mode are compared"
@@ -282,7 +286,7 @@ def test_a_mixed_file_is_compared_kind_by_kind():
     failed = row(None, gold=None, error="HTTP 500")
     pair, single = judged("pairwise", "A", "A", "B"), judged("pointwise", "Yes", "Yes")
     base, other = [failed, pair, single], [pair, pair, row("4", gold=None)]
-    found = report([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
+    found = summarise([tally("a", pair=True, rows=base), tally("b", pair=True, rows=other)])
     assert [(r["rows"], r["gained"], r["lost"]) for r in found["paired"]] == [(1, 0, 0)]
 
 
@@ -301,19 +305,18 @@ def test_streaming_gives_what_json_gives(tmp_path, form):
 
 
 def test_empty_list_and_larger_than_a_batch(tmp_path):
-    assert "files" in report([tally(write(tmp_path / "e.json", []))])
-    rows = [row(str(i % 5), problem=str(i)) for i in range(5000)]  # scored by other processes too
+    assert "files" in summarise([tally(write(tmp_path / "e.json", []))])
+    rows = [row(str(i % 5), problem=str(i)) for i in range(5000)]
     found = tally(write(tmp_path / "f.json", rows), pair=True)
-    assert (found.counts["m", "answer"]["right"], len(found.keys)) == (1000, 5000)
-    assert list(found.outcomes) == [int(i % 5 == 4) for i in range(5000)]
+    assert found.counts["m", "answer"]["right"] == 1000
+    assert [right for *_, right in found.outcomes] == [i % 5 == 4 for i in range(5000)]
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
     import tracemalloc
 
     path = tmp_path / "f.json"
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("[" + ",".join(json.dumps({"x": "y" * 10_000}) for _ in range(1000)) + "]")  # 10 MB
+    path.write_text(list_text(json.dumps({"x": "y" * 10_000}) for _ in range(1000)), encoding="utf-8")  # 10 MB
     tracemalloc.start()
     assert sum(1 for _ in read_rows(str(path))) == 1000
     peak = tracemalloc.get_traced_memory()[1]
@@ -326,18 +329,23 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     [
         ("", "expected a JSON list"),
         ("hello", "expected a JSON list"),
+        ('{"a": 1', "line 1: expected a JSON object a line, or a list of them"),
         ("[1]", "row 0: field row: expected a JSON object, got 1"),
-        ('[{"a": 1}', "row 0: a comma or a ] after it"),
-        ('[{"a": 1},]', "row 1: "),
-        ('[{"a": 1} {"a": 2}]', "row 0: a comma or a ] after it"),
-        ('[{"a": 1}] x', "nothing after it"),
-        ('[{"a": "unterminated', "row 0: Unterminated string"),
+        ('[\n{"a": 1},\n1\n]', "row 1: field row: expected a JSON object, got 1"),
+        ('[{"a": 1}', "Expecting ',' delimiter: line 1 column 10"),
+        ('[{"a": 1},]', "Expecting value: line 1 column 11"),
+        ('[{"a": 1} {"a": 2}]', "Expecting ',' delimiter: line 1 column 11"),
+        ('[{"a": 1}] x', "Extra data: line 1 column 12"),
+        ('[{"a": "unterminated', "Unterminated string"),
+        ('[\n{"a": 1},\n{"a": 2}', "Expecting ',' delimiter: line 3"),
+        ('[\n{"a": 1},\n{"a": 2}\n]\nx', "Extra data: line 5"),
+        ('[\n{"a": 1},\n{"a": \n]', "line 4"),
         ('{"a": 1}\n{"a": ', "row 1: field row: expected a JSON object"),
-        ('[{"a": ' + "9" * 5000 + "}]", "row 0: Exceeds the limit"),
-        ('[{"a": ' + "[" * 100_000, "row 0: maximum recursion"),
+        ('[{"a": ' + "9" * 5000 + "}]", "Exceeds the limit"),
+        ('[{"a": ' + "[" * 100_000, "maximum recursion"),
     ],
 )
-def test_broken_json_names_the_row(tmp_path, text, said):
+def test_broken_json_is_one_line_that_says_where(tmp_path, text, said):
     path = tmp_path / "f.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(BadInput) as caught:
@@ -402,7 +410,7 @@ def test_an_empty_file_and_a_bad_flag_are_said_in_one_line(tmp_path):
 
 def test_text_of_a_file_stays_in_its_cell():
     hostile = "m|\x1b[2J\n| x |\u202e\ud800"
-    text = render(report([tally("f", rows=[row("4", dataset=hostile)])]), "markdown")
+    text = render(summarise([tally("f", rows=[row("4", dataset=hostile)])]), "markdown")
     line = next(line for line in text.splitlines() if "x1b" in line)
     assert line.startswith(r"| m\|\x1b[2J\n\| x \|\u202e\ud800 |")
     assert "\x1b" not in text
@@ -412,5 +420,5 @@ def test_text_of_a_file_stays_in_its_cell():
 def test_nothing_heavy_for_help():
     code = "import sys, calculate_acc; print([m for m in ('torch', 'numpy', 'pandas', 'sympy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          cwd=acc.os.path.dirname(acc.__file__), timeout=60, check=True)  # fmt: skip
+                          cwd=Path(acc.__file__).parent, timeout=60, check=True)  # fmt: skip
     assert done.stdout.strip() == "[]"

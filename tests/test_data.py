@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data.arguments import DataSettings
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
 from data.tiny_model import OUTPUT, Noise, batch, example
@@ -38,7 +39,7 @@ def test_the_split_of_the_embedded_digits_is_the_one_asked_for(monkeypatch):
     monkeypatch.setattr("data.read.EMBEDDED_ROWS", 20)
     for split in ("train", "test"):
         expected = [row["solution"] for row in digit_rows(split, 20)]
-        assert read_dataset("digits", split=split)["solution"][:] == expected
+        assert read_dataset("digits", DataSettings(dataset_split=split))["solution"][:] == expected
     assert digit_rows("train", 20)[0]["prompt"] != digit_rows("test", 20)[0]["prompt"]
 
 
@@ -134,7 +135,7 @@ def test_tables(suffix, tmp_path):
         write(path, rows, lines=suffix == ".jsonl")
     else:
         getattr(pd.DataFrame(rows), {".csv": "to_csv", ".parquet": "to_parquet"}[suffix])(path, index=False)
-    data = read_dataset(str(path), "question", "answer")
+    data = read_dataset(str(path), DataSettings(prompt_column="question", solution_column="answer"))
     assert data["solution"][:] == ["42", "7"]
     assert [p[0]["content"] for p in data["prompt"]] == ["How many?" + PROMPT_SUFFIX, "And?" + PROMPT_SUFFIX]
 
@@ -177,4 +178,6 @@ def test_bad_files_are_named(tmp_path):
         with pytest.raises(BadInput, match=expected):
             read_dataset(str(tmp_path / source))
     with pytest.raises(BadInput, match="no column 'gold'"):
-        read_dataset(write(tmp_path / "a.json", [{"prompt": "a", "solution": "1"}]), solution_column="gold")
+        read_dataset(
+            write(tmp_path / "a.json", [{"prompt": "a", "solution": "1"}]), DataSettings(solution_column="gold")
+        )

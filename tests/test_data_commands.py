@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from data import check, filter, judge_sets
-from data.filter import Rates, Settings, kept_rows, measure, questions_of
-from data.read import BadInput, Source, read_dataset
+from data.arguments import DataSettings
+from data.filter import SamplingSettings, kept_rows, measure, rates_file
+from data.read import BadInput, read_dataset
+from data.rows import Source
 from data.tiny_model import OUTPUT
 
 
@@ -157,7 +159,7 @@ def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
 
 # ---- filter ---------------------------------------------------------------------------------------------------------
 
-SETTINGS = Settings(str(OUTPUT), "x", 4, 1.0, 1.0, 16, 0, None, None)
+SETTINGS = SamplingSettings(str(OUTPUT), "x", n=4, max_tokens=16)
 
 
 class Fake:
@@ -175,8 +177,12 @@ class Fake:
 
 def test_filter_goes_on_where_it_stopped(tmp_path):
     data = read_dataset([{"prompt": f"{i}?", "solution": i} for i in range(5)])
-    path, questions = tmp_path / "rates.jsonl", questions_of(data)
-    Rates(path, replace(SETTINGS, model="a typo"), questions)  # holds no rates: in nobody's way
+    path = tmp_path / "rates.jsonl"
+
+    def known(settings=SETTINGS, dataset=data):
+        return rates_file(path, settings, dataset, DataSettings())
+
+    known(replace(SETTINGS, model="a typo"))  # without a rate nothing is written, and nothing is in the way
 
     class Stops(Fake):
         def answers(self, rows):
@@ -185,22 +191,20 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
             return super().answers(rows)
 
     with pytest.raises(KeyboardInterrupt):
-        measure(data, Rates(path, SETTINGS, questions), Stops(), chunk=2)
+        measure(data, known(), Stops(), chunk=2)
     with open(path, "a") as file:
         file.write('{"row": 4, "rig')  # cut off while being written
-    rates, fake = Rates(path, SETTINGS, questions), Fake()
-    assert sorted(rates.known) == [0, 1, 2, 3]
+    rates, fake = known(), Fake()
+    assert sorted(rates.done) == [0, 1, 2, 3]
     measure(data, rates, fake, chunk=2)
     assert fake.asked == ["4"]
-    assert kept_rows(Rates(path, SETTINGS, questions).known, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
-    changed = questions_of(read_dataset([{"prompt": f"{i}?", "solution": i + (i == 4)} for i in range(5)]))
-    for settings, found, expected in (
-        (replace(SETTINGS, n=8), questions, "another n"),
-        (SETTINGS, changed, "another dataset"),
-    ):
-        with pytest.raises(BadInput, match=expected):
-            Rates(path, settings, found)
-    assert kept_rows({0: {"row": 0, "right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
+    assert kept_rows(known().done, 0.25, 0.75) == ([1, 2, 3], [0, 4], [])
+    changed = read_dataset([{"prompt": f"{i}?", "solution": i + (i == 4)} for i in range(5)])
+    with pytest.raises(BadInput, match="another n;"):
+        known(replace(SETTINGS, n=8))
+    with pytest.raises(BadInput, match="another dataset contents"):
+        known(dataset=changed)
+    assert kept_rows({0: {"right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
 
 
 def test_filter_gives_no_row_the_rate_of_another(tmp_path):
@@ -208,10 +212,10 @@ def test_filter_gives_no_row_the_rate_of_another(tmp_path):
     save(tmp_path / "a.png"), save(tmp_path / "b.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "b.png").read_bytes()[:50])
     rows = [{"prompt": f"{i}?", "solution": "4", "image": f"{name}.png"} for i, name in enumerate("aba")]
-    data = read_dataset(rows, image_root=str(tmp_path), bad_rows=[])
-    rates = Rates(tmp_path / "rates.jsonl", SETTINGS, questions_of(data))
+    data = read_dataset(rows, DataSettings(image_root=str(tmp_path)), bad_rows=[])
+    rates = rates_file(tmp_path / "rates.jsonl", SETTINGS, data, DataSettings())
     measure(data, rates, Fake())
-    assert kept_rows(rates.known, 0, 1) == ([0, 2], [], [1])
+    assert kept_rows(rates.done, 0, 1) == ([0, 2], [], [1])
 
 
 def test_filter_refuses_before_the_engine_starts(tmp_path, monkeypatch, capsys):
@@ -246,6 +250,7 @@ def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):
     assert filter.main([*command, "--low", "0", "--high", "1"]) == 0
     assert "12 rows kept" in capfd.readouterr().out
     known = [json.loads(line) for line in output.with_name("kept.parquet.rates.jsonl").read_text().splitlines()[1:]]
+    known = [entry["result"] | {"row": entry["index"]} for entry in known]
     assert 0 < sum(rate["right"] for rate in known) < 48
     monkeypatch.setattr(filter, "Sampler", None)  # other bounds need no engine
     assert filter.main([*command, "--low", "0.5"]) == 0

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import table
+from data.arguments import DataSettings
 from data.golds import gold
-from data.read import BadInput, Reader, Source, read_dataset, report, summary
-from data.rows import BadRow, Record, RowError, Rules, build_row, question_text
+from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
+from data.rows import BadRow, Record, RowError, Source, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
 
 
@@ -40,11 +42,12 @@ def write(path, found, lines=False) -> str:
 
 def read(path, **options) -> list:
     """The rows of a file, or what is wrong with them."""
-    return [found for _, _, found in Reader(Source(str(path), **options), "check")]
+    return read_rows(str(path), **options)
 
 
-def read_rows(records, **options) -> list:
-    return [found for _, _, found in Reader(Source(records, **options), "check")]
+def read_rows(records, columns_optional=False, **options) -> list:
+    source = Source(records, DataSettings(**options), columns_optional=columns_optional)
+    return [row for _, _, row in Reader(source, "check")]
 
 
 def parquet(path, found) -> str:
@@ -456,14 +459,14 @@ def test_a_column_that_was_named_must_be_there(tmp_path):
     for wrong in ({"prompt_column": "qestion"}, {"solution_column": "gold"}, {"image_column": "photo"}):
         with pytest.raises(BadInput, match=f"no column '{next(iter(wrong.values()))}'.*one of: answer, question"):
             read(path, **wrong)
-        assert read(path, **wrong, own_columns=True)[0]["solution"] == "42"
+        assert read(path, **wrong, columns_optional=True)[0]["solution"] == "42"
 
 
 def test_settings_that_cannot_be(folder):
     data = [{"prompt": "a", "solution": "1"}]
     for wrong in ({"max_pixels": -1}, {"min_pixels": 0}, {"image_root": str(folder / "no")}):
         with pytest.raises(BadInput, match=f"^{next(iter(wrong))}: expected"):
-            read_dataset(data, **wrong)
+            read_dataset(data, DataSettings(**wrong))
 
 
 def test_several_images_in_a_field_of_csv(folder):
@@ -480,7 +483,7 @@ def test_what_cannot_be_written_is_refused_or_replaced(folder):
         {"prompt": "a", "solution": "1", "task": "t", "max_pixels": 10**400},
     ]
     bad = []
-    assert read_dataset(data, image_root=str(folder), bad_rows=bad)["task"][:] == ["?"]
+    assert read_dataset(data, DataSettings(image_root=str(folder)), bad_rows=bad)["task"][:] == ["?"]
     assert [row.field for row in bad] == ["image", "max_pixels"]
 
 
@@ -505,11 +508,11 @@ def test_a_json_file_of_lines_and_one_of_nothing(tmp_path):
     ("name", "content", "expected"),
     [
         ("a.json", b'{"data": [\n]}', "line 1: expected a JSON object a line"),
-        ("a.json", b"[1,", "line 1: expected a JSON list"),
-        ("a.json", b'[{"a": 1} {"a": 2}]', "a comma or a ]"),
-        ("a.json", b'[{"a": 1}] x', "nothing after it"),
+        ("a.json", b"[1,", "expected a JSON list of rows: Expecting value: line 1 column 4"),
+        ("a.json", b'[{"a": 1} {"a": 2}]', "Expecting ',' delimiter: line 1 column 11"),
+        ("a.json", b'[{"a": 1}] x', "Extra data: line 1 column 12"),
         ("a.json", b"[1, 2]", "row 0: field row: expected a JSON object"),
-        ("a.json", b"", "it starts with"),
+        ("a.json", b"", "expected a JSON list"),
         ("a.json", b"[" * 100_000, "expected a JSON list"),
         ("a.json", b'[{"a": ' + b"9" * 5000 + b"}]", "expected a JSON list"),
         ("a.json", b"\xff\xfe[]", "UTF-8"),
@@ -577,31 +580,23 @@ def test_any_json_is_a_row_or_named_as_bad(data):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    data=st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.integers(), max_size=2), max_size=5),
-    indent=st.sampled_from([None, 1]),
-    block=st.integers(1, 9),
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5) | st.integers(), max_size=2), max_size=5),
+    st.sampled_from(["a row a line", "one line", "indented", "mixed"]),
 )
-def test_a_json_list_is_read_whole_however_it_is_cut(data, indent, block, tmp_path_factory):
-    path = tmp_path_factory.mktemp("json") / "x.json"
-    path.write_text(json.dumps(data, indent=indent))
-
-    class Slow(io.StringIO):
-        def read(self, size):
-            return super().read(min(size, block))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "open", lambda *a, **k: Slow(path.read_text()), raising=False)
-        assert [found for _, _, found in table._json_list(str(path))] == data
+def test_a_json_list_is_read_in_any_layout(rows, layout):
+    texts = [json.dumps(row, indent=1 if layout == "mixed" and i % 2 else None) for i, row in enumerate(rows)]
+    whole = {"one line": json.dumps(rows), "indented": json.dumps(rows, indent=1)}.get(layout, table.list_text(texts))
+    with tempfile.TemporaryDirectory() as name:
+        path = str(Path(name) / "x.json")
+        Path(path).write_text(whole)
+        assert [record for _, _, record in table.records(path)] == rows
 
 
 # ---- the row --------------------------------------------------------------------------------------------------------
 
 
-RULES = Rules()
-
-
-def built(prompt, images=None, rules=RULES, solution="1"):
-    return build_row(Record(prompt, solution, images), rules, "x: row 0")
+def built(prompt, images=None, **changes):
+    return build_row(Record(prompt, "1", images), Source("x", **changes), "x: row 0")
 
 
 @settings(max_examples=100, deadline=None)
@@ -612,7 +607,7 @@ def test_the_suffix_is_there_once_and_comes_off_again(question, copies, space):
     assert text.count(PROMPT_SUFFIX.strip()) == 1 and text.endswith(PROMPT_SUFFIX)
     assert strip_suffix(text) == question.rstrip()
     assert ask(row["prompt"], "Is it?")[0]["content"] == f"{question.rstrip()}\n\nIs it?"
-    assert built(text, rules=Rules(suffix=""))["prompt"][0]["content"] == text
+    assert built(text, suffix="")["prompt"][0]["content"] == text
 
 
 def test_conversations_survive_being_asked_about():
@@ -685,7 +680,9 @@ def test_images_of_every_kind_are_opened_when_used(folder):
         ["a.png", png()],
         [],
     ]
-    data = read_dataset([{"prompt": "a", "solution": "1", "images": g} for g in given], image_root=str(folder))
+    data = read_dataset(
+        [{"prompt": "a", "solution": "1", "images": g} for g in given], DataSettings(image_root=str(folder))
+    )
     assert [len(row["images"]) for row in data] == [1, 1, 1, 1, 1, 2, 0]
     assert all(i.mode == "RGB" and i.size == (56, 28) for row in data for i in row["images"])
     (folder / "a.png").unlink()
@@ -716,8 +713,7 @@ def test_a_dataset_survives_a_checkpoint(folder):
             },
             {"prompt": "d", "solution": "3"},
         ],
-        image_root=str(folder),
-        max_pixels=28 * 28,
+        DataSettings(image_root=str(folder), max_pixels=28 * 28),
         image_factor=28,
     )
     rows = [{k: row[k] for k in data.column_names} for row in data]
@@ -748,7 +744,7 @@ def test_a_path_and_a_stream(folder):
     row = {"prompt": "a", "solution": "1", "image": "a.png"}
     assert len(read_dataset(Path(write(folder / "x.json", [row])))) == 1
     stream = IterableDataset.from_generator(lambda: iter([row, row]))
-    assert len(read_dataset(stream, image_root=str(folder))[1]["images"]) == 1
+    assert len(read_dataset(stream, DataSettings(image_root=str(folder)))[1]["images"]) == 1
 
 
 def test_a_folder_whose_file_is_broken_says_why(tmp_path):
@@ -772,7 +768,7 @@ def test_bad_rows_are_left_out_and_counted_or_refused(folder):
     assert len(data) == 1 and data.column_names == ["prompt", "solution", "task", "source"]
     assert [(row.row, row.field) for row in bad] == [(1, "prompt"), (2, "image"), (3, "prompt")]
     assert (
-        summary(bad, 1)
+        bad_rows_summary(bad, 1)
         == "3 rows left out (2 by prompt, 1 by image): row 1: field prompt: expected a question, got nothing; ..."
     )
     with pytest.raises(BadInput, match="row 1: field prompt"):
@@ -806,7 +802,7 @@ def test_a_row_kept_for_later_is_the_same_row(kind, folder, monkeypatch):
     else:
         path = MANY
     monkeypatch.setattr("data.read._PEEK", 1)
-    now, later = (read_dataset(path, image_root=str(folder), bad_rows=[], checked=n) for n in (9, 1))
+    now, later = (read_dataset(path, DataSettings(image_root=str(folder)), bad_rows=[], checked=n) for n in (9, 1))
     assert len(now) == len(later) >= 3
     assert [{**row, "images": [i.tobytes() for i in row["images"]]} for row in now] == [
         {**row, "images": [i.tobytes() for i in row["images"]]} for row in later
@@ -862,17 +858,19 @@ def test_an_image_found_broken_when_it_is_used_names_its_row(folder, monkeypatch
 
 
 def test_when_no_row_can_be_used_there_is_an_end(folder):
-    data = read_dataset([{"prompt": "a", "solution": "1", "image": "a.png"}], image_root=str(folder), bad_rows=[])
+    data = read_dataset(
+        [{"prompt": "a", "solution": "1", "image": "a.png"}], DataSettings(image_root=str(folder)), bad_rows=[]
+    )
     (folder / "a.png").write_bytes(b"no image")
     with pytest.raises(BadInput, match="100 rows drawn instead"):
         data[0]
 
 
 def test_the_line_that_training_prints(monkeypatch):
-    assert report("x.json", 3, None) == report("x.json", 3, []) == "3 rows used of x.json"
+    assert reading_summary("x.json", 3, None) == reading_summary("x.json", 3, []) == "3 rows used of x.json"
     monkeypatch.setattr("data.read.CHECKED", 3)
     bad = [BadRow(1, 2, "prompt", "expected a question, got nothing")]
-    first, second = report("x.json", 3, bad).splitlines()
+    first, second = reading_summary("x.json", 3, bad).splitlines()
     assert first.startswith("3 rows used of x.json; the first 3 are checked, the others at the latest when")
     assert second.startswith("1 rows left out (1 by prompt): row 1: field prompt")
 

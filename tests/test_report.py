@@ -167,7 +167,7 @@ def test_before_and_after_shows_every_column(whole):
         "-0.020",
     ):
         assert words in page.text
-    strips = re.findall(r"<div class=strip.*?</div>", whole.read_text(encoding="utf-8"))
+    strips = re.findall(r"<div class=strip.*?</div>", whole.read_text(encoding="utf-8"), re.DOTALL)
     assert len(strips) == 2  # a difference has no place between 0 and 1
     assert "left:84.00%" in strips[0]
 
@@ -263,12 +263,12 @@ def test_broken_tables_and_images_are_notes(tmp_path):
 
 def test_images_are_encoded_anew():
     hidden = png() + b"<script>alert(1)</script>"
-    data = re.search(r"base64,([^\"]*)", report.image(hidden))[1]
-    assert b"script" not in base64.b64decode(data)
+    kind, content = report.image(hidden)["source"].split(",")
+    assert kind == "data:image/png;base64" and b"script" not in base64.b64decode(content)
     gif = io.BytesIO()
     Image.new("RGB", (2, 2)).save(gif, "GIF")
-    assert "can't be shown" in report.image(gif.getvalue())
-    assert "can't be shown" in report.image(None)
+    assert report.image(gif.getvalue()) == {"error": "UnidentifiedImageError"}
+    assert report.image(None) == {"error": "TypeError"}
 
 
 def test_smoothing_keeps_a_constant_and_the_ends():
@@ -284,8 +284,8 @@ def test_not_a_run_is_one_line_and_status_2(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "trainer_state.json").write_text("{")
-    for name, said in (("empty", "not a run"), ("none", "no such folder"), ("bad", "expected JSON")):
-        with pytest.raises(BadInput, match=said):
+    for name, reason in (("empty", "not a run"), ("none", "no such folder"), ("bad", "expected JSON")):
+        with pytest.raises(BadInput, match=reason):
             write_report([tmp_path / name], tmp_path / "r.html")
     done = subprocess.run([sys.executable, report.__file__, tmp_path / "empty", "--output", tmp_path / "r.html"],
                           capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
