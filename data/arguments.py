@@ -55,6 +55,10 @@ class DataArguments(DataSettings):
         },
     )
 
+    def __post_init__(self):
+        if isinstance(self.reward_funcs, str):  # one, in a recipe
+            self.reward_funcs = [self.reward_funcs]
+
     def read(self, args: Any, processor: Any) -> tuple[Any, Any]:
         """The training set and the evaluation set (None without one). Raises BadInput."""
         from transformers import ProcessorMixin
