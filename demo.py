@@ -26,7 +26,7 @@ from engines import Request, TransformersEngine, complete
 from evaluate import Settings, evaluate_records
 from prompts import PROMPT_SUFFIX, ask, neutralise, reflection_instruction
 
-START = Path("data/tiny_qwen2_5_vl")
+START = Path("models/digits")
 SAMPLES = 4  # at temperature 1
 
 Row = dict[str, Any]
@@ -42,7 +42,7 @@ def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]
     Half of the answers are shown with their reasoning. Images are PIL images, the rest is evaluate.py's format.
     """
     from data.digits import draw, question, solve
-    from data.tiny_model import IMAGE_KINDS, attempt, candidate_text
+    from models.make_digits import IMAGE_KINDS, attempt, candidate_text
 
     rng = random.Random(f"held-out/{split}/{seed}")
     answers, pairs, points = [], [], []

@@ -87,7 +87,7 @@ def measure_wait(dataset: str, steps: int) -> dict:
     from data.arguments import DataSettings
     from data.lengths import image_factor
     from data.read import read_dataset
-    from data.tiny_model import OUTPUT
+    from models.make_digits import OUTPUT
     from train_spark import SparkConfig, SparkTrainer
 
     processor = AutoProcessor.from_pretrained(OUTPUT, padding_side="left")
@@ -141,7 +141,7 @@ def main() -> None:
         for measure, arguments in (
             (measure_read, (folder,)),
             (measure_check, (folder, args.images)),
-            (measure_check, (folder, args.images, "--model", "data/tiny_qwen2_5_vl")),
+            (measure_check, (folder, args.images, "--model", "models/digits")),
             (measure_wait, ("digits", args.steps)),
             (measure_wait, (str(folder / "images.json"), args.steps)),
         ):

@@ -173,7 +173,7 @@ def vllm_ratio(n: int) -> dict:
     from data.digits import digit_rows
     from engines import Request, Sampling, VLLMEngine, complete, prompt_text
 
-    engine = VLLMEngine("data/tiny_qwen2_5_vl", max_model_len=512, enforce_eager=True)
+    engine = VLLMEngine("models/digits", max_model_len=512, enforce_eager=True)
     rows = digit_rows("test", 2 * n, seed=5)
     requests = [Request(row["prompt"], tuple(row["images"] or ())) for row in rows]
     sampling = Sampling(max_tokens=48)

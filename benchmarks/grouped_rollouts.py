@@ -19,7 +19,7 @@ RESULTS = record.RESULTS / "grouped_rollouts.json"
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default="data/tiny_qwen2_5_vl")
+    parser.add_argument("--model", default="models/digits")
     parser.add_argument("--groups", type=int, default=16)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--size", type=int, default=448, help="pixels a side of the images")

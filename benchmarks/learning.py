@@ -24,7 +24,7 @@ from pathlib import Path
 RUNS = Path("runs/learning")
 RESULTS = Path("benchmarks/results")
 RECIPES = {"digits": "recipes/demo.yaml", "countdown": "recipes/countdown.yaml"}
-STARTS = {"digits": "data/tiny_qwen2_5_vl", "countdown": "models/countdown"}
+STARTS = {"digits": "models/digits", "countdown": "models/countdown"}
 STEPS = {"digits": 42, "countdown": 60}
 QUESTIONS = 250
 G = 8  # rollouts of a prompt

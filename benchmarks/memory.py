@@ -40,7 +40,7 @@ def work(ratio: float, side: int, steps: int, batch: int) -> dict:
     from transformers import AutoProcessor
 
     from data.digits import digit_rows
-    from data.tiny_model import OUTPUT
+    from models.make_digits import OUTPUT
     from train_spark import SparkConfig, SparkTrainer
 
     gpu = torch.cuda.is_available()

@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=128, help="policy rollouts of a step")
     parser.add_argument("--rounds", type=int, default=2, help="turns that each setting takes")
-    parser.add_argument("--model", default="data/tiny_qwen2_5_vl", help="runs/demo/spark: late in training")
+    parser.add_argument("--model", default="models/digits", help="runs/demo/spark: late in training")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from data.tiny_model import OUTPUT
+from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
 from training import merge
 

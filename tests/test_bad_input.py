@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.tiny_model import OUTPUT
+from models.make_digits import OUTPUT
 
 ROOT = Path(__file__).parent.parent
 MAINS = {
@@ -177,7 +177,7 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
         (folder / name).mkdir(parents=True)
     shutil.copytree(OUTPUT, found["model"])
     Image.effect_noise((56, 56), 50).save(found["images"] / "a.png")
-    recipe = (ROOT / "recipes" / "demo.yaml").read_text().replace("data/tiny_qwen2_5_vl", str(OUTPUT))
+    recipe = (ROOT / "recipes" / "demo.yaml").read_text().replace("models/digits", str(OUTPUT))
     found["recipe"].write_text(recipe.replace("report_to", "#") + "report_to: none\n")
     shutil.copy(ROOT / "recipes" / "accelerate" / "ddp.yaml", found["launch"])
     row = {"dataset": "d", "problem": "Area?", "image_path": "a.png"}
@@ -254,7 +254,7 @@ def test_every_documented_command_and_input_is_walked():
     }
     inputs = {"--config", "--dataset", "--image_root", "--model", "--benchmark", "--result_path", "--against",
               "--model_name_or_path", "--eval_dataset", "--resume_from_checkpoint", "--plan"}  # fmt: skip
-    without_inputs = ("-m data.tiny_model", "-m data.smollm2", "-m benchmarks.")
+    without_inputs = ("-m models.make_digits", "-m models.make_countdown", "-m models.smollm2", "-m benchmarks.")
     commands = {(script, flag) for script, flag in documented() if not script.startswith(without_inputs)}
     assert len({script for script, _ in commands}) == len(MAINS)
     assert {(script, flag) for script, flag in commands if flag in inputs or not flag} <= walked

@@ -9,7 +9,7 @@ from PIL import Image
 from data.arguments import DataSettings
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
-from data.tiny_model import OUTPUT, Noise, batch, example
+from models.make_digits import OUTPUT, Noise, batch, example
 from prompts import PROMPT_SUFFIX
 
 # ---- digits ---------------------------------------------------------------------------------------------------------

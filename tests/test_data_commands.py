@@ -13,7 +13,7 @@ from data.arguments import DataSettings
 from data.filter import SamplingSettings, kept_rows, measure, rates_file
 from data.read import BadInput, read_dataset
 from data.rows import Source
-from data.tiny_model import OUTPUT
+from models.make_digits import OUTPUT
 
 
 def save(path, colour="white", size=(56, 28)):

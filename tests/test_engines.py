@@ -24,9 +24,9 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from data.tiny_model import OUTPUT
 from engines import Request, Sampling, ServerEngine, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
+from models.make_digits import OUTPUT
 from tests.test_images import png_of
 
 # ---------------------------------------------------------------------------------------------------------------------

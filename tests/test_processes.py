@@ -51,7 +51,7 @@ def work(out: Path, kind: str, dtype: torch.dtype, how: str) -> None:
     from torch.distributed.fsdp import FSDPModule
     from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2ForCausalLM
 
-    from data.tiny_model import OUTPUT
+    from models.make_digits import OUTPUT
     from train_spark import SparkConfig, SparkTrainer
 
     torch.manual_seed(0)

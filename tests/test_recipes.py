@@ -16,7 +16,7 @@ from trl import ModelConfig, TrlParser, get_peft_config
 import train_spark
 from data import countdown
 from data.arguments import DataArguments
-from data.tiny_model import OUTPUT
+from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
 from training import plan
 
@@ -78,7 +78,7 @@ MODELS = {
     "qwen2.5_0.5b_colab": (lambda: text_config("Qwen2", **qwen2(896, 4864, 24, 14, 2, 151936, True)), 494_032_768),
     "countdown_3b": (lambda: text_config("Qwen2", **qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_085_938_688),
     "smollm2_135m": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
-    "demo": (lambda: "data/tiny_qwen2_5_vl", 1_170_624),
+    "demo": (lambda: "models/digits", 1_170_624),
     "countdown": (lambda: "models/countdown", 1_106_432),
 }
 
@@ -161,7 +161,7 @@ def test_adapter_is_counted():
     from transformers import AutoConfig
 
     _, _, model = parse(["--config", "recipes/vl_3b_lora_1gpu.yaml"])
-    found = plan.architecture(AutoConfig.from_pretrained("data/tiny_qwen2_5_vl"), get_peft_config(model))
+    found = plan.architecture(AutoConfig.from_pretrained("models/digits"), get_peft_config(model))
     text = 4 * ((128 + 128) * 2 + (128 + 64) * 2 + 3 * (128 + 384))  # q, o; k, v; gate, up, down
     vision = 2 * ((64 + 192) + (64 + 64) + 3 * (64 + 128)) + (256 + 256) + (256 + 128)  # qkv, proj, mlp; merger
     assert found.trained == 16 * (text + vision)
@@ -181,7 +181,7 @@ def test_recipe_runs_a_step(path, tmp_path, monkeypatch):
     original = SparkTrainer.train
     monkeypatch.setattr(SparkTrainer, "train", train)
     small = {
-        "model_name_or_path": "data/tiny_qwen2_5_vl",
+        "model_name_or_path": "models/digits",
         "dtype": "float32",
         "dataset": "digits",
         "prompt_column": "prompt",

@@ -13,7 +13,7 @@ from trl.trainer.utils import selective_log_softmax
 
 import train_spark
 from data.rows import BadInput
-from data.tiny_model import OUTPUT
+from models.make_digits import OUTPUT
 from recycle import recycle
 from train_spark import SparkConfig, SparkTrainer
 from training.vllm import SparkGeneration

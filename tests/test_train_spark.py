@@ -662,7 +662,7 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
         paths[name] = tmp_path / f"{name}.json"
         paths[name].write_text(json.dumps(rows))
     arguments = [a.format(**paths) for a in arguments]
-    common = ["--model_name_or_path", "data/tiny_qwen2_5_vl", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
+    common = ["--model_name_or_path", "models/digits", "--output_dir", str(tmp_path / "run"), "--use_cpu"]
     monkeypatch.setattr("sys.argv", ["train_spark.py", *common, "--bf16", "false", *arguments])
     monkeypatch.setattr(train_spark, "SparkTrainer", None)  # a model must not be loaded
     capsys.readouterr()  # the bar of save_pretrained
@@ -747,7 +747,7 @@ def test_an_image_that_breaks_during_training(strict, tmp_path, monkeypatch, cap
     flags = {
         "dataset": tmp_path / "x.json",
         "output_dir": tmp_path / "run",
-        "model_name_or_path": "data/tiny_qwen2_5_vl",
+        "model_name_or_path": "models/digits",
     }
     flags |= {"per_device_train_batch_size": 16, "num_generations": 4, "max_steps": 1, "max_completion_length": 8}
     flags |= {"use_cpu": True, "bf16": False, "save_strategy": "no", "report_to": "none", "strict": strict}

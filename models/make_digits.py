@@ -1,6 +1,6 @@
 """The small model of the demo: real Qwen2.5-VL classes, 1.2 M parameters, made from scratch in minutes on two cores.
 
-    python -m data.tiny_model [--output data/tiny_qwen2_5_vl] [--seed 0]
+    python -m models.make_digits [--output models/digits] [--seed 0]
 
 A supervised warm start stands in for pre-training. It teaches the forms (read the digits, compute, box; judge by
 computing and comparing; reflect) but leaves the model noisy: a share of the readings and of the verdicts it learns from
@@ -28,7 +28,7 @@ from prompts import (
     reflection_instruction,
 )
 
-OUTPUT = Path(__file__).parent / "tiny_qwen2_5_vl"
+OUTPUT = Path(__file__).parent / "digits"
 
 # The shape of Qwen2.5-VL's own template: roles between <|im_start|> and <|im_end|>, an image as three vision tokens.
 CHAT_TEMPLATE = """\
