@@ -79,7 +79,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
     folder = RUNS / task / ("start" if variant == "start" else f"{variant}_{seed}")
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    env = {**os.environ, "OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    env = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1"}
     model = STARTS[task] if variant == "start" else str(folder / "model")
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
 
