@@ -77,6 +77,13 @@ class RecycleConfig:
             "choices": ["both", "answer", "cot"],
         },
     )
+    recycle_adaptive: bool = field(
+        default=False,
+        metadata={
+            "help": "Only the groups without contrast, which teach the policy nothing, count towards recycle_ratio: "
+            "few recycled prompts while answering has much to learn, more later."
+        },
+    )
     recycle_pairwise_prob: float = field(
         default=0.7,
         metadata={"help": "Probability that a mixed group gives a pairwise item instead of pointwise ones."},
@@ -202,12 +209,14 @@ class Limits:
     multiple_of: emit a multiple of this many items, so that their rollouts divide over the processes.
     equal: tells which (prediction, gold) answers are the same to the verifier; None (unknown) counts as the same.
     fits: tells which (group, text) prompts are short enough for the model.
+    at_most: so many items, instead of recycle_ratio for each group.
     """
 
     control_tokens: Sequence[str] = ()
     multiple_of: int = 1
     equal: Callable[[list[tuple[str, str]]], list[bool | None]] = verify_many
     fits: Callable[[list[tuple[Group, str]]], list[bool]] = lambda shown: [True] * len(shown)
+    at_most: int | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,12 +244,19 @@ def recycle(
     candidates = _candidates(groups, config, limits.control_tokens, rng, skipped)
     candidates = _drop_equal_answers(candidates, limits.equal, skipped)
     candidates = _drop_overlong(candidates, limits.fits, skipped)
-    quotas = _quotas(candidates, int(config.recycle_ratio * len(groups) + 1e-9), limits.multiple_of, config)
+    capacity = _capacity(groups, config) if limits.at_most is None else limits.at_most
+    quotas = _quotas(candidates, capacity, limits.multiple_of, config)
     chosen = _select(candidates, quotas, config, rng)
 
     used = len({(task, group.key) for task, group, _ in chosen})
     counts = Counts(len(chosen), len(candidates) - used, {reason: n for reason, n in sorted(skipped.items()) if n})
     return _word(chosen, config.prompt_suffix, rng), counts
+
+
+def _capacity(groups, config) -> int:
+    """Items of this step, at most."""
+    counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
+    return int(config.recycle_ratio * len(counted) + 1e-9)
 
 
 def _candidates(groups, config, control_tokens, rng, skipped) -> list[Candidate]:
@@ -345,7 +361,7 @@ def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig) 
 
     n_judge = min(most + n["pairwise"], capacity - min(n["reflection"], capacity // 2))
     share = unit * round(n_judge * most / max(most + n["pairwise"], 1) / unit)
-    n_pairs = min(n["pairwise"], n_judge - min(share, usable))
+    n_pairs = min(n["pairwise"], max(n_judge - min(share, usable), 0))  # share may be rounded up beyond n_judge
     n_points = min(usable, (n_judge - n_pairs) // unit * unit)
     quotas: dict[Task, int] = {"pointwise": n_points, "pairwise": n_pairs}
     quotas["reflection"] = min(n["reflection"], capacity - n_points - n_pairs)

@@ -24,7 +24,6 @@ import copy
 import math
 import sys
 import time
-from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,14 +37,15 @@ from trl.import_utils import is_vllm_available
 
 import verify
 from data.arguments import DataArguments
-from data.rows import BadInput, images_of, question_key
+from data.rows import BadInput, question_key
 from prompts import TEMPLATE_TOKENS, instructions
-from recycle import Group, Item, Limits, RecycleConfig, Rollout, recycle
+from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, recycle
 from training.batch import join, share_images
 from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
-from training.metrics import judge_metrics, policy_metrics, recycled_table, recycling_metrics
+from training.logs import StepLogs
+from training.metrics import policy_metrics, recycling_metrics
 from training.model_card import SparkModelCard
 from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
@@ -80,6 +80,14 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     recycle_every: int = field(
         default=1,
         metadata={"help": "Recycle in every so many-th generation; the others are plain GRPO."},
+    )
+
+    recycle_in_evaluation: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluation during training measures judging and reflecting as well, on everything that its "
+            "rollouts can be recycled into. Give it several questions a batch (per_device_eval_batch_size)."
+        },
     )
 
     recycle_weight: float = field(
@@ -148,7 +156,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         return min(wanted, config.get_text_config().max_position_embeddings)
 
 
-class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOTrainer):
+class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
     What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, always by super():
@@ -163,6 +171,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
     | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
     | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
+    | `evaluate` | leaves training's random numbers alone | here |
     | `save_model`, `create_model_card` | a model card of SPARK's | training/model_card.py |
 
     Args:
@@ -233,7 +242,8 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        if not (self.model.training and self.args.recycle_ratio > 0):
+        training = self.model.training
+        if not (self.args.recycle_ratio > 0 and (training or self.args.recycle_in_evaluation)):
             batch = super()._generate_and_score_completions(inputs)
             self._log(policy_metrics(self._groups(inputs, with_rows=False)))
             self._log_images(inputs)
@@ -245,27 +255,43 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
         self._log(policy_metrics(groups))
         self._log_images(inputs)
         blocks: dict[str, torch.Tensor] = {}  # question -> its pixels
-        policy = share_images(policy, self._mine([g.key for g in groups for _ in g.rollouts]), blocks)
+        if training:
+            policy = share_images(policy, self._mine([g.key for g in groups for _ in g.rollouts]), blocks)
 
-        items: tuple[Item, ...] = ()
-        if self._generation % self.args.recycle_every == 0:
-            start = time.perf_counter()
-            items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
-            self._log(recycling_metrics(items, counts, self.num_generations, time.perf_counter() - start))
+        items = self._recycle(policy, groups)
         if not items:  # the same on every process, so that none waits in a collective
             if self.use_vllm:
                 self.vllm_generation.sleep()
             return policy
 
-        asked = [item for item in items for _ in range(self.num_generations)]  # (items*G,)
+        asked = [item for item in items for _ in range(self._group_size)]  # (items*G,)
         with self._logged(recycled=True), self._judging(asked):
             recycled = super()._generate_and_score_completions(
                 [{**item.group.row, "prompt": item.prompt} for item in self._mine(asked)]
             )
-        recycled = share_images(recycled, self._mine([item.group.key for item in asked]), blocks)
         self._log_judging(asked, recycled["advantages"])
+        if not training:  # measured is all they are; the loss is the policy's
+            return policy
+        recycled = share_images(recycled, self._mine([item.group.key for item in asked]), blocks)
         recycled["advantages"] *= self.args.recycle_weight
         return join(policy, recycled, self._tokenizer.pad_token_id)
+
+    def _recycle(self, policy, groups: list[Group]) -> tuple[Item, ...]:
+        """This generation's items; none where it is not its turn (`recycle_every`)."""
+        if self.model.training and self._generation % self.args.recycle_every:
+            return ()
+        start = time.perf_counter()
+        items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
+        self._log(recycling_metrics(items, counts, self._group_size, time.perf_counter() - start))
+        return items
+
+    def evaluate(self, *args, **kwargs):
+        """TRL's, but training's random numbers go on as if there had been none."""
+        if self.args.recycle_ratio == 0:
+            return super().evaluate(*args, **kwargs)
+        device = self.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluate(*args, **kwargs)
 
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 
@@ -274,10 +300,15 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
         """Number of the generation: the step of recycling."""
         return self._step // (self.args.steps_per_generation * self.num_iterations)
 
+    @property
+    def _group_size(self) -> int:
+        """G: rollouts of a prompt."""
+        return self.num_generations if self.model.training else self.num_generations_eval
+
     def _groups(self, inputs: list[dict[str, Any]], with_rows: bool = True) -> list[Group]:
         """The rollouts just scored as groups, the same on every process, in the order of the prompts. Without rows they
         have no prompt either: enough for metrics, and no image goes from process to process."""
-        size = self.num_generations if self.model.training else self.num_generations_eval
+        size = self._group_size
         texts = gather_object(self._rewards.texts)  # (B*G,)
         right = gather_object(self._rewards.right)
         first = self.accelerator.process_index * len(inputs)
@@ -324,7 +355,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
 
     def _limits(self, policy, groups: list[Group]) -> Limits:
         lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,), image tokens included
-        prompt_lengths = {g.key: n for g, n in zip(groups, lengths[:: self.num_generations], strict=True)}
+        prompt_lengths = {g.key: n for g, n in zip(groups, lengths[:: self._group_size], strict=True)}
         room = self._longest_prompt - self._longest_instruction
 
         def fits(prompts: list[tuple[Group, str]]) -> list[bool]:
@@ -338,48 +369,9 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, SparkModelCard, GRPOT
             return broadcast_object_list([self._rewards.equal(pairs) if self.accelerator.is_main_process else None])[0]
 
         world = self.accelerator.num_processes
-        multiple_of = world // math.gcd(world, self.num_generations)  # every process gets as many rows
-        return Limits(self._control_tokens, multiple_of, equal, fits)
-
-    # ---- logging ----------------------------------------------------------------------------------------------------
-
-    def _log(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self._metrics["train" if self.model.training else "eval"][name].append(float(value))
-
-    @contextmanager
-    def _logged(self, recycled: bool, weight: float = 1.0):
-        """TRL logs every pass alike. In here its metrics of recycled rows have recycle/ before their names, so that
-        without they mean the policy, and count `weight` times in the mean over passes. Its table of completions is left
-        out of recycled rows (`RecycledTable` writes another)."""
-        metrics, logs = self._metrics, self._logs
-        self._metrics = apart = {"train": defaultdict(list), "eval": defaultdict(list)}
-        if recycled:
-            self._logs = {name: [] for name in logs} | {"rewards": defaultdict(list), "extra": defaultdict(list)}
-        try:
-            yield
-        finally:
-            self._metrics, self._logs = metrics, logs
-        for name, values in apart["train"].items() if weight else ():
-            if name == "num_tokens":  # what the step cost, all of it
-                metrics["train"][name] = values
-            else:
-                scale = 1.0 if name == "entropy_coef" else weight
-                metrics["train"]["recycle/" * recycled + name] += [value * scale for value in values]
-
-    def _log_judging(self, asked: list[Item], advantages: torch.Tensor) -> None:
-        texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)
-        advantages = self.accelerator.gather(advantages).tolist()
-        self._log(judge_metrics(asked, texts, rewards))
-        if self.log_completions and self.accelerator.is_main_process:
-            self._table.rows = recycled_table(asked, texts, rewards, advantages)
-
-    def _log_images(self, inputs: list[dict[str, Any]]) -> None:
-        """For TRL's tables: gathered only where a logger shows them, and from every process, with images or without."""
-        shown = {"wandb", "trackio"} & set(self.args.report_to)
-        if self.args.log_multimodal and self.log_completions and shown:
-            images = gather_object([images_of(row) for row in inputs])
-            self._logs["images"].extend(images if any(images) else [])
+        multiple_of = world // math.gcd(world, self._group_size)  # every process gets as many rows
+        at_most = None if self.model.training else len(TASKS) * len(groups)
+        return Limits(self._control_tokens, multiple_of, equal, fits, at_most)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -222,6 +222,27 @@ def test_a_share_of_reflections_may_show_a_right_rollout_without_calling_it_wron
     assert any(re.search(claims, text_of(item), re.IGNORECASE) for item in items)
 
 
+def test_adaptive_recycling_grows_with_the_groups_that_teach_nothing():
+    config = RecycleConfig(recycle_adaptive=True, recycle_ratio=1.5)
+    for pure, items_at_most in ((0, 0), (2, 3), (4, 6), (8, 12)):
+        groups = [group(i, (RIGHT, WRONG, MIXED)[i % 2 if i < pure else 2]) for i in range(16)]
+        items, _ = recycle(groups, 0, config, TEXT_ONLY)
+        assert len(items) == items_at_most
+
+
+def test_a_limit_of_items_takes_the_place_of_the_ratio():
+    groups = [group(i, MIXED) for i in range(4)]
+    points = RecycleConfig(recycle_ratio=0.25, recycle_tasks=["pointwise", "reflection"])
+    items, _ = recycle(groups, 0, points, replace(TEXT_ONLY, at_most=12))
+    assert Counter(item.task for item in items) == {"pointwise": 8, "reflection": 4}
+
+
+def test_an_odd_capacity_is_not_exceeded_by_items_that_come_in_twos():
+    groups = [group(i, RIGHT) for i in range(4)] + [group(i, MIXED) for i in range(4, 6)]
+    items, _ = recycle(groups, 0, RecycleConfig(recycle_ratio=0.5, recycle_tasks=["pointwise"]), TEXT_ONLY)
+    assert len(items) == 2
+
+
 def test_halves_and_fill():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(16)]
     items, _ = recycle(mixed, 0, RecycleConfig(), TEXT_ONLY)

@@ -14,6 +14,7 @@ import torch
 from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, save_text_model, sums, weights
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import train_spark
@@ -466,20 +467,41 @@ def test_all_processes_make_as_many_passes_of_as_many_rows():
         assert set(union["advantages"].nonzero().flatten().tolist()) <= set(rows.tolist())
 
 
-def test_evaluation_does_not_recycle(tmp_path, processor, text_model, monkeypatch):
-    seen = capture_join(monkeypatch)
-    trainer = SparkTrainer(
-        text_model,
-        reward_funcs=coin,
-        args=config(SparkConfig, tmp_path, per_device_eval_batch_size=8),
-        train_dataset=sums(4),
-        eval_dataset=sums(4),
-        processing_class=processor.tokenizer,
-    )
-    metrics = trainer.evaluate()
-    assert seen == []
-    assert 0 <= metrics["eval_policy/accuracy"] <= 1
-    assert not any("judge" in name or "recycle" in name for name in metrics)
+@pytest.mark.parametrize("recycles", [True, False])
+def test_evaluation_measures_the_judge_and_changes_nothing_in_training(
+    recycles, tmp_path, processor, text_model, monkeypatch
+):
+    """Two steps with an evaluation after the first one end with the weights of two steps without."""
+    unions = capture_join(monkeypatch)
+    ended = []
+    for evaluation in ({}, {"eval_strategy": "steps", "eval_steps": 1}):
+        set_seed(0)
+        trainer = SparkTrainer(
+            copy.deepcopy(text_model),
+            reward_funcs=coin,
+            args=config(
+                SparkConfig,
+                tmp_path,
+                per_device_eval_batch_size=16,
+                max_steps=2,
+                recycle_in_evaluation=recycles,
+                **evaluation,
+            ),
+            train_dataset=sums(8),
+            eval_dataset=sums(6),
+            processing_class=processor.tokenizer,
+        )
+        trainer.train()
+        ended.append(weights(trainer))
+    assert len(unions) == 4  # the batches of training alone
+    assert all(torch.equal(ended[0][name], ended[1][name]) for name in ended[0])
+    measured = [logs for logs in trainer.state.log_history if "eval_policy/accuracy" in logs]
+    assert len(measured) == 2
+    names = {name for logs in measured for name in logs}
+    judged = {"eval_judge/pointwise/accuracy", "eval_judge/pairwise/accuracy", "eval_reflection/fix_rate"}
+    assert judged <= names if recycles else not any("judge" in name or "recycle" in name for name in names)
+    trained = {name for logs in history(trainer) for name in logs}
+    assert "judge/unparsed" in trained and not any(name.startswith("eval_") for name in trained)
 
 
 def items_of(*tasks):

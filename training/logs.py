@@ -1,0 +1,58 @@
+"""What a step logs: TRL's own metrics mean the policy's rollouts, those of recycled ones stand apart."""
+
+from collections import defaultdict
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+
+from data.rows import images_of
+from recycle import Item
+from training.metrics import judge_metrics, recycled_table
+
+
+class StepLogs:
+    """A mixin of GRPOTrainer."""
+
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._metrics[self._mode][name].append(float(value))
+
+    @contextmanager
+    def _logged(self, recycled: bool, weight: float = 1.0):
+        """TRL logs every pass alike. In here its metrics of recycled rows have recycle/ before their names, so that
+        without they mean the policy, and count `weight` times in the mean over passes. Its table of completions is left
+        out of recycled rows (`RecycledTable` writes another)."""
+        metrics, logs = self._metrics, self._logs
+        self._metrics = apart = {"train": defaultdict(list), "eval": defaultdict(list)}
+        if recycled:
+            self._logs = {name: [] for name in logs} | {"rewards": defaultdict(list), "extra": defaultdict(list)}
+        try:
+            yield
+        finally:
+            self._metrics, self._logs = metrics, logs
+        for name, values in apart[self._mode].items() if weight else ():
+            if name == "num_tokens":  # what the step cost, all of it
+                metrics[self._mode][name] = values
+            else:
+                scale = 1.0 if name == "entropy_coef" else weight
+                metrics[self._mode]["recycle/" * recycled + name] += [value * scale for value in values]
+
+    def _log_judging(self, asked: list[Item], advantages: torch.Tensor) -> None:
+        texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)
+        advantages = self.accelerator.gather(advantages).tolist()
+        self._log(judge_metrics(asked, texts, rewards))
+        if self.model.training and self.log_completions and self.accelerator.is_main_process:
+            self._table.rows = recycled_table(asked, texts, rewards, advantages)
+
+    def _log_images(self, inputs: list[dict[str, Any]]) -> None:
+        """For TRL's tables: gathered only where a logger shows them, and from every process, with images or without."""
+        loggers = {"wandb", "trackio"} & set(self.args.report_to)
+        if self.args.log_multimodal and self.log_completions and loggers:
+            images = gather_object([images_of(row) for row in inputs])
+            self._logs["images"].extend(images if any(images) else [])
