@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Barrier
+from types import MethodType
 
 import PIL.Image
 import pytest
@@ -25,6 +27,7 @@ from train_spark import SparkConfig, SparkTrainer
 from training import settings
 from training.batch import cut_pass, join, merge_images, share_images
 from training.checkpoint import last_checkpoint
+from training.images import each_image_once
 from training.metrics import judge_metrics, recycling_metrics
 from training.passes import cuts, plan_passes
 from training.rewards import JudgingRewards, load_rewards
@@ -502,6 +505,36 @@ def test_evaluation_measures_the_judge_and_changes_nothing_in_training(
     assert judged <= names if recycles else not any("judge" in name or "recycle" in name for name in names)
     trained = {name for logs in history(trainer) for name in logs}
     assert "judge/unparsed" in trained and not any(name.startswith("eval_") for name in trained)
+
+
+def test_equal_images_go_through_the_vision_tower_once(processor, vision_model):
+    """Of six rows, three times one image, twice another of the same size, and a larger one: the same gradients."""
+    rng = random.Random(0)
+    one, two = (PIL.Image.new("L", (56, 56), rng.randrange(256)).convert("RGB") for _ in range(2))
+    pictures = [one, two, one.copy(), two.resize((84, 56)), one, two]
+    inputs = processor(
+        text=["<|vision_start|><|image_pad|><|vision_end|>4" for _ in pictures],
+        images=pictures,
+        padding=True,
+        return_tensors="pt",
+    )
+    encoded, results = [], []
+    vision_model.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: encoded.append(len(args[0])), with_kwargs=True
+    )
+    for once in (False, True):
+        model = copy.deepcopy(vision_model)
+        if once:
+            model.model.get_image_features = MethodType(each_image_once, model.model)
+            model = copy.deepcopy(model)  # a copy encodes with its own weights
+        logits = model(**inputs).logits
+        (logits.float() ** 2).mean().backward()
+        results.append((logits, {name: weight.grad for name, weight in model.named_parameters()}))
+    (before, gradients), (after, same) = results
+    patches = inputs["image_grid_thw"].prod(-1).tolist()
+    assert encoded == [sum(patches), patches[0] + patches[1] + patches[3]]
+    assert torch.allclose(before, after, atol=1e-6)
+    assert all(torch.allclose(gradients[name], same[name], atol=1e-6) for name in gradients)
 
 
 def items_of(*tasks):

@@ -1,11 +1,12 @@
-"""Batches in which some rows have images and others none, on one process or across several."""
+"""Batches in which some rows have images and others none, on one process or across several, and images that repeat."""
 
+from types import MethodType
 from typing import Any
 
 import PIL.Image
 import torch
 from accelerate.utils import DistributedType
-from transformers import ProcessorMixin
+from transformers import ProcessorMixin, Qwen2_5_VLModel, Qwen2VLModel
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid
 
@@ -16,6 +17,13 @@ from training.vllm import placeholders
 
 class MixedImages:
     """A mixin of GRPOTrainer. TRL 1.16 takes images in every row of a batch or in none."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.args.recycle_ratio > 0:  # else it is TRL's, rounding included
+            for module in self.model.modules():
+                if isinstance(module, Qwen2VLModel | Qwen2_5_VLModel):
+                    module.get_image_features = MethodType(each_image_once, module)
 
     def _generate_and_score_completions(self, inputs):
         """Messages become lists of parts where a row has an image. TRL's table of completions can't hold these beside
@@ -114,3 +122,31 @@ def add_row(chunk: dict[str, Any], row: dict[str, Any], completion: int, pad_tok
             total = width + completion
             wider[name] = torch.cat([widen(rows, value, total), widen(last, value, total).to(rows.dtype)])
     return {**wider, "num_images": [0] * len(chunk["input_ids"]) + [1]}
+
+
+def each_image_once(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
+    """`get_image_features` of a Qwen2-VL or Qwen2.5-VL. The rollouts of a question, and all that is recycled from them,
+    repeat its images: those that are equal go through the vision tower once.
+
+    Args:
+        pixel_values: (patches, values), the images one after the other; image_grid_thw: (images, 3).
+    """
+    grids = image_grid_thw.tolist()
+    blocks = pixel_values.split(image_grid_thw.prod(-1).tolist())
+    sums = torch.stack([block.sum() for block in blocks]).tolist()
+    distinct: list[int] = []
+    place = []  # (images,) in `distinct`
+    for i, block in enumerate(blocks):
+        equal = (
+            k
+            for k, j in enumerate(distinct)
+            if grids[j] == grids[i] and sums[j] == sums[i] and torch.equal(blocks[j], block)
+        )
+        k = next(equal, len(distinct))
+        distinct += [i] * (k == len(distinct))
+        place.append(k)
+    features = type(self).get_image_features(
+        self, torch.cat([blocks[i] for i in distinct]), image_grid_thw[distinct], **kwargs
+    )
+    features.pooler_output = tuple(features.pooler_output[k] for k in place)
+    return features
