@@ -117,9 +117,8 @@ def main() -> None:
             for what in ("seconds", "peak_bytes")
         }
         table.append({"rows": args.rows, "images": n, **ratio})
-        print(
-            f"{args.rows} rows, {n} images: {ratio['seconds']:.2f} x the seconds, {ratio['peak_bytes']:.2f} x the memory"
-        )
+        cost = f"{ratio['seconds']:.2f} x the seconds, {ratio['peak_bytes']:.2f} x the memory"
+        print(f"{args.rows} rows, {n} images: {cost}")
     record.write(args.output, vision_share=share, table=table, rows=rows)
 
 
