@@ -72,6 +72,7 @@ def text_config(name, **sizes):
 # What their files on the hub say, and the number of parameters shown there.
 MODELS = {
     "spark_vl_7b": (lambda: qwen2_5_vl(qwen2(3584, 18944, 28, 28, 4, 152064, False)), 8_292_166_656),
+    "spark_paper": (lambda: qwen2_5_vl(qwen2(3584, 18944, 28, 28, 4, 152064, False)), 8_292_166_656),
     "spark_vl_32b": (lambda: qwen2_5_vl(qwen2(5120, 27648, 64, 40, 8, 152064, False), 3456), 33_452_718_336),
     "spark_7b": (lambda: text_config("Qwen2", **qwen2(3584, 18944, 28, 28, 4, 152064, False)), 7_615_616_512),
     "vl_3b_lora_1gpu": (lambda: qwen2_5_vl(qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_754_622_976),
@@ -122,6 +123,13 @@ def test_the_paper_in_its_recipe():
     assert (args.max_prompt_length, args.max_completion_length, data.max_pixels) == (8192, 768, 1_048_576)
     assert (args.learning_rate, args.beta, args.num_train_epochs, args.bf16) == (5e-7, 0.001, 2, True)
     assert args.use_vllm and args.vllm_mode == "colocate" and args.vllm_enable_sleep_mode
+    apart = yaml.safe_load(Path("recipes/spark_paper.yaml").read_text())
+    ours = yaml.safe_load(Path("recipes/spark_vl_7b.yaml").read_text())
+    assert apart | {"output_dir": ours["output_dir"]} == ours | {
+        "recycle_matched": False,
+        "recycle_balance": False,
+        "recycle_apart": True,
+    }
     for name, processes in (("spark_vl_32b", 16), ("spark_7b", 8)):
         data, args, model = parse(["--config", f"recipes/{name}.yaml"], plan.Launch(processes))
         counts = plan.steps(plan.settings(data, args, model, plan.Launch(processes), None, 38_870))
@@ -153,7 +161,7 @@ def test_real_architecture(name):
         config = AutoConfig.from_pretrained(config)
     found = plan.architecture(config)
     assert found.parameters == found.trained == published
-    assert found.sees == ("vl" in name or name == "demo")
+    assert found.sees == ("vl" in name or name in ("demo", "spark_paper"))
 
 
 def test_adapter_is_counted():

@@ -16,7 +16,7 @@ import torch
 from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, save_text_model, sums, weights
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import set_seed
+from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 import train_spark
@@ -391,6 +391,41 @@ def test_an_entropy_bonus_weighs_every_token_alike(loss_type, ratio, tmp_path, p
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
     with pytest.raises(ValueError, match="entropy_coef: expected 0 with loss_type grpo"):
         config(SparkConfig, tmp_path, loss_type="grpo", entropy_coef=0.5)
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "bnpo", "cispo"])
+def test_an_auxiliary_loss_counts_once_however_the_rows_are_cut(loss_type, tmp_path, processor):
+    """A mixture of experts whose router knows no difference has the same auxiliary loss on any rows."""
+    tokenizer = processor.tokenizer
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            router_aux_loss_coef=0.5,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.mlp.gate.weight)
+    arguments = config(SparkConfig, tmp_path, loss_type=loss_type, temperature=1.0)
+    trainer = SparkTrainer(model, coin, arguments, train_dataset=sums(4), processing_class=tokenizer)
+    union = drawn_union(trainer)
+    union["advantages"].zero_()
+    union["completion_mask"][3, 2:] = 0
+    whole, _ = gradient_of(trainer, cut_pass(union, torch.arange(len(union["prompt_ids"]))))
+    trainer.args.per_device_train_batch_size = 5
+    (passes,) = trainer._passes(union, n_policy=16)
+    assert len({len(part["batch"]["prompt_ids"]) for part in passes}) > 1
+    loss, _ = gradient_of(trainer, passes)
+    assert loss == pytest.approx(whole, rel=1e-5)
+    assert whole == pytest.approx(0.5 * 2, rel=1e-3)  # the coefficient, times experts a token
 
 
 def test_dropping_rows_is_refused_where_more_than_the_advantage_trains_them(tmp_path, processor, text_model):
