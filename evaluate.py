@@ -272,15 +272,15 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         found = {"task": "pointwise", "label": row["label"], "verdict": verdict, "verdict_swapped": None}
         return {**_judged(row, judged, tokens), **found, "is_correct": verdict == found["label"]}
 
-    chosen, _ = _shown(row["chosen"], settings.judge_source)
+    chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
     asked = []
-    for other in row["rejected"]:
-        other, _ = _shown(other, settings.judge_source)
-        for pair in ((chosen, other), (other, chosen)):
-            asked.append(Request(ask(messages, pairwise_instruction(*pair), settings.prompt_suffix), images))
+    for better, worse in itertools.product(chosen, row["rejected"]):
+        pair = [_shown(text, settings.judge_source)[0] for text in (better, worse)]
+        for both in (pair, pair[::-1]):
+            asked.append(Request(ask(messages, pairwise_instruction(*both), settings.prompt_suffix), images))
     outputs = tokens.read((yield asked))
     verdicts, swapped = ([verify.parse_verdict(text) for text in outputs[i::2]] for i in (0, 1))
-    one = len(row["rejected"]) == 1
+    one = len(chosen) == len(row["rejected"]) == 1
     return {
         **_judged(row, "\n---\n".join(outputs), tokens),
         "task": "pairwise" if one else "best_of_n",
@@ -303,6 +303,7 @@ def _common(row: Row, text: str, tokens: _Tokens) -> Row:
         "error": None,
         "prompt_tokens": tokens.prompt,
         "completion_tokens": tokens.completion,
+        **{name: row[name] for name in ("categories", "group") if row[name]},
     }
 
 
@@ -455,7 +456,8 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     """Digests of the questions and, for a model in a folder, of its files: the same name may hold another model."""
     questions = hashlib.blake2b(digest_size=8)
     for row in rows:
-        asked = {name: value for name, value in row.items() if name not in ("images", "source", "task")}
+        left_out = ("images", "source", "task", "categories", "group")
+        asked = {name: value for name, value in row.items() if name not in left_out}
         budgets = [(image["min_pixels"], image["max_pixels"]) for image in row["images"]]
         questions.update(json.dumps([asked, budgets], sort_keys=True).encode())
         for image in row["images"]:  # a file by its name, wherever it lies

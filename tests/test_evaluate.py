@@ -519,7 +519,7 @@ def test_an_image_under_another_name_is_not_dropped(tmp_path, monkeypatch, capsy
     (tmp_path / "red.png").write_bytes(RED)
     (tmp_path / "bench.json").write_text(json.dumps([{"question": "a", "answer": "1", "photo": "red.png"}]))
     line = refusal(monkeypatch, capsys, tmp_path / "bench.json")
-    assert "bench.json: row 0: field photo: holds an image and is not used; expected images, image, image_path" in line
+    assert "bench.json: row 0: field photo: holds an image and is not used; expected decoded_image, images" in line
     assert "--image_column" in line
 
 
