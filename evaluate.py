@@ -33,12 +33,13 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import verify
 from data.arguments import DataSettings
-from data.cli import Parser, flag, refuse, write_atomically
+from data.cli import Errors, Parser, flag, printable, progress_bar, refuse, write_atomically
 from data.progress import PartFile
 from data.read import Reader
 from data.rows import BadInput, BadRow, Source
@@ -73,11 +74,49 @@ class Settings:
     n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
+    reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
     seed: int = flag(0)
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.repetition_penalty)
+
+    @property
+    def verifier(self) -> "Verifier":
+        return load_verifier(self.reward_funcs)
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """What decides whether a completion is right, and whether two answers are the same."""
+
+    reward: Callable  # TRL's signature: 1 is right, 0 wrong, None no opinion
+    equal: Callable[[list[tuple]], list[bool | None]]
+
+    def is_right(self, row: "Row", completion: str) -> bool | None:
+        """Raises BadInput for another reward than 0, 1 or None."""
+        message = [{"role": "assistant", "content": completion}]
+        (value,) = self.reward(prompts=[row["prompt"]], completions=[message], solution=[row["solution"]])
+        if value not in (0, 1, None):
+            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
+        return None if value is None else bool(value)
+
+
+def _boxed_answers(prompts, completions, solution) -> list[bool | None]:
+    """Whether the boxed answers equal their golds."""
+    answers = [verify.extract_boxed(verify.last_text(completion)) for completion in completions]
+    return verify.verify_many(list(zip(answers, solution, strict=True)))
+
+
+@lru_cache
+def load_verifier(name: str | None) -> Verifier:
+    """The verifier FILE.py:NAME; without a name the boxed answer against the gold. Raises BadInput."""
+    if name is None:
+        return Verifier(_boxed_answers, verify.verify_many)
+    from training.rewards import load_rewards
+
+    (reward,) = load_rewards([name])
+    return Verifier(reward, getattr(reward, "equal", verify.verify_many))
 
 
 @dataclass(frozen=True)
@@ -135,7 +174,7 @@ def answer_row(row: Row, settings: Settings) -> Solver:
     tokens = _Tokens()
     messages, images = row["prompt"], tuple(row["images"])
     (text,) = tokens.read((yield [Request(messages, images)]))
-    return _scored(row, text, tokens)
+    return _scored(row, text, tokens, settings)
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
@@ -157,7 +196,7 @@ def reflect_row(row: Row, settings: Settings) -> Solver:
     else:
         rounds.append(_round(text))
     reflections = sum(r["verdict"] == "No" for r in rounds)
-    return _final(row, text, tokens, first, first_tokens, rounds, round_num=reflections)
+    return _final(row, text, tokens, first, first_tokens, rounds, reflections, settings)
 
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
@@ -172,7 +211,7 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     messages, images = row["prompt"], tuple(row["images"])
     outputs = yield [Request(messages, images)] * settings.n
     texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
-    groups = _same_answers([verify.extract_boxed(text) for text in texts])
+    groups = _same_answers([verify.extract_boxed(text) for text in texts], settings.verifier)
     rounds = [_round(text) for text in texts]
     candidates = [_shown(text, settings.judge_source)[0] for text in texts]
     matches = []
@@ -213,8 +252,8 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
                 })  # fmt: skip
             groups = winners + groups[2 * len(pairs) :]
     chosen = groups[0][0]
-    found = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, round_num=0)
-    return {**found, "chosen": chosen, "matches": matches}
+    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, 0, settings)
+    return {**result, "chosen": chosen, "matches": matches}
 
 
 def _belief(judged: str, right_letter: str) -> float:
@@ -233,26 +272,34 @@ def _round(text: str, verdict: str | None = None, judged: str | None = None) -> 
     return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
 
 
-def _final(row: Row, text: str, tokens: _Tokens, first: str, first_tokens: int, rounds: list[Row], round_num: int):
-    answer = verify.extract_boxed(first)
+def _final(
+    row: Row,
+    text: str,
+    tokens: _Tokens,
+    first: str,
+    first_tokens: int,
+    rounds: list[Row],
+    reflections: int,
+    settings: Settings,
+) -> Row:
     return {
-        **_scored(row, text, tokens),
-        "round_num": round_num,  # reflections
+        **_scored(row, text, tokens, settings),
+        "round_num": reflections,
         "rounds": rounds,
-        "first_answer": answer,
-        "first_is_correct": verify.is_equal(answer, row["solution"]),
+        "first_answer": verify.extract_boxed(first),
+        "first_is_correct": settings.verifier.is_right(row, first),
         "first_completion_tokens": first_tokens,
     }
 
 
-def _same_answers(answers: list[str | None]) -> list[list[int]]:
+def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[int]]:
     """Positions of equal answers together, in order of appearance; those without a box only if there is no other."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
             continue
         for group in groups:
-            if answer == answers[group[0]] or verify.is_equal(answer, answers[group[0]]):
+            if answer == answers[group[0]] or verifier.equal([(answer, answers[group[0]])])[0]:
                 group.append(i)
                 break
         else:
@@ -307,12 +354,12 @@ def _common(row: Row, text: str, tokens: _Tokens) -> Row:
     }
 
 
-def _scored(row: Row, text: str, tokens: _Tokens) -> Row:
-    answer = verify.extract_boxed(text)
+def _scored(row: Row, text: str, tokens: _Tokens, settings: Settings) -> Row:
     return {
         **_common(row, text, tokens),
-        "extracted_answer": answer,
-        "is_correct": verify.is_equal(answer, row["solution"]),
+        "extracted_answer": verify.extract_boxed(text),
+        "is_correct": settings.verifier.is_right(row, text),
+        **({"verifier": settings.reward_funcs} if settings.reward_funcs else {}),
     }
 
 
@@ -413,23 +460,27 @@ def read_benchmark(source: Source, mode: str) -> list[Row]:
     return rows
 
 
-def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> list[Row]:
+def run_to_file(
+    rows: list[Row], engine, settings: Settings, output: Path, wanted: list[int] | None = None
+) -> list[Row]:
     """Evaluate what `output` does not hold yet; append each row as it finishes, then write the final JSON atomically.
+
+    Args:
+        wanted: which of `rows`, in order; None: all of them. Another run may want others, and goes on from this one.
 
     Raises BadInput if the file was made with other settings.
     """
-    from tqdm.auto import tqdm
-
     part = part_file(rows, settings, output)
-    todo = [(i, row) for i, row in enumerate(rows) if i not in part.done]
-    with tqdm(total=len(rows), initial=len(part.done), desc=settings.mode, disable=None) as bar:  # on a terminal only
+    wanted = list(range(len(rows))) if wanted is None else wanted
+    todo = [(i, rows[i]) for i in wanted if i not in part.done]
+    with progress_bar(len(wanted), len(wanted) - len(todo), settings.mode) as bar:
         try:
             for finished in run(todo, engine, settings):
                 part.add(dict(finished))
                 bar.update(len(finished))
         finally:
             part.close()
-    results = [part.done[i] for i in range(len(rows))]
+    results = [part.done[i] for i in wanted]
     write_atomically(output, list_text(json.dumps(result, ensure_ascii=False) for result in results))
     return results
 
@@ -463,6 +514,9 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
         for image in row["images"]:  # a file by its name, wherever it lies
             questions.update(image["bytes"] or os.path.basename(image["path"]).encode())
     digests = {"benchmark contents": questions.hexdigest()}
+    if settings.reward_funcs:
+        file = Path(settings.reward_funcs.rpartition(":")[0])
+        digests["reward_funcs contents"] = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
@@ -536,11 +590,16 @@ def main() -> int:
                 f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
         sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
-        rows = [row for source in sources for row in read_benchmark(source, settings.mode)[: args.limit]]
+        _ = settings.verifier  # refused now, and not after the first answer
+        benchmarks = [read_benchmark(source, settings.mode) for source in sources]
+        places = itertools.count()
+        numbers = [[next(places) for _ in rows] for rows in benchmarks]
+        wanted = [number for of_one in numbers for number in of_one[: args.limit]]
+        rows = [row for rows in benchmarks for row in rows]
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
         running = make_engine(settings, engine)
         try:
-            results = run_to_file(rows, running, settings, args.output)
+            results = run_to_file(rows, running, settings, args.output, wanted)
         finally:
             running.close()
     except (BadInput, OSError) as error:
@@ -548,8 +607,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    failed = sum(result["error"] is not None for result in results)
-    print(f"{len(results)} rows, {failed} failed; python calculate_acc.py --result_path {args.output}")
+    errors, failed = Errors(), [result["error"] for result in results if result["error"] is not None]
+    for error in failed:
+        errors.add(error)
+    print(*map(printable, errors.lines()), sep="\n", end="\n" if failed else "")
+    print(f"{len(results)} rows, {len(failed)} failed; python calculate_acc.py --result_path {args.output}")
     return 1 if failed else 0
 
 

@@ -371,14 +371,18 @@ def _changed(message: dict[str, Any], change: Callable[[str], str]) -> dict[str,
     return {**message, "content": [*content[:last], {"type": "text", "text": change(text)}, *content[last + 1 :]]}
 
 
+def _without_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
+    return _changed(message, lambda text: text.removesuffix(suffix))
+
+
 def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of the last question, without the suffix."""
-    return _texts(prompt)[-1].removesuffix(suffix)
+    return _texts([_without_suffix(prompt[-1], suffix)])[0]
 
 
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
-    return " ".join(" ".join(_texts(prompt)).removesuffix(suffix).casefold().split())
+    return " ".join(" ".join(_texts([*prompt[:-1], _without_suffix(prompt[-1], suffix)])).casefold().split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

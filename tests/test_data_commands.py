@@ -69,6 +69,15 @@ def test_check_names_every_bad_row(files, capsys):
     assert err.splitlines()[-1].startswith(f"data.check: {train}: 3 of 10 rows are unusable; row 3: field image: ")
 
 
+def test_check_prints_ten_bad_rows_and_a_count(tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "solution": "1", "image": f"{i}.png"} for i in range(40)]
+    path = write(tmp_path / "x.json", [*rows, {"prompt": "", "solution": "1"}])
+    assert check.main([path]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert sum("field image: no such file" in line for line in out) == 10
+    assert out[-1] == "and 31 more; by field: image 40, prompt 1; --json has all of them"
+
+
 def test_check_of_good_and_of_unreadable_files(files, capsys):
     assert check.main([files[1]]) == 0
     assert "1 rows, 1 usable, 0 unusable" in capsys.readouterr().out

@@ -617,3 +617,80 @@ def test_the_engine_on_the_shipped_model(processor, vision_model):
     assert sum(r["is_correct"] for r in together) >= 6  # far above chance
     assert all(0 < r["completion_tokens"] <= 48 for r in together)
     assert {r["prompt_tokens"] for r in together} == {r["prompt_tokens"] for r in apart}
+
+
+class Refuses(Scripted):
+    """A server whose context is shorter than what is asked of it, for all but the first question."""
+
+    def batch(self, requests, sampling):
+        error = "http://s/v1: answered 400: at most 512 tokens, got {}"
+        return [Output(error=error.format(4096 + i)) if i else Output("\\boxed{1}", 1, 1) for i in range(len(requests))]
+
+
+def command(monkeypatch, benchmark, output, engine, *flags) -> int:
+    arguments = ["evaluate.py", "--model", "x", "--engine", "transformers", "--benchmark", str(benchmark)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(output), *flags])
+    monkeypatch.setattr(evaluate, "make_engine", lambda *_: engine)
+    return evaluate.main()
+
+
+def test_the_most_frequent_errors_are_said_with_their_counts(tmp_path, monkeypatch, capsys):
+    """Those that differ in a number are one; here and by calculate_acc.py."""
+    from calculate_acc import render, summarise, tally
+
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS))
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", Refuses(None)) == 1
+    out, err = capsys.readouterr()
+    said = "  5 x http://s/v1: answered 400: at most 512 tokens, got 4097"
+    assert out.splitlines()[:2] == [
+        said,
+        f"6 rows, 5 failed; python calculate_acc.py --result_path {tmp_path / 'r.json'}",
+    ]
+    assert "6/6" in err and "\r" not in err  # no terminal: lines
+    text = render(summarise([tally(str(tmp_path / "r.json"))]), "table")
+    assert said in text.splitlines()
+
+
+def test_a_limited_run_is_gone_on_with(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**q, "dataset": name} for q in QUESTIONS[:4]]))
+    engine, files = Scripted(lambda text: "\\boxed{1}"), ["--benchmark", *(str(tmp_path / f"{n}.json") for n in "ab")]
+    output = tmp_path / "r.json"
+    for flags, asked, names in (
+        (["--limit", "1"], [2], "ab"),
+        (["--limit", "3"], [2, 4], "aaabbb"),
+        ([], [2, 4, 2], "aaaabbbb"),
+        (["--limit", "1"], [2, 4, 2], "ab"),
+    ):
+        assert command(monkeypatch, "none", output, engine, *files, *flags) == 0
+        assert engine.batches == asked
+        assert "".join(row["dataset"] for row in json.loads(output.read_text())) == names
+
+
+def test_a_verifier_of_one_s_own_scores_votes_and_tables(tmp_path, monkeypatch, capsys):
+    """Countdown: several expressions are right, and two ways to write one are one answer."""
+    from calculate_acc import render, summarise, tally
+
+    rows = [{"dataset": "countdown", "problem": "Make 45 of 9, 3, 12.", "answer": "45 from 9, 3, 12"}]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    given = iter(["(12+9)*3", "3*12+9", "(12*3)+9"])
+    engine = Scripted(lambda text: f"\\boxed{{{next(given)}}}")
+    flags = ["--reward_funcs", "data/countdown.py:countdown_reward", "--mode", "tts", "--tts", "vote", "--n", "3"]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, *flags, "--temperature", "1") == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert (row["chosen"], row["is_correct"], row["first_is_correct"]) == (1, True, False)
+    assert row["verifier"] == "data/countdown.py:countdown_reward"
+    summary = summarise([tally(str(tmp_path / "r.json"))])
+    assert summary["files"][0]["benchmarks"][0]["accuracy"] == 1.0  # verify.py knows no Countdown
+    assert "scored by data/countdown.py:countdown_reward" in render(summary, "table")
+    capsys.readouterr()
+    assert "reward_funcs" in refusal(monkeypatch, capsys, tmp_path / "b.json", "--reward_funcs", "none.py:x")
+
+
+def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "half.py").write_text("def half(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
+    name = f"{tmp_path}/half.py:half"
+    engine = Scripted(lambda text: "\\boxed{1}")
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, "--reward_funcs", name) == 2
+    assert "expected 0 or 1 (None: no opinion), got 0.5" in capsys.readouterr().err

@@ -218,7 +218,7 @@ def test_options_hints_and_golds_of_each_layout(folder):
     assert asked["WeMath.tsv"][0] == ("Hint: Look at the red one.\nArea?\nA. 1\nB. 2", "B")
     assert asked["LogicVista.tsv"][0][1] == "A, C"
     assert asked["mathvista.parquet"] == [("Longer?\nA. AB\nB. BC", "B"), ("Sum?", "7")]
-    assert asked["mathvision.parquet"] == [("Count ", "12"), ("Which \nA. A\nB. B", "B")]
+    assert asked["mathvision.parquet"] == [("Count ", "12"), ("Which   \nA. A\nB. B", "B")]
     assert [question for question, _ in asked["mathverse.json"]][1] == "Answer the question in the image."
     assert asked["wemath.json"][0] == ("Area?\nA. 1\nB. 2\nC. No answer", "B")
     assert [gold for _, gold in asked["llava.json"]] == ["12", "9"]
@@ -375,3 +375,61 @@ def test_paths_of_another_disk_are_found_under_the_image_root(tmp_path):
 def rows_of_records(images, **settings):
     records = [{"question": "x?", "answer": "1", "image": image} for image in images]
     return [row for _, _, row in Reader(Source(records, DataSettings(**settings)), "answer")]
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def scored(right, dataset="d", **more):
+    counts = {"error": None, "prompt_tokens": 1, "completion_tokens": 1}
+    return {"dataset": dataset, "problem": str(more), "image_path": None, "ground_truth": "1",
+            "extracted_answer": "1" if right else "2", **counts, **more}  # fmt: skip
+
+
+def summary_of(rows):
+    return summarise([tally("f", rows=rows)])["files"][0]["benchmarks"][0]
+
+
+def test_we_math_strict_and_loose_by_hand():
+    """Mastered; all steps right alone; one step right and the problem; no step right and the problem; nothing; cut."""
+    problems = {"a": (1, 1, 1), "b": (1, 1, 0), "c": (1, 0, 1), "d": (0, 0, 1), "e": (0, 1, 0), "f": (1, 1)}
+    keys = ("2steps_1", "2steps_2", "2steps_multi")
+    rows = [
+        scored(right, group=[name, key])
+        for name, parts in problems.items()
+        for key, right in zip(keys, parts, strict=False)
+    ]
+    scores = summary_of([*rows, {**scored(1), "error": "HTTP 500", "group": ["f", "2steps_multi"]}])["scores"]
+    assert {name: (s["questions"], s["score"]) for name, s in scores.items()} == {
+        "We-Math, strict": (5, (1 + 0.5) / 5),
+        "We-Math, loose": (5, (1 + 0.5 + 1) / 5),
+    }
+
+
+def test_dynamath_s_worst_case_by_hand():
+    variants = {"a": (1, 1, 1), "b": (1, 0, 1), "c": (0, 0, 0)}
+    rows = [scored(right, group=[name, str(i)]) for name, parts in variants.items() for i, right in enumerate(parts)]
+    found = summary_of(rows)
+    assert found["accuracy"] == 5 / 9
+    assert found["scores"]["worst case over variants"]["score"] == pytest.approx(1 / 3)
+
+
+def test_accuracies_by_category_and_their_mean_by_hand():
+    rows = [scored(right, categories={"subset": subset, "skills": skills}) for subset, right, skills in (
+        ("Math", 1, ["x", "y"]), ("Math", 1, ["x"]), ("Math", 0, []), ("Ties", 0, ["y"]))]  # fmt: skip
+    found = summary_of(rows)["categories"]
+    assert {v: (r["answered"], r["accuracy"]) for v, r in found["subset"]["values"].items()} == {
+        "Math": (3, 2 / 3), "Ties": (1, 0.0),
+    }  # fmt: skip
+    assert found["subset"]["mean"] == pytest.approx(1 / 3)
+    assert {v: r["accuracy"] for v, r in found["skills"]["values"].items()} == {"x": 1.0, "y": 0.5}
+    table = render(summarise([tally("f", rows=rows)]), "table")
+    assert "By category" in table and "Ties" in table
+    names = [scored(1, categories={"source": str(i)}) for i in range(60)]
+    assert summary_of(names)["categories"] == {}  # a name for each row is no category
+
+
+@pytest.mark.parametrize("change", [{"categories": ["a"]}, {"categories": {"a": 1}}, {"group": ["a"]}, {"group": 3}])
+def test_categories_and_groups_that_are_none_are_refused(change):
+    with pytest.raises(BadInput, match=f"f: row 0: field {next(iter(change))}: expected"):
+        tally("f", rows=[scored(1, **change)])
