@@ -34,6 +34,8 @@ Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 MOST_VALUES = 50  # of a category that is tabulated; one with more is a name for each row
+PROBABILITIES = {"verdict": "verdict_probability", "verdict_swapped": "verdict_swapped_probability"}
+BINS = 10  # of a verdict's probability, for its calibration
 EXAMPLES = 5  # of disagreement, kept of each file
 
 
@@ -80,6 +82,10 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
     for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
         if not isinstance(row.get(name, ...), (str, int, float, type(None))):
             return name, "the final answer as text, or null"
+    for name in PROBABILITIES.values():
+        values = row.get(name) if isinstance(row.get(name), list) else [row.get(name)]
+        if not all(p is None or (isinstance(p, (int, float)) and 0 <= p <= 1) for p in values):
+            return name, "a probability, or null"
     for name in ("verdict", "verdict_swapped") if kind in ("pointwise", "pairwise", "best_of_n") else ():
         if kind != "best_of_n" and not isinstance(row.get(name, ...), (str, type(None))):
             return name, "a verdict, or null"
@@ -87,6 +93,9 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
             return name, "a list of verdicts"
     if kind == "best_of_n" and len(row["verdict_swapped"]) != len(row["verdict"]):
         return "verdict_swapped", "as many verdicts as in verdict"
+    for verdict, name in PROBABILITIES.items() if kind == "best_of_n" else ():
+        if row.get(name) is not None and (not isinstance(row[name], list) or len(row[name]) != len(row[verdict])):
+            return name, "as many probabilities as verdicts"
     return None
 
 
@@ -124,6 +133,7 @@ class Tally:
     outcomes: list[tuple[int, str, str, bool | None]] = field(default_factory=list)
     # (dataset, kind) -> field -> value -> how many were answered, and right
     categories: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(Counter))))
+    questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
     groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
 
 
@@ -150,6 +160,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                         fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
                         total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": right})
             if right is not None:
+                if kind == "pointwise":
+                    n, label = total.questions[dataset][match_key(row)], row["label"]
+                    n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
                 for name, values in (row.get("categories") or {}).items():
                     for value in [values] if isinstance(values, str) else values:
                         total.categories[dataset, kind][name][value].update(answered=1, right=right)
@@ -225,9 +238,14 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
         n["says_yes"] += verdict == "Yes"
         n[f"label_{row['label']}"] += 1
         n[f"right_{row['label']}"] += right
+        count_probability(n, row.get("verdict_probability"), right)
         return right
     several = kind == "best_of_n"
     orders = list(zip(*((row[k] if several else [row[k]]) for k in ("verdict", "verdict_swapped")), strict=True))
+    for (name, probability), right in zip(PROBABILITIES.items(), ("A", "B"), strict=True):
+        verdicts, values = (v if isinstance(v, list) else [v] for v in (row[name], row.get(probability)))
+        for verdict, p in zip(verdicts, values, strict=False):
+            count_probability(n, p, verdict == right)
     for first, swapped in orders:  # the chosen one is A in the first order, B in the swapped one
         parsed = [v for v in (first, swapped) if v in ("A", "B")]
         n["verdicts"] += 2
@@ -239,6 +257,14 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
     n["chosen_first_right"] += chosen_first
     n["chosen_second_right"] += chosen_second
     return chosen_first and chosen_second
+
+
+def count_probability(n: Counter, probability: float | None, right: bool) -> None:
+    """Add a verdict's probability to what its calibration is made of."""
+    if probability is not None:
+        place = min(int(probability * BINS), BINS - 1)
+        n.update({f"bin {place}": 1, f"bin {place} sum": probability, f"bin {place} right": int(right),
+                  "brier": (probability - right) ** 2, "with_probability": 1})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -287,6 +313,8 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
             "flip_p": mcnemar(n["wrong_to_right"], n["right_to_wrong"]),
             "reflections": rate(n["reflections"], total),
         }
+    if n["with_probability"]:
+        common["calibration"] = calibration(n)
     if kind == "pointwise":
         sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
         return common | {
@@ -306,6 +334,48 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
             "verdict_rate": rate(n["parsed"], n["verdicts"]),
         }
     return common
+
+
+def calibration(n: Counter) -> Row:
+    """Whether verdicts are as often right as they are probable: Brier score, expected calibration error over the bins,
+    and the bins themselves (a reliability diagram in numbers)."""
+    bins = []
+    for place in range(BINS):
+        if count := n[f"bin {place}"]:
+            right = n[f"bin {place} right"]
+            bins.append({"from": place / BINS, "to": (place + 1) / BINS, "verdicts": count, "accuracy": right / count,
+                         "probability": n[f"bin {place} sum"] / count, "interval": wilson(right, count)})  # fmt: skip
+    total = n["with_probability"]
+    calibration_error = sum(b["verdicts"] * abs(b["probability"] - b["accuracy"]) for b in bins)
+    return {
+        "verdicts": total,
+        "brier": n["brier"] / total,
+        "calibration_error": calibration_error / total,
+        "bins": bins,
+    }
+
+
+def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
+    """How a judge of single responses does by the share of the question's responses that are right.
+
+    Where all of them are right, or none is, whoever knows the question knows the label; in between only the response
+    tells, and `question_only`, always the question's more frequent label, is what to beat.
+    """
+    bands: dict[str, Counter] = {}
+    for n in questions.values():
+        share = n["label_Yes"] / (n["label_Yes"] + n["label_No"])
+        band = {0.0: "0", 1.0: "1"}.get(share) or ("up to 1/2" if share <= 0.5 else "over 1/2")
+        bands[band] = bands.get(band, Counter()) + n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
+    rows = []
+    for band in ("0", "up to 1/2", "over 1/2", "1"):
+        if n := bands.get(band):
+            answered, right = n["label_Yes"] + n["label_No"], n["right_Yes"] + n["right_No"]
+            sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+            rows.append({"pass_rate": band, "questions": n["questions"], "answered": answered,
+                         "accuracy": right / answered, "interval": wilson(right, answered),
+                         "balanced_accuracy": None if None in sides else sum(sides) / 2,
+                         "says_yes": n["says_yes"] / answered, "question_only": n["majority"] / answered})  # fmt: skip
+    return rows if any(n["questions"] < n["label_Yes"] + n["label_No"] for n in bands.values()) else []
 
 
 def by_category(values: dict[str, Counter]) -> Row:
@@ -407,6 +477,8 @@ def summarise(tallies: list[Tally]) -> Row:
         for key, benchmark in zip(keys, benchmarks, strict=True):
             split = {name: values for name, values in total.categories[key].items() if 2 <= len(values) <= MOST_VALUES}
             benchmark["categories"] = {name: by_category(values) for name, values in split.items()}
+            if key[1] == "pointwise":
+                benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
             benchmark["scores"] = group_scores(total.groups[key]) if total.groups[key] else {}
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
@@ -457,6 +529,7 @@ TITLES = {
 }
 COUNTS = {
     "questions",
+    "verdicts",
     "unboxed",
     "right_to_wrong",
     "wrong_to_right",
@@ -480,6 +553,8 @@ def cell(name: str, value) -> str:
         return f"{value:,.1f}"
     if name == "reflections":
         return f"{value:.2f}"
+    if name == "brier":
+        return f"{value:.3f}"
     if name in ("p", "flip_p"):
         return f"{value:.2g}" if value else "<1e-300"
     return f"{100 * value:+.1f}" if name in ("difference", "position_bias") else f"{100 * value:.1f}"
@@ -521,28 +596,40 @@ def tables(summary: Row) -> list[Table]:
 
 
 def breakdowns(files: list[Row]) -> list[Table]:
-    """The benchmarks' own scores, and accuracies by category."""
-    scores, split = [], []
+    """The benchmarks' own scores, accuracies by category, and how far a judge's verdicts can be believed."""
+    tables: dict[str, Table] = {}
+
+    def add(title: str, first: list[str], names: list[str], row: Row, fields: dict[str, str]) -> None:
+        table = tables.setdefault(title, (title, ["benchmark", "file", "kind", *first, *fields], []))
+        table[2].append([*names, *(cell(field, row.get(field)) for field in fields.values())])
+
     for file in files:
         for b in file["benchmarks"]:
-            name = [b["dataset"], file["path"], b["kind"]]
+            name, interval = [b["dataset"], file["path"], b["kind"]], {"95 %": "interval"}
             for score, row in b["scores"].items():
-                scores.append([*name, score, *(cell(f, row[f]) for f in ("questions", "score", "interval"))])
+                fields = {"questions": "questions", "value": "score", **interval}
+                add("The benchmarks' own scores", ["score"], [*name, score], row, fields)
             for category, rows in b["categories"].items():
-                for value, row in rows["values"].items():
-                    cells = (cell(f, row[f]) for f in ("answered", "accuracy", "interval"))
-                    split.append([*name, category, value, *cells])
-                split.append(
-                    [*name, category, "mean", "", cell("mean", rows["mean"]), cell("interval", rows["interval"])]
-                )
-    head = ["benchmark", "file", "kind"]
-    both = [
-        ("The benchmarks' own scores", [*head, "score", "questions", "value", "95 %"], scores),
-        ("By category", [*head, "category", "value", "answered", "accuracy", "95 %"], split),
-    ]
+                mean = {"accuracy": rows["mean"], "interval": rows["interval"]}
+                for value, row in [*rows["values"].items(), ("mean", mean)]:
+                    fields = {"answered": "answered", "accuracy": "accuracy", **interval}
+                    add("By category", ["category", "value"], [*name, category, value], row, fields)
+            for row in b.get("by_pass_rate", ()):
+                fields = {"questions": "questions", "answered": "answered", "accuracy": "accuracy", **interval,
+                          "balanced": "balanced_accuracy", "says Yes": "says_yes",
+                          "question only": "question_only"}  # fmt: skip
+                title = "Judging one response, by the share of right responses to its question"
+                add(title, ["pass rate"], [*name, row["pass_rate"]], row, fields)
+            if judged := b.get("calibration"):
+                fields = {"verdicts": "verdicts", "Brier": "brier", "expected error": "calibration_error"}
+                add("Calibration of verdicts", [], name, judged, fields)
+                for row in judged["bins"]:
+                    fields = {"verdicts": "verdicts", "mean": "probability", "right": "accuracy", **interval}
+                    place = f"{row['from']:.1f} to {row['to']:.1f}"
+                    add("Reliability of verdicts", ["probability"], [*name, place], row, fields)
     keep = [0, 2] if len(files) == 1 else [0, 1, 2]
     return [(title, [head[i] for i in keep] + head[3:], [[row[i] for i in keep] + row[3:] for row in rows])
-            for title, head, rows in both if rows]  # fmt: skip
+            for title, head, rows in tables.values()]  # fmt: skip
 
 
 def other_mode(file: Row, base: Row) -> tuple[str, str] | None:

@@ -8,9 +8,12 @@
              that training and test-time scaling are never mixed up. --tts says how:
                reflect         answer, judge the own answer, reflect while the verdict is negative (paper, section 3.4)
                vote            --n answers, the most frequent one
-               weighted_vote   the same, each answer weighing what the judge thinks of it, asked with both letterings
+               weighted_vote   the same, each answer weighing how probably it is right: as the judge says, asked with
+                               both letterings
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
-    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is it
+    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is
+             it. --judge_samples k asks k times and takes the majority. Beside each verdict is its probability, by the
+             log-probabilities of the tokens that spell it
 
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
 its last one is back, whatever the other rows do. Finished rows are appended to OUTPUT.part as they finish; running the
@@ -29,13 +32,16 @@ records out:
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import verify
 from data.arguments import DataSettings
@@ -72,6 +78,7 @@ class Settings:
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
     max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
     n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
+    judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
     reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
@@ -161,6 +168,43 @@ class _Tokens:
         return [output.text for output in outputs]
 
 
+class Judgement(NamedTuple):
+    """What one or several completions of a judge say together."""
+
+    verdict: str | None  # the most frequent of those that can be read
+    probability: float | None  # of that verdict, where the engine gave log-probabilities
+
+
+def judgement(outputs: list[Output]) -> Judgement:
+    """The majority of a judge's completions; of equally many, the earlier one."""
+    verdicts = [verify.parse_verdict(output.text) for output in outputs]
+    counts = Counter(verdict for verdict in verdicts if verdict is not None)
+    verdict = counts.most_common(1)[0][0] if counts else None
+    probabilities = []
+    for output, said in zip(outputs, verdicts, strict=True):
+        if said is not None and (p := verdict_probability(output, said)) is not None:
+            probabilities.append(p if said == verdict else 1 - p)
+    mean = sum(probabilities) / len(probabilities) if probabilities else None
+    return Judgement(verdict, mean)
+
+
+def verdict_probability(output: Output, verdict: str) -> float | None:
+    """The probability of the tokens that spell the verdict in the last box, given all before them."""
+    if output.logprobs is None:
+        return None
+    text = "".join(token for token, _ in output.logprobs)
+    spelled = list(re.finditer(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", text, re.IGNORECASE))
+    spelled = [match for match in spelled if match.start() > text.rfind("boxed")]
+    if not spelled:
+        return None
+    total, end = 0.0, 0
+    for token, logprob in output.logprobs:
+        start, end = end, end + len(token)
+        if start < spelled[-1].end() and spelled[-1].start() < end:
+            total += logprob
+    return min(1.0, math.exp(total))
+
+
 def _shown(text: str, source: str) -> tuple[str, str]:
     """(what a judge sees of a response, its form): the box if asked for and there is one, else all of it."""
     boxed = verify.extract_boxed(text)
@@ -218,7 +262,8 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
 
     def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
         """Each question as its instructions word it in one order, then in the other."""
-        return [Request(ask(messages, text, settings.prompt_suffix), images) for both in instructions for text in both]
+        texts = itertools.chain.from_iterable(instructions)
+        return [Request(ask(messages, t, settings.prompt_suffix), images, with_logprobs=True) for t in texts]
 
     if settings.tts == "weighted_vote":
         outputs = yield in_both_orders(
@@ -226,10 +271,11 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
         )
         judged = tokens.read(outputs)
         weights = []
-        for i, replies in enumerate(zip(judged[::2], judged[1::2], strict=True)):
-            weights.append(sum(_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)) / 2)
-            verdict = {0.0: "No", 1.0: "Yes"}.get(weights[i])
-            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(replies)), "weight": weights[i]}
+        for i, replies in enumerate(zip(outputs[::2], outputs[1::2], strict=True)):
+            beliefs = [_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)]
+            weights.append(sum(beliefs) / 2)
+            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
+            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(judged[2 * i : 2 * i + 2])), "weight": weights[i]}
         groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
     elif settings.tts == "vote":
         groups.sort(key=lambda g: -len(g))
@@ -256,12 +302,15 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     return {**result, "chosen": chosen, "matches": matches}
 
 
-def _belief(judged: str, right_letter: str) -> float:
-    """What a pointwise verdict says of a response: 1 right, 0 wrong, 0.5 nothing, where it can't be read."""
-    verdict = verify.parse_verdict(judged)
-    if verdict in ("A", "B"):
-        return float(verdict == right_letter)
-    return {"Yes": 1.0, "No": 0.0}.get(verdict, 0.5)
+def _belief(output: Output, right_letter: str) -> float:
+    """How probably a response is right by a pointwise verdict: 0.5 where it can't be read; without log-probabilities, 1
+    or 0."""
+    verdict = verify.parse_verdict(output.text)
+    if verdict is None:
+        return 0.5
+    probability = verdict_probability(output, verdict)
+    probability = 1.0 if probability is None else probability
+    return probability if verdict in ("Yes", right_letter) else 1 - probability
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:
@@ -308,33 +357,54 @@ def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[in
 
 
 def judge_row(row: Row, settings: Settings) -> Solver:
-    """A pair in both orders, or one response with its label."""
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    if row.get("response") is not None:
-        shown, _ = _shown(row["response"], settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
-        (judged,) = tokens.read((yield [Request(question, images)]))
-        verdict = verify.parse_verdict(judged)
-        found = {"task": "pointwise", "label": row["label"], "verdict": verdict, "verdict_swapped": None}
-        return {**_judged(row, judged, tokens), **found, "is_correct": verdict == found["label"]}
+    """A pair in both orders, or one response with its label. Of several chosen and rejected ones, every pair."""
+    tokens, images = _Tokens(), tuple(row["images"])
+    single = row.get("response") is not None
 
-    chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
-    asked = []
-    for better, worse in itertools.product(chosen, row["rejected"]):
-        pair = [_shown(text, settings.judge_source)[0] for text in (better, worse)]
-        for both in (pair, pair[::-1]):
-            asked.append(Request(ask(messages, pairwise_instruction(*both), settings.prompt_suffix), images))
-    outputs = tokens.read((yield asked))
-    verdicts, swapped = ([verify.parse_verdict(text) for text in outputs[i::2]] for i in (0, 1))
-    one = len(chosen) == len(row["rejected"]) == 1
+    def candidate(text: str) -> str:
+        return _shown(text, settings.judge_source)[0]
+
+    if single:
+        instructions = [pointwise_instruction(candidate(row["response"]))]
+    else:
+        chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
+        pairs = list(itertools.product(map(candidate, chosen), [candidate(text) for text in row["rejected"]]))
+        instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
+    requests = [
+        Request(ask(row["prompt"], text, settings.prompt_suffix), images, with_logprobs=True) for text in instructions
+    ]
+    k = settings.judge_samples
+    outputs = yield [request for request in requests for _ in range(k)]
+    texts = tokens.read(outputs)
+    judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
+    common = _common(row, "\n---\n".join(texts), tokens) | {"extracted_answer": verify.extract_boxed(texts[-1])}
+    if k > 1:
+        common["votes"] = [verify.parse_verdict(text) for text in texts]
+    if single:
+        (only,) = judged
+        return {
+            **common,
+            "task": "pointwise",
+            "label": row["label"],
+            "verdict": only.verdict,
+            "verdict_probability": only.probability,
+            "verdict_swapped": None,
+            "is_correct": only.verdict == row["label"],
+        }
+    first, swapped = judged[::2], judged[1::2]
+
+    def one_or_all(values: list) -> Any:
+        return values[0] if len(pairs) == 1 else values
+
     return {
-        **_judged(row, "\n---\n".join(outputs), tokens),
-        "task": "pairwise" if one else "best_of_n",
+        **common,
+        "task": "pairwise" if len(pairs) == 1 else "best_of_n",
         "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
-        "verdict": verdicts[0] if one else verdicts,
-        "verdict_swapped": swapped[0] if one else swapped,
-        "is_correct": all(v == "A" for v in verdicts) and all(v == "B" for v in swapped),
+        "verdict": one_or_all([j.verdict for j in first]),
+        "verdict_probability": one_or_all([j.probability for j in first]),
+        "verdict_swapped": one_or_all([j.verdict for j in swapped]),
+        "verdict_swapped_probability": one_or_all([j.probability for j in swapped]),
+        "is_correct": all(j.verdict == "A" for j in first) and all(j.verdict == "B" for j in swapped),
     }
 
 
@@ -361,10 +431,6 @@ def _scored(row: Row, text: str, tokens: _Tokens, settings: Settings) -> Row:
         "is_correct": settings.verifier.is_right(row, text),
         **({"verifier": settings.reward_funcs} if settings.reward_funcs else {}),
     }
-
-
-def _judged(row: Row, text: str, tokens: _Tokens) -> Row:
-    return {**_common(row, text, tokens), "extracted_answer": verify.extract_boxed(text)}
 
 
 SOLVERS: dict[str, Callable[[Row, Settings], Solver]] = {"answer": answer_row, "tts": tts_row, "judge": judge_row}
@@ -584,6 +650,8 @@ def main() -> int:
         settings = replace(settings, engine=choose_engine(settings.engine, engine.server))
         if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
             raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
+        if settings.judge_samples > 1 and settings.temperature == 0:
+            raise BadInput("--judge_samples: expected a --temperature above 0, or all verdicts are the same")
         if settings.engine != "server" and (Path(settings.model) / "adapter_config.json").is_file():
             raise BadInput(
                 f"--model {settings.model}: expected a model, got an adapter (LoRA); python -m training.merge "
