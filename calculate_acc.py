@@ -3,8 +3,9 @@
     python calculate_acc.py --result_path results.json [more.json ...] [--format table|json|markdown]
 
 Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not an answer:
-it is left out of every rate and counted apart, as is an answer that can't be scored (no usable gold). An answer without
-a box is an answer, and wrong. Intervals are Wilson's at 95 %.
+it is left out of every rate and counted apart, and the most frequent errors are shown; so is an answer that can't be
+scored (no usable gold). An answer without a box is an answer, and wrong. Rows of a verifier of your own (evaluate.py
+--reward_funcs) keep the verdict that they have. Intervals are Wilson's at 95 %.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
@@ -25,13 +26,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
 
-from data.cli import Parser, printable, refuse, text_table
+from data.cli import Errors, Parser, printable, refuse, text_table
 from data.rows import BadInput, BadRow
 from data.table import batched, records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
+MOST_VALUES = 50  # of a category that is tabulated; one with more is a name for each row
+PROBABILITIES = {"verdict": "verdict_probability", "verdict_swapped": "verdict_swapped_probability"}
+BINS = 10  # of a verdict's probability, for its calibration
 EXAMPLES = 5  # of disagreement, kept of each file
 
 
@@ -67,9 +71,21 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
         amount = row.get(name)
         if amount is not None and not (isinstance(amount, (int, float)) and 0 <= amount < math.inf):
             return name, "a number, or null"
+    for name in ("is_correct", "first_is_correct") if row.get("verifier") else ():
+        if not isinstance(row.get(name), (bool, type(None))):
+            return name, "true, false or null"
+    if not _are_categories(row.get("categories") or {}):
+        return "categories", "an object of texts or lists of them"
+    group = row.get("group") or ["", ""]
+    if not isinstance(group, list) or len(group) != 2 or not all(isinstance(text, str) for text in group):
+        return "group", "a question and which part of it this is, as text"
     for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
         if not isinstance(row.get(name, ...), (str, int, float, type(None))):
             return name, "the final answer as text, or null"
+    for name in PROBABILITIES.values():
+        values = row.get(name) if isinstance(row.get(name), list) else [row.get(name)]
+        if not all(p is None or (isinstance(p, (int, float)) and 0 <= p <= 1) for p in values):
+            return name, "a probability, or null"
     for name in ("verdict", "verdict_swapped") if kind in ("pointwise", "pairwise", "best_of_n") else ():
         if kind != "best_of_n" and not isinstance(row.get(name, ...), (str, type(None))):
             return name, "a verdict, or null"
@@ -77,7 +93,17 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
             return name, "a list of verdicts"
     if kind == "best_of_n" and len(row["verdict_swapped"]) != len(row["verdict"]):
         return "verdict_swapped", "as many verdicts as in verdict"
+    for verdict, name in PROBABILITIES.items() if kind == "best_of_n" else ():
+        if row.get(name) is not None and (not isinstance(row[name], list) or len(row[name]) != len(row[verdict])):
+            return name, "as many probabilities as verdicts"
     return None
+
+
+def _are_categories(value: Any) -> bool:
+    def is_texts(texts) -> bool:
+        return isinstance(texts, str) or (isinstance(texts, list) and all(isinstance(text, str) for text in texts))
+
+    return isinstance(value, dict) and all(map(is_texts, value.values()))
 
 
 def kind_of(row: Row) -> str:
@@ -99,10 +125,16 @@ class Tally:
     path: str
     counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
     failed: Counter = field(default_factory=Counter)  # by dataset
+    errors: Errors = field(default_factory=Errors)
+    verifiers: set[str] = field(default_factory=set)  # that scored rows, other than verify.py
     datasets: dict[str, None] = field(default_factory=dict)  # in order of appearance
     disagreements: int = 0
     examples: list[Row] = field(default_factory=list)
     outcomes: list[tuple[int, str, str, bool | None]] = field(default_factory=list)
+    # (dataset, kind) -> field -> value -> how many were answered, and right
+    categories: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(Counter))))
+    questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
+    groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
@@ -116,7 +148,10 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             total.datasets[dataset] = None
             if row.get("error") is not None:
                 total.failed[dataset] += 1
+                total.errors.add(str(row["error"]))
             else:
+                if row.get("verifier"):
+                    total.verifiers.add(str(row["verifier"]))
                 right = count_row(total.counts[dataset, kind], row, verdicts)
                 stored = row.get("is_correct")
                 if right is not None and stored is not None and bool(stored) != right:
@@ -124,6 +159,16 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                     if len(total.examples) < EXAMPLES:
                         fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
                         total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": right})
+            if right is not None:
+                if kind == "pointwise":
+                    n, label = total.questions[dataset][match_key(row)], row["label"]
+                    n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
+                for name, values in (row.get("categories") or {}).items():
+                    for value in [values] if isinstance(values, str) else values:
+                        total.categories[dataset, kind][name][value].update(answered=1, right=right)
+                if row.get("group"):
+                    question, part = row["group"]
+                    total.groups[dataset, kind][question][part] = right
             if pair:
                 total.outcomes.append((match_key(row), dataset, kind, right))
     for dataset, failed in total.failed.items():  # a failed row counts with the others of its dataset, or of its file
@@ -137,7 +182,7 @@ def score(rows: list[Row]) -> dict[tuple, bool | None]:
     from verify import verify_many
 
     names = {"answer": ("extracted_answer",), "tts": ("extracted_answer", "first_answer")}
-    answered = [row for row in rows if row.get("error") is None]
+    answered = [row for row in rows if row.get("error") is None and not row.get("verifier")]
     pairs = list(dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ())))
     return dict(zip(pairs, verify_many(pairs), strict=True))
 
@@ -163,7 +208,7 @@ def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool 
         n["with_tokens"] += 1
         n["first_tokens"] += row.get("first_completion_tokens") or 0
     if kind in ("answer", "tts"):
-        outcome = verdicts[as_pair(row, "extracted_answer")]
+        outcome = row["is_correct"] if row.get("verifier") else verdicts[as_pair(row, "extracted_answer")]
         n["unboxed"] += row["extracted_answer"] in (None, "")
     else:
         outcome = count_verdicts(n, kind, row)
@@ -173,7 +218,7 @@ def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool 
     n["answered"] += 1
     n["right"] += outcome
     if kind == "tts":
-        first = bool(verdicts[as_pair(row, "first_answer")])
+        first = bool(row.get("first_is_correct") if row.get("verifier") else verdicts[as_pair(row, "first_answer")])
         n["first_right"] += first
         n["right_to_wrong"] += first and not outcome
         n["wrong_to_right"] += outcome and not first
@@ -193,9 +238,14 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
         n["says_yes"] += verdict == "Yes"
         n[f"label_{row['label']}"] += 1
         n[f"right_{row['label']}"] += right
+        count_probability(n, row.get("verdict_probability"), right)
         return right
     several = kind == "best_of_n"
     orders = list(zip(*((row[k] if several else [row[k]]) for k in ("verdict", "verdict_swapped")), strict=True))
+    for (name, probability), right in zip(PROBABILITIES.items(), ("A", "B"), strict=True):
+        verdicts, values = (v if isinstance(v, list) else [v] for v in (row[name], row.get(probability)))
+        for verdict, p in zip(verdicts, values, strict=False):
+            count_probability(n, p, verdict == right)
     for first, swapped in orders:  # the chosen one is A in the first order, B in the swapped one
         parsed = [v for v in (first, swapped) if v in ("A", "B")]
         n["verdicts"] += 2
@@ -207,6 +257,14 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
     n["chosen_first_right"] += chosen_first
     n["chosen_second_right"] += chosen_second
     return chosen_first and chosen_second
+
+
+def count_probability(n: Counter, probability: float | None, right: bool) -> None:
+    """Add a verdict's probability to what its calibration is made of."""
+    if probability is not None:
+        place = min(int(probability * BINS), BINS - 1)
+        n.update({f"bin {place}": 1, f"bin {place} sum": probability, f"bin {place} right": int(right),
+                  "brier": (probability - right) ** 2, "with_probability": 1})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +313,8 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
             "flip_p": mcnemar(n["wrong_to_right"], n["right_to_wrong"]),
             "reflections": rate(n["reflections"], total),
         }
+    if n["with_probability"]:
+        common["calibration"] = calibration(n)
     if kind == "pointwise":
         sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
         return common | {
@@ -274,6 +334,87 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
             "verdict_rate": rate(n["parsed"], n["verdicts"]),
         }
     return common
+
+
+def calibration(n: Counter) -> Row:
+    """Whether verdicts are as often right as they are probable: Brier score, expected calibration error over the bins,
+    and the bins themselves (a reliability diagram in numbers)."""
+    bins = []
+    for place in range(BINS):
+        if count := n[f"bin {place}"]:
+            right = n[f"bin {place} right"]
+            bins.append({"from": place / BINS, "to": (place + 1) / BINS, "verdicts": count, "accuracy": right / count,
+                         "probability": n[f"bin {place} sum"] / count, "interval": wilson(right, count)})  # fmt: skip
+    total = n["with_probability"]
+    calibration_error = sum(b["verdicts"] * abs(b["probability"] - b["accuracy"]) for b in bins)
+    return {
+        "verdicts": total,
+        "brier": n["brier"] / total,
+        "calibration_error": calibration_error / total,
+        "bins": bins,
+    }
+
+
+def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
+    """How a judge of single responses does by the share of the question's responses that are right.
+
+    Where all of them are right, or none is, whoever knows the question knows the label; in between only the response
+    tells, and `question_only`, always the question's more frequent label, is what to beat.
+    """
+    bands: dict[str, Counter] = {}
+    for n in questions.values():
+        share = n["label_Yes"] / (n["label_Yes"] + n["label_No"])
+        band = {0.0: "0", 1.0: "1"}.get(share) or ("up to 1/2" if share <= 0.5 else "over 1/2")
+        bands[band] = bands.get(band, Counter()) + n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
+    rows = []
+    for band in ("0", "up to 1/2", "over 1/2", "1"):
+        if n := bands.get(band):
+            answered, right = n["label_Yes"] + n["label_No"], n["right_Yes"] + n["right_No"]
+            sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+            rows.append({"pass_rate": band, "questions": n["questions"], "answered": answered,
+                         "accuracy": right / answered, "interval": wilson(right, answered),
+                         "balanced_accuracy": None if None in sides else sum(sides) / 2,
+                         "says_yes": n["says_yes"] / answered, "question_only": n["majority"] / answered})  # fmt: skip
+    return rows if any(n["questions"] < n["label_Yes"] + n["label_No"] for n in bands.values()) else []
+
+
+def by_category(values: dict[str, Counter]) -> Row:
+    """Accuracy for each value of a category, and their mean: RewardBench 2's score is the one over its subsets."""
+    rows = {value: {"answered": n["answered"], "accuracy": n["right"] / n["answered"],
+                    "interval": wilson(n["right"], n["answered"])} for value, n in sorted(values.items())}  # fmt: skip
+    shares = [row["accuracy"] for row in rows.values()]
+    mean = sum(shares) / len(shares)
+    variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["answered"] for row in rows.values())
+    half = 1.96 * math.sqrt(variance) / len(shares)
+    return {"values": rows, "mean": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}
+
+
+def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
+    """The scores of sets in which several rows are one question.
+
+    We-Math (parts 2steps_1, 2steps_2, 2steps_multi, ...): a problem counts 1 if it and its steps are right, 1/2 if the
+    steps alone are; loose, 1 also if it and one step are right. Problems of which a part is missing are left out.
+    DynaMath (variants): a question counts 1 if all its variants are right.
+    """
+    problems = {name: parts for name, parts in groups.items() if any("steps_" in part for part in parts)}
+    if not problems:
+        return {"worst case over variants": _mean([float(all(parts.values())) for parts in groups.values()])}
+    scores: dict[str, list[float]] = {"We-Math, strict": [], "We-Math, loose": []}
+    for parts in problems.values():
+        steps = [right for part, right in parts.items() if not part.endswith("_multi")]
+        whole = next((right for part, right in parts.items() if part.endswith("_multi")), None)
+        if whole is None or f"{len(steps)}steps_multi" not in parts:
+            continue
+        scores["We-Math, strict"].append(float(all(steps)) if whole else 0.5 * all(steps))
+        scores["We-Math, loose"].append(float(any(steps)) if whole else 0.5 * all(steps))
+    return {name: _mean(values) for name, values in scores.items() if values}
+
+
+def _mean(values: list[float]) -> Row:
+    n, mean = len(values), sum(values) / len(values)
+    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values)) / n
+    interval = wilson(int(sum(values)), n) if set(values) <= {0.0, 1.0} else (max(0, mean - half), min(1, mean + half))
+    return {"questions": n, "score": mean, "interval": interval}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,12 +474,20 @@ def summarise(tallies: list[Tally]) -> Row:
     for total in tallies:
         keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), list(total.datasets).index(key[0])))
         benchmarks = [rates(*key, total.counts[key]) for key in keys]
+        for key, benchmark in zip(keys, benchmarks, strict=True):
+            split = {name: values for name, values in total.categories[key].items() if 2 <= len(values) <= MOST_VALUES}
+            benchmark["categories"] = {name: by_category(values) for name, values in split.items()}
+            if key[1] == "pointwise":
+                benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
+            benchmark["scores"] = group_scores(total.groups[key]) if total.groups[key] else {}
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
         files.append({
             "path": total.path,
             "rows": sum(b["rows"] for b in benchmarks),
             "failed": sum(b["failed"] for b in benchmarks),
+            "errors": total.errors.lines(),
+            "verifiers": sorted(total.verifiers),
             "unscorable": sum(b["unscorable"] for b in benchmarks),
             "benchmarks": benchmarks,
             "means": {kind: sum(values) / len(values) for kind, values in scored.items() if values},
@@ -378,7 +527,19 @@ TITLES = {
     "pairwise": "Judging pairs, in both orders",
     "best_of_n": "Judging the best of n: the chosen one against each other, in both orders",
 }
-COUNTS = {"unboxed", "right_to_wrong", "wrong_to_right", "rows", "answered", "unscorable", "failed", "gained", "lost"}
+COUNTS = {
+    "questions",
+    "verdicts",
+    "unboxed",
+    "right_to_wrong",
+    "wrong_to_right",
+    "rows",
+    "answered",
+    "unscorable",
+    "failed",
+    "gained",
+    "lost",
+}
 
 
 def cell(name: str, value) -> str:
@@ -392,6 +553,8 @@ def cell(name: str, value) -> str:
         return f"{value:,.1f}"
     if name == "reflections":
         return f"{value:.2f}"
+    if name == "brier":
+        return f"{value:.3f}"
     if name in ("p", "flip_p"):
         return f"{value:.2g}" if value else "<1e-300"
     return f"{100 * value:+.1f}" if name in ("difference", "position_bias") else f"{100 * value:.1f}"
@@ -419,6 +582,7 @@ def tables(summary: Row) -> list[Table]:
             head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
             keep = [i for i in range(len(head)) if several or i != 1]
             result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
+    result += breakdowns(files)
     for file in (f for f in files[1:] if not other_mode(f, files[0])):
         fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
         paired = [row for row in summary["paired"] if row["path"] == file["path"]]
@@ -429,6 +593,43 @@ def tables(summary: Row) -> list[Table]:
         title = f"{file['path']} against {files[0]['path']}, on the {both} rows both answered"
         result.append((f"{title}, of {' and '.join(answered)}", head, rows))
     return result
+
+
+def breakdowns(files: list[Row]) -> list[Table]:
+    """The benchmarks' own scores, accuracies by category, and how far a judge's verdicts can be believed."""
+    tables: dict[str, Table] = {}
+
+    def add(title: str, first: list[str], names: list[str], row: Row, fields: dict[str, str]) -> None:
+        table = tables.setdefault(title, (title, ["benchmark", "file", "kind", *first, *fields], []))
+        table[2].append([*names, *(cell(field, row.get(field)) for field in fields.values())])
+
+    for file in files:
+        for b in file["benchmarks"]:
+            name, interval = [b["dataset"], file["path"], b["kind"]], {"95 %": "interval"}
+            for score, row in b["scores"].items():
+                fields = {"questions": "questions", "value": "score", **interval}
+                add("The benchmarks' own scores", ["score"], [*name, score], row, fields)
+            for category, rows in b["categories"].items():
+                mean = {"accuracy": rows["mean"], "interval": rows["interval"]}
+                for value, row in [*rows["values"].items(), ("mean", mean)]:
+                    fields = {"answered": "answered", "accuracy": "accuracy", **interval}
+                    add("By category", ["category", "value"], [*name, category, value], row, fields)
+            for row in b.get("by_pass_rate", ()):
+                fields = {"questions": "questions", "answered": "answered", "accuracy": "accuracy", **interval,
+                          "balanced": "balanced_accuracy", "says Yes": "says_yes",
+                          "question only": "question_only"}  # fmt: skip
+                title = "Judging one response, by the share of right responses to its question"
+                add(title, ["pass rate"], [*name, row["pass_rate"]], row, fields)
+            if judged := b.get("calibration"):
+                fields = {"verdicts": "verdicts", "Brier": "brier", "expected error": "calibration_error"}
+                add("Calibration of verdicts", [], name, judged, fields)
+                for row in judged["bins"]:
+                    fields = {"verdicts": "verdicts", "mean": "probability", "right": "accuracy", **interval}
+                    place = f"{row['from']:.1f} to {row['to']:.1f}"
+                    add("Reliability of verdicts", ["probability"], [*name, place], row, fields)
+    keep = [0, 2] if len(files) == 1 else [0, 1, 2]
+    return [(title, [head[i] for i in keep] + head[3:], [[row[i] for i in keep] + row[3:] for row in rows])
+            for title, head, rows in tables.values()]  # fmt: skip
 
 
 def other_mode(file: Row, base: Row) -> tuple[str, str] | None:
@@ -455,6 +656,9 @@ def notices(summary: Row) -> list[str]:
         if file["failed"]:
             share = f"{file['failed']:,} of {file['rows']:,} rows"
             lines.append(f"FAILED: {share} of {file['path']} are no answers and left out; run evaluate.py again")
+            lines += file["errors"]
+        for name in file["verifiers"]:
+            lines.append(f"scored by {name}: rows of {file['path']} keep its verdicts")
         if file["unscorable"]:
             lines.append(f"unscorable: {file['unscorable']:,} rows of {file['path']} have no usable gold; left out")
         wrong = file["disagreements"]

@@ -33,6 +33,7 @@ class Request(NamedTuple):
     messages: list[dict[str, Any]]
     images: tuple[Any, ...] = ()  # references, paths or PIL images
     seed: int | None = None  # of this request's sampling, where the engine can
+    with_logprobs: bool = False  # of each token of the completion
 
 
 class Output(NamedTuple):
@@ -42,6 +43,7 @@ class Output(NamedTuple):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    logprobs: tuple[tuple[str, float], ...] | None = None  # (token, its log-probability), where they were wanted
 
 
 @dataclass(frozen=True)
@@ -178,9 +180,10 @@ class TransformersEngine(BatchEngine):
             return_tensors="pt",
             **({"images": images} if images else {}),
         ).to(self.model.device)
-        drawn = {"do_sample": False}
+        recorder = TokenLogprobs() if any(requests[i].with_logprobs for i in rows) else None
+        drawn = {"do_sample": False, "logits_processor": [recorder] if recorder else []}
         if sampling.temperature > 0:
-            drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+            drawn |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs,
@@ -192,9 +195,34 @@ class TransformersEngine(BatchEngine):
         kept = (ids != self.tokenizer.pad_token_id).sum(dim=1).tolist()
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        for i, text, p, n in zip(rows, decoded, prompts, kept, strict=True):
-            outputs[i] = Output(text, p, n)
+        logprobs = recorder.of(ids).tolist() if recorder else None  # (b, T)
+        for place, (i, text, p, n) in enumerate(zip(rows, decoded, prompts, kept, strict=True)):
+            tokens = None
+            if logprobs is not None and requests[i].with_logprobs:
+                written = self.tokenizer.batch_decode([[token] for token in ids[place, :n].tolist()])
+                tokens = tuple(zip(written, logprobs[place][:n], strict=True))
+            outputs[i] = Output(text, p, n, logprobs=tokens)
         return outputs
+
+
+class TokenLogprobs:
+    """A logits processor that changes nothing and remembers the log-probability of each token that was chosen: (b, V)
+    of one step at a time, where `generate(output_logits=True)` keeps those of all steps."""
+
+    def __init__(self):
+        self._last, self._chosen = None, []
+
+    def __call__(self, input_ids, scores):
+        if self._last is not None:
+            self._chosen.append(self._last.gather(1, input_ids[:, -1:]))
+        self._last = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def of(self, ids):
+        """The log-probabilities of the generated `ids`."""
+        import torch
+
+        return torch.cat([*self._chosen, self._last.gather(1, ids[:, -1:])], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -230,6 +258,7 @@ class VLLMEngine:
             temperature=sampling.temperature,
             repetition_penalty=sampling.repetition_penalty,
             seed=request.seed if sampling.temperature > 0 else None,
+            logprobs=0 if request.with_logprobs else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
@@ -247,7 +276,13 @@ class VLLMEngine:
             for output in self.llm.llm_engine.step():
                 completion = output.outputs[0]
                 tokens = len(output.prompt_token_ids), len(completion.token_ids)
-                done.append((int(output.request_id), Output(completion.text, *tokens)))
+                logprobs = None
+                if completion.logprobs is not None:
+                    chosen = [
+                        step[token] for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
+                    ]
+                    logprobs = tuple((token.decoded_token or "", token.logprob) for token in chosen)
+                done.append((int(output.request_id), Output(completion.text, *tokens, logprobs=logprobs)))
         return done
 
     def close(self) -> None:
@@ -357,6 +392,8 @@ class ServerEngine:
             body["repetition_penalty"] = sampling.repetition_penalty
         if sampling.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
+        if request.with_logprobs:
+            body["logprobs"] = True
         return body
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
@@ -477,9 +514,11 @@ def read_completion(answer: bytes) -> Output | None:
         usage = completion.get("usage") or {}
         tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
         text.encode()  # half a surrogate pair can't be written anywhere
+        content = (completion["choices"][0].get("logprobs") or {}).get("content")
+        logprobs = content and tuple((str(step["token"]), float(step["logprob"])) for step in content)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return Output(text, *tokens) if all(isinstance(n, int) for n in tokens) else None
+    return Output(text, *tokens, logprobs=logprobs or None) if all(isinstance(n, int) for n in tokens) else None
 
 
 def _reason(error: Exception) -> str:

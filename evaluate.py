@@ -8,9 +8,12 @@
              that training and test-time scaling are never mixed up. --tts says how:
                reflect         answer, judge the own answer, reflect while the verdict is negative (paper, section 3.4)
                vote            --n answers, the most frequent one
-               weighted_vote   the same, each answer weighing what the judge thinks of it, asked with both letterings
+               weighted_vote   the same, each answer weighing how probably it is right: as the judge says, asked with
+                               both letterings
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
-    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is it
+    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is
+             it. --judge_samples k asks k times and takes the majority. Beside each verdict is its probability, by the
+             log-probabilities of the tokens that spell it
 
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
 its last one is back, whatever the other rows do. Finished rows are appended to OUTPUT.part as they finish; running the
@@ -29,16 +32,20 @@ records out:
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import verify
 from data.arguments import DataSettings
-from data.cli import Parser, flag, refuse, write_atomically
+from data.cli import Errors, Parser, flag, printable, progress_bar, refuse, write_atomically
 from data.progress import PartFile
 from data.read import Reader
 from data.rows import BadInput, BadRow, Source
@@ -71,13 +78,52 @@ class Settings:
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
     max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
     n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
+    judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
+    reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
     seed: int = flag(0)
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.repetition_penalty)
+
+    @property
+    def verifier(self) -> "Verifier":
+        return load_verifier(self.reward_funcs)
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """What decides whether a completion is right, and whether two answers are the same."""
+
+    reward: Callable  # TRL's signature: 1 is right, 0 wrong, None no opinion
+    equal: Callable[[list[tuple]], list[bool | None]]
+
+    def is_right(self, row: "Row", completion: str) -> bool | None:
+        """Raises BadInput for another reward than 0, 1 or None."""
+        message = [{"role": "assistant", "content": completion}]
+        (value,) = self.reward(prompts=[row["prompt"]], completions=[message], solution=[row["solution"]])
+        if value not in (0, 1, None):
+            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
+        return None if value is None else bool(value)
+
+
+def _boxed_answers(prompts, completions, solution) -> list[bool | None]:
+    """Whether the boxed answers equal their golds."""
+    answers = [verify.extract_boxed(verify.last_text(completion)) for completion in completions]
+    return verify.verify_many(list(zip(answers, solution, strict=True)))
+
+
+@lru_cache
+def load_verifier(name: str | None) -> Verifier:
+    """The verifier FILE.py:NAME; without a name the boxed answer against the gold. Raises BadInput."""
+    if name is None:
+        return Verifier(_boxed_answers, verify.verify_many)
+    from training.rewards import load_rewards
+
+    (reward,) = load_rewards([name])
+    return Verifier(reward, getattr(reward, "equal", verify.verify_many))
 
 
 @dataclass(frozen=True)
@@ -122,6 +168,43 @@ class _Tokens:
         return [output.text for output in outputs]
 
 
+class Judgement(NamedTuple):
+    """What one or several completions of a judge say together."""
+
+    verdict: str | None  # the most frequent of those that can be read
+    probability: float | None  # of that verdict, where the engine gave log-probabilities
+
+
+def judgement(outputs: list[Output]) -> Judgement:
+    """The majority of a judge's completions; of equally many, the earlier one."""
+    verdicts = [verify.parse_verdict(output.text) for output in outputs]
+    counts = Counter(verdict for verdict in verdicts if verdict is not None)
+    verdict = counts.most_common(1)[0][0] if counts else None
+    probabilities = []
+    for output, said in zip(outputs, verdicts, strict=True):
+        if said is not None and (p := verdict_probability(output, said)) is not None:
+            probabilities.append(p if said == verdict else 1 - p)
+    mean = sum(probabilities) / len(probabilities) if probabilities else None
+    return Judgement(verdict, mean)
+
+
+def verdict_probability(output: Output, verdict: str) -> float | None:
+    """The probability of the tokens that spell the verdict in the last box, given all before them."""
+    if output.logprobs is None:
+        return None
+    text = "".join(token for token, _ in output.logprobs)
+    spelled = list(re.finditer(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", text, re.IGNORECASE))
+    spelled = [match for match in spelled if match.start() > text.rfind("boxed")]
+    if not spelled:
+        return None
+    total, end = 0.0, 0
+    for token, logprob in output.logprobs:
+        start, end = end, end + len(token)
+        if start < spelled[-1].end() and spelled[-1].start() < end:
+            total += logprob
+    return min(1.0, math.exp(total))
+
+
 def _shown(text: str, source: str) -> tuple[str, str]:
     """(what a judge sees of a response, its form): the box if asked for and there is one, else all of it."""
     boxed = verify.extract_boxed(text)
@@ -135,7 +218,7 @@ def answer_row(row: Row, settings: Settings) -> Solver:
     tokens = _Tokens()
     messages, images = row["prompt"], tuple(row["images"])
     (text,) = tokens.read((yield [Request(messages, images)]))
-    return _scored(row, text, tokens)
+    return _scored(row, text, tokens, settings)
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
@@ -157,7 +240,7 @@ def reflect_row(row: Row, settings: Settings) -> Solver:
     else:
         rounds.append(_round(text))
     reflections = sum(r["verdict"] == "No" for r in rounds)
-    return _final(row, text, tokens, first, first_tokens, rounds, round_num=reflections)
+    return _final(row, text, tokens, first, first_tokens, rounds, reflections, settings)
 
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
@@ -172,14 +255,15 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     messages, images = row["prompt"], tuple(row["images"])
     outputs = yield [Request(messages, images)] * settings.n
     texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
-    groups = _same_answers([verify.extract_boxed(text) for text in texts])
+    groups = _same_answers([verify.extract_boxed(text) for text in texts], settings.verifier)
     rounds = [_round(text) for text in texts]
     candidates = [_shown(text, settings.judge_source)[0] for text in texts]
     matches = []
 
     def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
         """Each question as its instructions word it in one order, then in the other."""
-        return [Request(ask(messages, text, settings.prompt_suffix), images) for both in instructions for text in both]
+        texts = itertools.chain.from_iterable(instructions)
+        return [Request(ask(messages, t, settings.prompt_suffix), images, with_logprobs=True) for t in texts]
 
     if settings.tts == "weighted_vote":
         outputs = yield in_both_orders(
@@ -187,10 +271,11 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
         )
         judged = tokens.read(outputs)
         weights = []
-        for i, replies in enumerate(zip(judged[::2], judged[1::2], strict=True)):
-            weights.append(sum(_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)) / 2)
-            verdict = {0.0: "No", 1.0: "Yes"}.get(weights[i])
-            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(replies)), "weight": weights[i]}
+        for i, replies in enumerate(zip(outputs[::2], outputs[1::2], strict=True)):
+            beliefs = [_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)]
+            weights.append(sum(beliefs) / 2)
+            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
+            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(judged[2 * i : 2 * i + 2])), "weight": weights[i]}
         groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
     elif settings.tts == "vote":
         groups.sort(key=lambda g: -len(g))
@@ -213,16 +298,19 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
                 })  # fmt: skip
             groups = winners + groups[2 * len(pairs) :]
     chosen = groups[0][0]
-    found = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, round_num=0)
-    return {**found, "chosen": chosen, "matches": matches}
+    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, 0, settings)
+    return {**result, "chosen": chosen, "matches": matches}
 
 
-def _belief(judged: str, right_letter: str) -> float:
-    """What a pointwise verdict says of a response: 1 right, 0 wrong, 0.5 nothing, where it can't be read."""
-    verdict = verify.parse_verdict(judged)
-    if verdict in ("A", "B"):
-        return float(verdict == right_letter)
-    return {"Yes": 1.0, "No": 0.0}.get(verdict, 0.5)
+def _belief(output: Output, right_letter: str) -> float:
+    """How probably a response is right by a pointwise verdict: 0.5 where it can't be read; without log-probabilities, 1
+    or 0."""
+    verdict = verify.parse_verdict(output.text)
+    if verdict is None:
+        return 0.5
+    probability = verdict_probability(output, verdict)
+    probability = 1.0 if probability is None else probability
+    return probability if verdict in ("Yes", right_letter) else 1 - probability
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:
@@ -233,26 +321,34 @@ def _round(text: str, verdict: str | None = None, judged: str | None = None) -> 
     return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
 
 
-def _final(row: Row, text: str, tokens: _Tokens, first: str, first_tokens: int, rounds: list[Row], round_num: int):
-    answer = verify.extract_boxed(first)
+def _final(
+    row: Row,
+    text: str,
+    tokens: _Tokens,
+    first: str,
+    first_tokens: int,
+    rounds: list[Row],
+    reflections: int,
+    settings: Settings,
+) -> Row:
     return {
-        **_scored(row, text, tokens),
-        "round_num": round_num,  # reflections
+        **_scored(row, text, tokens, settings),
+        "round_num": reflections,
         "rounds": rounds,
-        "first_answer": answer,
-        "first_is_correct": verify.is_equal(answer, row["solution"]),
+        "first_answer": verify.extract_boxed(first),
+        "first_is_correct": settings.verifier.is_right(row, first),
         "first_completion_tokens": first_tokens,
     }
 
 
-def _same_answers(answers: list[str | None]) -> list[list[int]]:
+def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[int]]:
     """Positions of equal answers together, in order of appearance; those without a box only if there is no other."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
             continue
         for group in groups:
-            if answer == answers[group[0]] or verify.is_equal(answer, answers[group[0]]):
+            if answer == answers[group[0]] or verifier.equal([(answer, answers[group[0]])])[0]:
                 group.append(i)
                 break
         else:
@@ -261,33 +357,54 @@ def _same_answers(answers: list[str | None]) -> list[list[int]]:
 
 
 def judge_row(row: Row, settings: Settings) -> Solver:
-    """A pair in both orders, or one response with its label."""
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    if row.get("response") is not None:
-        shown, _ = _shown(row["response"], settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
-        (judged,) = tokens.read((yield [Request(question, images)]))
-        verdict = verify.parse_verdict(judged)
-        found = {"task": "pointwise", "label": row["label"], "verdict": verdict, "verdict_swapped": None}
-        return {**_judged(row, judged, tokens), **found, "is_correct": verdict == found["label"]}
+    """A pair in both orders, or one response with its label. Of several chosen and rejected ones, every pair."""
+    tokens, images = _Tokens(), tuple(row["images"])
+    single = row.get("response") is not None
 
-    chosen, _ = _shown(row["chosen"], settings.judge_source)
-    asked = []
-    for other in row["rejected"]:
-        other, _ = _shown(other, settings.judge_source)
-        for pair in ((chosen, other), (other, chosen)):
-            asked.append(Request(ask(messages, pairwise_instruction(*pair), settings.prompt_suffix), images))
-    outputs = tokens.read((yield asked))
-    verdicts, swapped = ([verify.parse_verdict(text) for text in outputs[i::2]] for i in (0, 1))
-    one = len(row["rejected"]) == 1
+    def candidate(text: str) -> str:
+        return _shown(text, settings.judge_source)[0]
+
+    if single:
+        instructions = [pointwise_instruction(candidate(row["response"]))]
+    else:
+        chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
+        pairs = list(itertools.product(map(candidate, chosen), [candidate(text) for text in row["rejected"]]))
+        instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
+    requests = [
+        Request(ask(row["prompt"], text, settings.prompt_suffix), images, with_logprobs=True) for text in instructions
+    ]
+    k = settings.judge_samples
+    outputs = yield [request for request in requests for _ in range(k)]
+    texts = tokens.read(outputs)
+    judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
+    common = _common(row, "\n---\n".join(texts), tokens) | {"extracted_answer": verify.extract_boxed(texts[-1])}
+    if k > 1:
+        common["votes"] = [verify.parse_verdict(text) for text in texts]
+    if single:
+        (only,) = judged
+        return {
+            **common,
+            "task": "pointwise",
+            "label": row["label"],
+            "verdict": only.verdict,
+            "verdict_probability": only.probability,
+            "verdict_swapped": None,
+            "is_correct": only.verdict == row["label"],
+        }
+    first, swapped = judged[::2], judged[1::2]
+
+    def one_or_all(values: list) -> Any:
+        return values[0] if len(pairs) == 1 else values
+
     return {
-        **_judged(row, "\n---\n".join(outputs), tokens),
-        "task": "pairwise" if one else "best_of_n",
+        **common,
+        "task": "pairwise" if len(pairs) == 1 else "best_of_n",
         "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
-        "verdict": verdicts[0] if one else verdicts,
-        "verdict_swapped": swapped[0] if one else swapped,
-        "is_correct": all(v == "A" for v in verdicts) and all(v == "B" for v in swapped),
+        "verdict": one_or_all([j.verdict for j in first]),
+        "verdict_probability": one_or_all([j.probability for j in first]),
+        "verdict_swapped": one_or_all([j.verdict for j in swapped]),
+        "verdict_swapped_probability": one_or_all([j.probability for j in swapped]),
+        "is_correct": all(j.verdict == "A" for j in first) and all(j.verdict == "B" for j in swapped),
     }
 
 
@@ -303,20 +420,17 @@ def _common(row: Row, text: str, tokens: _Tokens) -> Row:
         "error": None,
         "prompt_tokens": tokens.prompt,
         "completion_tokens": tokens.completion,
+        **{name: row[name] for name in ("categories", "group") if row[name]},
     }
 
 
-def _scored(row: Row, text: str, tokens: _Tokens) -> Row:
-    answer = verify.extract_boxed(text)
+def _scored(row: Row, text: str, tokens: _Tokens, settings: Settings) -> Row:
     return {
         **_common(row, text, tokens),
-        "extracted_answer": answer,
-        "is_correct": verify.is_equal(answer, row["solution"]),
+        "extracted_answer": verify.extract_boxed(text),
+        "is_correct": settings.verifier.is_right(row, text),
+        **({"verifier": settings.reward_funcs} if settings.reward_funcs else {}),
     }
-
-
-def _judged(row: Row, text: str, tokens: _Tokens) -> Row:
-    return {**_common(row, text, tokens), "extracted_answer": verify.extract_boxed(text)}
 
 
 SOLVERS: dict[str, Callable[[Row, Settings], Solver]] = {"answer": answer_row, "tts": tts_row, "judge": judge_row}
@@ -412,23 +526,27 @@ def read_benchmark(source: Source, mode: str) -> list[Row]:
     return rows
 
 
-def run_to_file(rows: list[Row], engine, settings: Settings, output: Path) -> list[Row]:
+def run_to_file(
+    rows: list[Row], engine, settings: Settings, output: Path, wanted: list[int] | None = None
+) -> list[Row]:
     """Evaluate what `output` does not hold yet; append each row as it finishes, then write the final JSON atomically.
+
+    Args:
+        wanted: which of `rows`, in order; None: all of them. Another run may want others, and goes on from this one.
 
     Raises BadInput if the file was made with other settings.
     """
-    from tqdm.auto import tqdm
-
     part = part_file(rows, settings, output)
-    todo = [(i, row) for i, row in enumerate(rows) if i not in part.done]
-    with tqdm(total=len(rows), initial=len(part.done), desc=settings.mode, disable=None) as bar:  # on a terminal only
+    wanted = list(range(len(rows))) if wanted is None else wanted
+    todo = [(i, rows[i]) for i in wanted if i not in part.done]
+    with progress_bar(len(wanted), len(wanted) - len(todo), settings.mode) as bar:
         try:
             for finished in run(todo, engine, settings):
                 part.add(dict(finished))
                 bar.update(len(finished))
         finally:
             part.close()
-    results = [part.done[i] for i in range(len(rows))]
+    results = [part.done[i] for i in wanted]
     write_atomically(output, list_text(json.dumps(result, ensure_ascii=False) for result in results))
     return results
 
@@ -455,12 +573,16 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     """Digests of the questions and, for a model in a folder, of its files: the same name may hold another model."""
     questions = hashlib.blake2b(digest_size=8)
     for row in rows:
-        asked = {name: value for name, value in row.items() if name not in ("images", "source", "task")}
+        left_out = ("images", "source", "task", "categories", "group")
+        asked = {name: value for name, value in row.items() if name not in left_out}
         budgets = [(image["min_pixels"], image["max_pixels"]) for image in row["images"]]
         questions.update(json.dumps([asked, budgets], sort_keys=True).encode())
         for image in row["images"]:  # a file by its name, wherever it lies
             questions.update(image["bytes"] or os.path.basename(image["path"]).encode())
     digests = {"benchmark contents": questions.hexdigest()}
+    if settings.reward_funcs:
+        file = Path(settings.reward_funcs.rpartition(":")[0])
+        digests["reward_funcs contents"] = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     folder = Path(settings.model)
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
@@ -528,17 +650,24 @@ def main() -> int:
         settings = replace(settings, engine=choose_engine(settings.engine, engine.server))
         if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
             raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
+        if settings.judge_samples > 1 and settings.temperature == 0:
+            raise BadInput("--judge_samples: expected a --temperature above 0, or all verdicts are the same")
         if settings.engine != "server" and (Path(settings.model) / "adapter_config.json").is_file():
             raise BadInput(
                 f"--model {settings.model}: expected a model, got an adapter (LoRA); python -m training.merge "
                 f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
         sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
-        rows = [row for source in sources for row in read_benchmark(source, settings.mode)[: args.limit]]
+        _ = settings.verifier  # refused now, and not after the first answer
+        benchmarks = [read_benchmark(source, settings.mode) for source in sources]
+        places = itertools.count()
+        numbers = [[next(places) for _ in rows] for rows in benchmarks]
+        wanted = [number for of_one in numbers for number in of_one[: args.limit]]
+        rows = [row for rows in benchmarks for row in rows]
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
         running = make_engine(settings, engine)
         try:
-            results = run_to_file(rows, running, settings, args.output)
+            results = run_to_file(rows, running, settings, args.output, wanted)
         finally:
             running.close()
     except (BadInput, OSError) as error:
@@ -546,8 +675,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("evaluate.py: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    failed = sum(result["error"] is not None for result in results)
-    print(f"{len(results)} rows, {failed} failed; python calculate_acc.py --result_path {args.output}")
+    errors, failed = Errors(), [result["error"] for result in results if result["error"] is not None]
+    for error in failed:
+        errors.add(error)
+    print(*map(printable, errors.lines()), sep="\n", end="\n" if failed else "")
+    print(f"{len(results)} rows, {len(failed)} failed; python calculate_acc.py --result_path {args.output}")
     return 1 if failed else 0
 
 

@@ -5,7 +5,8 @@
 
 Reads a training or benchmark file as training would, looks into every image, and reports: rows and columns, answers by
 kind with the verifier's opinion, repeated questions, questions shared with another file, and with --model the lengths
-of prompts in tokens. Every unusable row is named with its line and the reason; the exit status is 2 if there is one.
+of prompts in tokens. Unusable rows are named with line and reason, the first ten of them here and all of them in the
+report as JSON; the exit status is 2 if there is one.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from data.rows import BadInput, BadRow, Source, question_text
 from data.table import batched
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
+SHOWN = 10  # unusable rows, in the report as text
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so
 LENGTHS = (("min", 0.0), ("median", 0.5), ("p95", 0.95), ("max", 1.0))
 
@@ -230,9 +232,12 @@ def render(report: dict[str, Any]) -> str:
             + (f"; {overlap['unusable']:,} of its rows are unusable" if overlap["unusable"] else "")
         )
     lines += [f"{name} tokens: {counts(numbers)}" for name, numbers in report.get("tokens", {}).items()]
-    for row in report["bad"]:
+    for row in report["bad"][:SHOWN]:
         where = f"line {row['line']}, row {row['row']}" if row["line"] is not None else f"row {row['row']}"
         lines.append(f"{where}: field {row['field']}: {row['reason']}")
+    if len(report["bad"]) > SHOWN:
+        fields = counts(dict(Counter(row["field"] for row in report["bad"]).most_common()))
+        lines.append(f"and {len(report['bad']) - SHOWN:,} more; by field: {fields}; --json has all of them")
     return "\n".join(lines)
 
 

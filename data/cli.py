@@ -4,6 +4,7 @@ files written whole."""
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, field, fields
@@ -57,6 +58,38 @@ def refuse(program: str, error: Exception) -> int:
     """Print bad input as one line; returns its exit status."""
     print(f"{program}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return 2
+
+
+class Errors:
+    """Counts error messages; those that differ in their numbers alone are one."""
+
+    def __init__(self):
+        self._counts: dict[str, list] = {}  # message without numbers -> [how often, the first of them]
+
+    def add(self, message: str) -> None:
+        self._counts.setdefault(re.sub(r"\d+", "#", message)[:200], [0, message])[0] += 1
+
+    def lines(self, most: int = 3) -> list[str]:
+        """The most frequent ones, each with its count and its first message."""
+        ordered = sorted(self._counts.values(), key=lambda entry: -entry[0])
+        lines = [f"  {n:,} x {message[:300]}" for n, message in ordered[:most]]
+        return lines + ([f"  and {len(ordered) - most:,} other errors"] if len(ordered) > most else [])
+
+
+def progress_bar(total: int, initial: int, description: str):
+    """tqdm on a terminal; where stderr is a file or a pipe, a line every half minute and at the end."""
+    from tqdm.auto import tqdm
+
+    class Lines:
+        def write(self, text: str) -> None:
+            if text.strip():
+                sys.stderr.write(text.strip("\r\n ") + "\n")
+
+        def flush(self) -> None:
+            sys.stderr.flush()
+
+    every = {} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 30, "maxinterval": 60, "ascii": True}
+    return tqdm(total=total, initial=initial, desc=description, **every)
 
 
 def printable(text: str) -> str:

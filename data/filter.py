@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data.arguments import DataSettings
-from data.cli import Parser, flag, refuse
+from data.cli import Parser, flag, progress_bar, refuse
 from data.progress import PartFile
 from data.rows import BadInput, BadRow
 from data.table import batched
@@ -119,13 +119,11 @@ class Sampler:
 
 def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:
     """Fill in the pass rates that are not known yet. `sampler.answers(rows)` gives n completions for each row."""
-    from tqdm.auto import tqdm
-
     from verify import extract_boxed, verify_many
 
     todo = [i for i in range(len(dataset)) if i not in rates.done]
     sources = dataset.with_format(None)["source"]
-    with tqdm(total=len(dataset), initial=len(rates.done), desc="pass rates", unit=" rows") as bar:
+    with progress_bar(len(dataset), len(rates.done), "pass rates") as bar:
         for numbers in batched(todo, chunk):
             rows = [dataset[i] for i in numbers]
             completions = sampler.answers(rows)

@@ -146,9 +146,14 @@ def _read_text(text: str, folder: str, root: str | None, allow_remote: bool) -> 
         if not allow_remote:
             raise BadImage(f"{text:.80} is remote; give --allow_remote_images to fetch it when it is used")
         return None, text
-    if len(text) > 60 and text.startswith(_BASE64_STARTS) and not _exists(text, folder):
+    if is_embedded(text) and not _exists(text, folder):
         return _decode_base64(text), None
     return None, locate(text, folder, root)
+
+
+def is_embedded(text: str) -> bool:
+    """Whether this is an image itself, as text, and not where it is."""
+    return text.startswith("data:") or (len(text) > 60 and text.startswith(_BASE64_STARTS))
 
 
 def _decode_base64(text: str) -> bytes:
@@ -172,13 +177,23 @@ def _exists(text: str, folder: str) -> bool:
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)
 
 
+def _under(path: str, root: str) -> str | None:
+    """Where a path of another disk is under `root`: the longest end of it that is there."""
+    parts = path.split("/")[1:]
+    ends = ("/".join(parts[i:]) for i in range(len(parts)))
+    return next((os.path.join(root, end) for end in ends if _exists(end, root)), None)
+
+
 def locate(text: str, folder: str, root: str | None = None) -> str:
-    """The absolute path of a regular file. Raises BadImage if it is none, or lies outside `root`."""
+    """The absolute path of a regular file. With `root`, one that is not on this disk may lie there, under an end of its
+    path. Raises BadImage if it is no regular file, or outside `root`."""
     path = text
     if path.startswith("file://"):
         path = path.removeprefix("file://").removeprefix("localhost")
         if not _exists(path, folder):
             path = unquote(path)
+    if root is not None and path.startswith("/") and not _exists(path, root):
+        path = _under(path, root) or path
     path = os.path.join(folder, path)
     if ".." in path or not path.startswith("/"):
         path = os.path.abspath(path)

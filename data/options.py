@@ -11,14 +11,12 @@ The answer is a letter, an option's text, or a number that counts options from 0
 rows of a set say together. A row that they leave open, so that it could be another option, is refused.
 """
 
-import ast
-import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from data.rows import Options, RowError, plain_text
+from data.rows import Options, RowError, literal, plain_text
 
 KINDS = {
     "letter": "its letter",
@@ -31,6 +29,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
+_LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
 
 
@@ -64,14 +63,14 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
     """
     lists, members, suspects = _columns(tuple(name for name in raw if isinstance(name, str)))
     for name in suspects:
-        value = _parsed(raw[name])
+        value = literal(raw[name])
         if value and (isinstance(value, (list, tuple, dict)) or "distractor" in name.lower()):
             raise RowError(
                 name, "looks like options and is not used; expected a column options or choices, or columns A, B, ..."
             )
     if members.keys() == {name for name in members.values() if name.islower()} and _bare(answer) not in members:
         members = {}
-    found = [(name, _listed(name, raw[name])) for name in lists if _parsed(raw[name]) not in (None, "", [], {}, ())]
+    found = [(name, _listed(name, raw[name])) for name in lists if literal(raw[name]) not in (None, "", [], {}, ())]
     own = {label.upper(): raw[name] for label, name in members.items() if raw[name] not in (None, "")}
     if own := {label: option for label, option in own.items() if option == option}:  # NaN is none
         name = next(iter(members.values()))
@@ -92,19 +91,10 @@ def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
         raise RowError(name, f"expected options, of which the answer is {answer}, got none")
 
 
-def _parsed(value: Any) -> Any:
-    """What a list or dict written as text is: in JSON, or as Python writes it."""
-    if isinstance(value, str) and value.strip()[:1] in ("[", "{") and len(value) < 100_000:
-        for read in (json.loads, ast.literal_eval):
-            try:
-                return read(value.strip())
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-    return value.strip() if isinstance(value, str) else value
-
-
 def _listed(name: str, value: Any) -> Options:
-    value, labels = _parsed(value), None
+    value, labels = literal(value), None
+    if isinstance(value, str):
+        value = _lettered(value) or value
     if isinstance(value, dict):
         arc = {"label", "text"} <= value.keys()
         labels, value = (value["label"], value["text"]) if arc else (list(value), list(value.values()))
@@ -114,6 +104,13 @@ def _listed(name: str, value: Any) -> Options:
     if not isinstance(names, (str, list, tuple)) or len({str(label) for label in names}) != len(value):
         raise RowError(name, f"expected a label of its own for each option, got {names!r:.60}")
     return Options(_texts(name, dict(zip(map(str, names), value, strict=True))), labels is not None)
+
+
+def _lettered(text: str) -> list[str] | None:
+    """The options of "A. 3; B. 4", as We-Math has them; None for any other text."""
+    parts = [part.strip(" ;\n") for part in _LETTERED.split(text) if part.strip()]
+    in_order = all(re.match(rf"\(?{letter}[.):]", part) for letter, part in zip(LETTERS, parts, strict=False))
+    return parts if in_order else None
 
 
 def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:

@@ -30,11 +30,33 @@ from typing import Any
 
 from data import hub, table
 from data.arguments import DataSettings
-from data.formats import columns, gsm8k, math_boxed, spark_data
+from data.formats import (
+    columns,
+    gsm8k,
+    judgebench,
+    llava,
+    math_boxed,
+    processbench,
+    spark_data,
+    verl,
+    vl_rewardbench,
+    vlmevalkit,
+)
 from data.golds import extracted, gold
-from data.images import BadImage, NotFetched, pixels
-from data.options import check_letter, common_kinds, options_of, right_label
-from data.rows import BadInput, BadRow, Options, Record, RowError, Source, build_row, question_of, unicode_text
+from data.images import BadImage, NotFetched, is_embedded, pixels
+from data.options import check_letter, common_kinds, options_of, readings, right_label
+from data.rows import (
+    BadInput,
+    BadRow,
+    Options,
+    Record,
+    RowError,
+    Source,
+    build_row,
+    image_list,
+    question_of,
+    unicode_text,
+)
 from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
@@ -42,7 +64,8 @@ CHECKED = 50_000  # rows made and checked before training: seconds. A million wo
 HEADERS = 20_000  # images whose header is read before training; of the rest, only that the file is there
 DRAWS = 100  # rows tried in place of one that can't be used
 _PEEK = 100  # records whose columns decide the layout
-_FORMATS = (spark_data, gsm8k, math_boxed)
+_JUDGED = (vl_rewardbench, judgebench, processbench)
+_FORMATS = (spark_data, llava, verl, *_JUDGED, vlmevalkit, gsm8k, math_boxed)
 
 Row = dict[str, Any]
 
@@ -219,8 +242,9 @@ class Reader:
     Args:
         use: what the rows are for.
             train     a gold for each
-            answer    a gold for each, or a list of them; the rows also have `dataset`, `problem` and `image_path`
-            judge     chosen and rejected, or response and label, and these three
+            answer    a gold for each, or a list of them; the rows also have `dataset`, `problem`, `image_path`,
+                      `categories` and, where several rows are one question, `group`
+            judge     chosen and rejected, or response and label, and these
             check     any of these
         look: read the headers of the first HEADERS images.
         checked: records after so many come as their JSON text, to be built later; those that JSON can't hold (embedded
@@ -289,7 +313,8 @@ class Reader:
         if self.use in ("answer", "judge"):
             problem = question_of(row["prompt"], self.source.suffix)
             row |= {"dataset": self._benchmark(raw), "problem": problem, **judged}
-            row["image_path"] = _path_of(record.images)
+            row |= {"image_path": _path_of(record.images), "categories": columns.categories(raw)}
+            row["group"] = columns.group_of(raw)
         return row
 
     def _several_golds(self, raw: dict[str, Any]) -> bool:
@@ -313,7 +338,7 @@ def _path_of(images: Any) -> str | list[str] | None:
     if isinstance(images, dict):
         images = images.get("path")
     path = os.fspath(images) if isinstance(images, (str, os.PathLike)) else None
-    return path if path and len(path) < 1000 and not path.startswith("data:") else None
+    return path if path and len(path) < 1000 and not is_embedded(path) else None
 
 
 def _as_json(record: dict[str, Any]) -> str | None:
@@ -344,6 +369,8 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Ent
     if not name.strip():
         raise BadInput("data: expected a file, a folder or a hub name, got nothing")
     if Path(name).suffix.lower() in table.SUFFIXES and not Path(name).is_dir():
+        if Path(name).suffix.lower() in (".csv", ".tsv"):
+            return vlmevalkit.with_images(lambda: table.records(name))
         return table.records(name, decoded)
     if Path(name).is_file():
         raise BadInput(f"{name}: expected one of {' '.join(table.SUFFIXES)}; a spreadsheet can be exported as CSV")
@@ -368,7 +395,13 @@ class Layout:
         self.image_column = None if "image" in missing else settings.image_column
         self.format = self.question = None
         if {"prompt", "solution"} & set(missing):
-            self.format = next((module for module in _FORMATS if module.matches(self.columns, head)), None)
+            matching = [module for module in _FORMATS if module.matches(self.columns, head)]
+            self.format = next(iter(matching), None)
+            judged = [module.NAME for module in matching if module in _JUDGED]
+            if judged and set(columns.PAIR) <= self.columns:
+                judged.append("chosen and rejected")
+            if len(judged) > 1:
+                raise BadInput(f"{source}: expected one layout, got the columns of {' and of '.join(judged)}")
         if self.format:
             self.question, self.answer = self.format.COLUMNS
         else:
@@ -405,21 +438,36 @@ class Layout:
 
     def record(self, raw: dict[str, Any]) -> Record:
         """Raises RowError. A column may be there in some rows only, and not in the first ones."""
-        record = self.format.record(raw) if self.format else Record(raw.get(self.question), raw.get(self.answer))
+        if self.format:
+            record = self.format.record(raw)
+        else:
+            question = raw.get(self.question)  # which MathVerse leaves to the image in some rows
+            record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
         record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
         record.judged = record.judged or columns.judged_fields(raw)
         if record.images is None:
             plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
             record.images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+        record.images = image_list(record.images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
         record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
         record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
         return record
 
     def right_option(self, record: Record) -> str:
-        """The letter of the right option. Raises RowError."""
+        """The letter of the right option, or the letters where there are several. Raises RowError."""
         answer, _ = extracted(record.solution)
-        return right_label(answer, record.options, self.source.settings.answer_kind, self.common)
+        labels = list(record.options.texts)
+        several = [letter.strip() for letter in answer.split(",")]
+        if len(several) > 1 and set(several) <= set(labels):  # LogicVista: "A, C"
+            return ", ".join(sorted(set(several)))
+        if record.letter in (None, ""):
+            return right_label(answer, record.options, self.source.settings.answer_kind, self.common)
+        letter = str(record.letter).strip()
+        named = {label for kind in readings(answer, record.options).values() for label in kind}
+        if letter not in labels or (answer and letter not in named):
+            raise RowError("answer_option", f"expected the letter of the option {answer!r:.60}, got {letter!r:.60}")
+        return letter
 
     @property
     def counted_from(self) -> int | None:
@@ -432,7 +480,8 @@ class Layout:
         """What the data call a field of the row."""
         if field in ("image", "images"):
             return self.image_column or columns.image_of(raw, strict=False)[0] or field
-        return {"prompt": self.question, "solution": self.answer, "answer": self.answer}.get(field) or field
+        name = {"prompt": self.question, "solution": self.answer, "answer": self.answer}.get(field)
+        return name if name in self.columns else field
 
 
 def _number(raw: dict[str, Any], name: str) -> int | None:

@@ -10,6 +10,7 @@ A layout turns a record of the data into a `Record`; `build_row` turns that into
 header is read, and that only on demand.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from prompts import PROMPT_SUFFIX
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_FLAT_LIST = re.compile(r"\[\s*(?:(['\"])[^'\"\\\[\]]*\1\s*,?\s*)*\]")  # of texts, as long as they like
 _IMAGE_MARK = re.compile(r"<image ?(\d*)>")  # <image>, or <image 1>, <image 2>, ... in that order
 
 # Tokens of the Qwen family that are structure, not text: in a question they would forge a turn, or announce an image
@@ -74,6 +76,7 @@ class Record:
     prompt: text, or messages with contents of text or parts.
     images: one image or a list of them, or None; those placed in the messages stay there.
     options: of a multiple-choice question, None for an open one.
+    letter: the right option's, where the data say it apart from the answer.
     judged: chosen and rejected, or response and label, of a row that a judge may be asked about.
     """
 
@@ -82,6 +85,7 @@ class Record:
     images: Any = None
     task: Any = None
     options: Options | None = None
+    letter: Any = None
     judged: Mapping[str, Any] | None = None
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -134,7 +138,7 @@ def build_row(record: Record, source: Source, name: str, look: bool = True) -> d
     messages, placed = _messages(record.prompt)
     if record.options:
         messages[-1] = _with_options(messages[-1], record.options.texts)
-    listed = [image for image in _as_list(record.images) if image is not None]
+    listed = [image for image in image_list(record.images) if image is not None]
     images = placed or listed
     content = messages[0]["content"]
     if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else nothing to place
@@ -157,14 +161,26 @@ def build_row(record: Record, source: Source, name: str, look: bool = True) -> d
     }
 
 
-def _as_list(images: Any) -> Sequence:
-    """One image or several, which a CSV file holds as a JSON list."""
-    if isinstance(images, str) and images.lstrip().startswith("["):
-        try:
-            images = json.loads(images)
-        except (ValueError, RecursionError):
-            raise RowError("image", f"expected a path or a JSON list of them, got {images:.60}") from None
+def image_list(images: Any) -> Sequence:
+    """One image or several, which a CSV file holds as a list in text."""
+    images = literal(images)
+    if isinstance(images, str) and images.startswith("["):
+        raise RowError("image", f"expected an image or a list of them, got {images:.60}")
     return images if isinstance(images, (list, tuple)) else [images]
+
+
+def literal(value: Any) -> Any:
+    """The list or dict that a text stands for, as JSON or as Python writes it; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text[:1] in ("[", "{") and (len(text) < 100_000 or _FLAT_LIST.fullmatch(text)):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(text)
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return text
 
 
 def replace_surrogates(text: str) -> str:
@@ -355,14 +371,18 @@ def _changed(message: dict[str, Any], change: Callable[[str], str]) -> dict[str,
     return {**message, "content": [*content[:last], {"type": "text", "text": change(text)}, *content[last + 1 :]]}
 
 
+def _without_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
+    return _changed(message, lambda text: text.removesuffix(suffix))
+
+
 def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of the last question, without the suffix."""
-    return _texts(prompt)[-1].removesuffix(suffix)
+    return _texts([_without_suffix(prompt[-1], suffix)])[0]
 
 
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
-    return " ".join(" ".join(_texts(prompt)).removesuffix(suffix).casefold().split())
+    return " ".join(" ".join(_texts([*prompt[:-1], _without_suffix(prompt[-1], suffix)])).casefold().split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from data.rows import BadInput, BadRow, RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 MAX_FIELD = 64 << 20  # characters of a CSV field
+_SEPARATOR_LINE = re.compile(r"\"?sep=(.)\"?\s*$", re.IGNORECASE)  # Excel's, before the header
 _BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a JSON list
 
 # (row from 0, line from 1 or None, the record or its JSON text, or what is wrong with it)
@@ -46,7 +47,8 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Entry]:
         else:
             yield from _json_lines(path, decoded)
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: expected text in UTF-8, got {error.reason} at byte {error.start}") from None
+        hint = " (save a spreadsheet as CSV UTF-8)" if file.suffix.lower() in (".csv", ".tsv") else ""
+        raise BadInput(f"{path}: expected text in UTF-8{hint}, got {error.reason} at byte {error.start}") from None
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror or error}") from None
 
@@ -55,8 +57,15 @@ def delimiter(path: Any) -> str | None:
     """What stands between the fields of a CSV file, by its header; spreadsheets write any of these. None for others."""
     if not isinstance(path, str) or Path(path).suffix.lower() not in (".csv", ".tsv") or not Path(path).is_file():
         return None
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        return max(",;\t|", key=file.readline().count)
+    with open(path, encoding=_encoding(path), newline="") as file:
+        header = file.readline()
+    return said[1] if (said := _SEPARATOR_LINE.match(header)) else max(",;\t|", key=header.count)
+
+
+def _encoding(path: str) -> str:
+    """UTF-16 where the file begins with its mark, as of Excel's "Unicode text"; else UTF-8."""
+    with open(path, "rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def _starts_with_list(path: str) -> bool:
@@ -157,7 +166,10 @@ def _csv(path: str) -> Iterator[Entry]:
     """Columns without a name (an index, a spreadsheet's empty ones) are left out. A quotation mark that is not closed
     would swallow the rows after it: refused."""
     csv.field_size_limit(MAX_FIELD)
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    with open(path, encoding=_encoding(path), newline="") as file:
+        skipped = bool(_SEPARATOR_LINE.match(file.readline()))
+        if not skipped:
+            file.seek(0)
         reader = csv.reader(file, delimiter=delimiter(path), strict=True)
         names: list[str] = []
         row, line = 0, 1
@@ -172,7 +184,7 @@ def _csv(path: str) -> Iterator[Entry]:
                         record = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
                     yield row, line, record
                     row += 1
-                line = reader.line_num + 1
+                line = reader.line_num + 1 + skipped
         except csv.Error as error:
             raise BadInput(f"{path}: line {line}: expected delimited text: {error}") from None
 

@@ -23,7 +23,6 @@ MAINS = {
     "-m training.merge": "training.merge",
     "-m data.check": "data.check",
     "-m data.filter": "data.filter",
-    "-m data.judge_sets": "data.judge_sets",
 }
 
 
@@ -142,7 +141,6 @@ COMMANDS = {
     "-m training.merge": "{adapter} --output out",
     "-m data.check": "{train} --image_root {images} --against {benchmark} --model {model} --workers 1",
     "-m data.filter": "--model {model} --dataset {train} --image_root {images} --output out/hard.parquet",
-    "-m data.judge_sets": "{pairs} --output out/judged.json",
 }
 # What of another command is no mistake.
 ALSO_RIGHT = {
@@ -164,13 +162,10 @@ def cut(path: Path) -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> dict[str, Path]:
     """Every input that a command has, as it should be."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     folder = tmp_path_factory.mktemp("inputs")
     found = {name: folder / file for name, file in (
         ("recipe", "recipe.yaml"), ("launch", "launch.yaml"), ("train", "train.json"), ("benchmark", "bench.json"),
-        ("judged", "judged.json"), ("results", "results.json"), ("pairs", "pairs.parquet"), ("images", "images"),
+        ("judged", "judged.json"), ("results", "results.json"), ("images", "images"),
         ("model", "model"), ("run", "run"), ("checkpoint", "run/checkpoint-1"), ("adapter", "adapter"),
     )}  # fmt: skip
     for name in ("images", "run/checkpoint-1", "adapter"):
@@ -189,9 +184,6 @@ def inputs(tmp_path_factory) -> dict[str, Path]:
     }
     for name, records in rows.items():
         found[name].write_text(json.dumps(records, indent=1))
-    pq.write_table(
-        pa.Table.from_pylist([{"query": "q", "response": ["a", "b"], "human_ranking": [0, 1]}]), found["pairs"]
-    )
     state = {"global_step": 1, "max_steps": 2, "log_history": [{"step": 1, "loss": 0.5, "policy/accuracy": 0.5}]}
     for place in (found["run"], found["checkpoint"]):
         (place / "trainer_state.json").write_text(json.dumps(state))

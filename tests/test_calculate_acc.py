@@ -422,3 +422,46 @@ def test_nothing_heavy_for_help():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                           cwd=Path(acc.__file__).parent, timeout=60, check=True)  # fmt: skip
     assert done.stdout.strip() == "[]"
+
+
+# ---- how far a judge can be believed ---------------------------------------------------------------------------------
+
+
+def test_calibration_by_hand():
+    """Four verdicts of 0.95 of which three are right, and two of 0.55 of which one is."""
+    verdicts = [(0.95, "Yes")] * 3 + [(0.95, "No"), (0.55, "Yes"), (0.55, "No")]
+    rows = [judged("pointwise", "Yes", v, verdict_probability=p, problem=str(i)) for i, (p, v) in enumerate(verdicts)]
+    found = one([*rows, judged("pointwise", "Yes", None, verdict_probability=None)])["calibration"]
+    assert found["verdicts"] == 6
+    assert found["brier"] == pytest.approx((3 * 0.05**2 + 0.95**2 + 0.45**2 + 0.55**2) / 6)
+    assert found["calibration_error"] == pytest.approx((4 * 0.20 + 2 * 0.05) / 6)
+    assert [(b["from"], b["verdicts"], b["accuracy"]) for b in found["bins"]] == [(0.5, 2, 0.5), (0.9, 4, 0.75)]
+    assert found["bins"][1]["interval"] == pytest.approx(wilson(3, 4))
+    assert one([judged("pairwise", "A", "A", "B", verdict_probability=0.9, verdict_swapped_probability=0.6)])[
+        "calibration"
+    ]["brier"] == pytest.approx((0.1**2 + 0.4**2) / 2)
+    best = judged("best_of_n", "A", ["A", "B"], ["B", "B"], verdict_probability=[1.0, 0.5],
+                  verdict_swapped_probability=[1.0, None])  # fmt: skip
+    assert one([best])["calibration"]["verdicts"] == 3
+    assert "calibration" not in one([judged("pairwise", "A", "A", "B")])
+
+
+def test_a_judge_that_only_knows_the_question_is_seen():
+    """It says of each response what most responses of its question are."""
+    labels = {"easy": "Yes Yes Yes", "mixed": "Yes Yes No", "hard": "No No"}
+    said = {"easy": "Yes", "mixed": "Yes", "hard": "No"}
+    rows = [judged("pointwise", label, said[q], problem=q) for q, given in labels.items() for label in given.split()]
+    found = {row["pass_rate"]: row for row in one(rows)["by_pass_rate"]}
+    assert one(rows)["accuracy"] == 7 / 8
+    assert (found["over 1/2"]["accuracy"], found["over 1/2"]["question_only"]) == (2 / 3, 2 / 3)
+    assert (found["over 1/2"]["balanced_accuracy"], found["over 1/2"]["says_yes"]) == (0.5, 1.0)
+    assert (found["0"]["accuracy"], found["1"]["questions"], found["0"]["answered"]) == (1.0, 1, 2)
+    text = render(summarise([tally("f", rows=rows)]), "table")
+    assert "by the share of right responses to its question" in text
+    assert one([judged("pointwise", "Yes", "Yes", problem=str(i)) for i in range(9)])["by_pass_rate"] == []
+
+
+@pytest.mark.parametrize("wrong", [2, -0.1, "0.5", [0.5, 3]])
+def test_a_probability_that_is_none_is_refused(wrong):
+    with pytest.raises(BadInput, match="f: row 0: field verdict_probability: expected a probability, or null"):
+        tally("f", rows=[judged("pointwise", "Yes", "Yes", verdict_probability=wrong)])

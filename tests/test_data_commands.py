@@ -1,14 +1,13 @@
-"""data.check, data.filter and data.judge_sets, as commands."""
+"""data.check and data.filter, as commands."""
 
 import copy
-import io
 import json
 from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from data import check, filter, judge_sets
+from data import check, filter
 from data.arguments import DataSettings
 from data.filter import SamplingSettings, kept_rows, measure, rates_file
 from data.read import BadInput, read_dataset
@@ -68,6 +67,15 @@ def test_check_names_every_bad_row(files, capsys):
     assert report["overlap"]["row_and_its_row"] == [[0, 0]]
     assert report["images"] == {"rows": 3, "images": 3}
     assert err.splitlines()[-1].startswith(f"data.check: {train}: 3 of 10 rows are unusable; row 3: field image: ")
+
+
+def test_check_prints_ten_bad_rows_and_a_count(tmp_path, capsys):
+    rows = [{"prompt": f"{i}?", "solution": "1", "image": f"{i}.png"} for i in range(40)]
+    path = write(tmp_path / "x.json", [*rows, {"prompt": "", "solution": "1"}])
+    assert check.main([path]) == 2
+    out = capsys.readouterr().out.splitlines()
+    assert sum("field image: no such file" in line for line in out) == 10
+    assert out[-1] == "and 31 more; by field: image 40, prompt 1; --json has all of them"
 
 
 def test_check_of_good_and_of_unreadable_files(files, capsys):
@@ -263,72 +271,3 @@ def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):
 def save_as(image, path) -> str:
     image.save(path)
     return path.name
-
-
-# ---- judge sets -----------------------------------------------------------------------------------------------------
-
-
-def parquet(path, rows) -> str:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    return str(path)
-
-
-def test_vl_rewardbench(tmp_path):
-    """Made-up rows of the published layout; what comes out is what evaluate.py reads."""
-    from evaluate import read_benchmark
-
-    with io.BytesIO() as buffer:
-        Image.new("RGB", (8, 8)).save(buffer, format="JPEG")
-        image = {"bytes": buffer.getvalue(), "path": None}
-    row = {"id": "a", "query": "What is this?", "image": image, "models": ["m", "n"], "query_source": "made up",
-           "ground_truth": "", "judge": "", "rationale": ""}  # fmt: skip
-    data = [{**row, "response": ["A cat.", "A dog."], "human_ranking": ranking} for ranking in ([0, 1], [1, 0])]
-    (tmp_path / "photo.jpg").write_bytes(image["bytes"])
-    data[1]["image"] = {"bytes": None, "path": "photo.jpg"}  # beside the data
-    output = tmp_path / "out" / "vl.json"
-    assert judge_sets.main([parquet(tmp_path / "vl.parquet", data), "--output", str(output)]) == 0
-    rows = read_benchmark(Source(str(output)), "judge")
-    assert [(r["chosen"], r["rejected"]) for r in rows] == [("A cat.", ["A dog."]), ("A dog.", ["A cat."])]
-    assert {r["dataset"] for r in rows} == {"VL-RewardBench/made up"}
-    assert all(Image.open(r["images"][0]["path"]).size == (8, 8) for r in rows)
-    assert check.main([str(output)]) == 0
-
-
-def test_rewardbench_2(tmp_path, capsys):
-    row = {"id": "1", "num_correct": 1, "num_incorrect": 3, "total_completions": 4, "models": ["m"] * 4}
-    data = [
-        {**row, "prompt": "2+2?", "chosen": ["4"], "rejected": ["3", "5", "22"], "subset": "Math"},
-        {**row, "prompt": "A colour?", "chosen": ["red", "blue"], "rejected": ["seven"], "subset": "Ties"},
-    ]
-    source, output = parquet(tmp_path / "rb2.parquet", data), tmp_path / "rb2.json"
-    assert judge_sets.main([source, "--output", str(output)]) == 0
-    assert json.loads(output.read_text()) == [
-        {
-            "dataset": "RewardBench-2/Math",
-            "problem": "2+2?",
-            "image_path": None,
-            "chosen": "4",
-            "rejected": ["3", "5", "22"],
-        }
-    ]
-    assert "1 rows left out: several right responses" in capsys.readouterr().out
-    assert judge_sets.main([source, "--output", str(output), "--ties"]) == 0
-    assert [r["chosen"] for r in json.loads(output.read_text())] == ["4", "red", "blue"]
-
-
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"a": 1}, "expected columns"),
-        ({"query": "q", "response": ["a"], "human_ranking": [0, 1]}, "row 0: field response"),
-        ({"query": "q", "response": ["a", "b"], "human_ranking": [1, 1]}, "row 0: field human_ranking"),
-        ({"prompt": "q", "chosen": [], "rejected": ["a"], "subset": "s"}, "row 0: field chosen"),
-    ],
-)
-def test_judge_sets_refuse_other_layouts(row, expected, tmp_path, capsys):
-    assert judge_sets.main([write(tmp_path / "x.json", [row]), "--output", str(tmp_path / "o.json")]) == 2
-    assert expected in capsys.readouterr().err
-    assert not (tmp_path / "o.json").exists()

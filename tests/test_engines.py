@@ -472,9 +472,12 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
         "server": ServerEngine([vllm_server], "small", concurrency=16),
     }
     assert engines["vllm"].capacity == 40 + 256
-    found = {}
+    found, judged = {}, {}
+    right = [{**row, "response": f"It is \\boxed{{{row['answer']}}}", "label": "Yes"} for row in rows[:8]]
+    pairs = [{**row, "chosen": row["answer"], "rejected": "7"} for row in rows[:8]]
     for name, engine in engines.items():
         found[name] = evaluate.evaluate_records(rows, engine, settings)
+        judged[name] = evaluate.evaluate_records([*right, *pairs], engine, replace(settings, mode="judge"))
         long = Request([{"role": "user", "content": "1+1 " * 600}])
         if name != "transformers":  # more than the engine's 512 tokens: that request's error, not the run's
             (refused,) = complete(engine, [long], Sampling(max_tokens=8))
@@ -486,6 +489,39 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     assert {r["round_num"] for r in found["transformers"]} == {0, 1, 2}  # some rows did reflect
     assert found["vllm"] == found["transformers"]
     assert found["server"] == found["transformers"]
+    for name in ("vllm", "server"):  # the same verdicts, as probable
+        for one, other in zip(judged[name], judged["transformers"], strict=True):
+            for field in ("verdict_probability", "verdict_swapped_probability"):
+                assert one.pop(field, None) == pytest.approx(other.get(field), abs=1e-3)
+            assert one.items() <= other.items()
+    probabilities = [row["verdict_probability"] for row in judged["transformers"]]
+    assert sum(p is not None and 0 < p <= 1 for p in probabilities) >= 12
+
+
+def test_the_openai_client_gets_images_and_log_probabilities(vllm_server, tmp_path):
+    """What other harnesses do with a served model; evaluate.py's own request has the same completion."""
+    openai = pytest.importorskip("openai")
+    row = next(row for row in digits(12, tmp_path) if row["image_path"])
+    client = openai.OpenAI(base_url=f"{vllm_server}/v1", api_key="none")
+    assert [model.id for model in client.models.list().data] == ["small"]
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(row["image_path"])}},
+        {"type": "text", "text": row["problem"]},
+    ]
+    greedy = {"temperature": 0, "max_tokens": 48, "extra_body": {"repetition_penalty": 1.0}}
+    answer = client.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": parts}], logprobs=True, top_logprobs=2, **greedy
+    )
+    (choice,) = answer.choices
+    tokens = choice.logprobs.content
+    assert len(tokens) == answer.usage.completion_tokens
+    assert all(token.logprob == max(top.logprob for top in token.top_logprobs) <= 0 for token in tokens)
+    engine = ServerEngine([vllm_server], "small")
+    request = Request([{"role": "user", "content": row["problem"]}], (row["image_path"],), with_logprobs=True)
+    (output,) = complete(engine, [request], Sampling(max_tokens=48))
+    engine.close()
+    assert output.text == choice.message.content
+    assert [p for _, p in output.logprobs] == pytest.approx([token.logprob for token in tokens], abs=1e-4)
 
 
 def test_training_by_the_real_server(vllm_server, tmp_path, monkeypatch, processor):

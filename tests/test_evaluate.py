@@ -4,6 +4,7 @@ import base64
 import copy
 import io
 import json
+import math
 import re
 import subprocess
 import sys
@@ -519,7 +520,7 @@ def test_an_image_under_another_name_is_not_dropped(tmp_path, monkeypatch, capsy
     (tmp_path / "red.png").write_bytes(RED)
     (tmp_path / "bench.json").write_text(json.dumps([{"question": "a", "answer": "1", "photo": "red.png"}]))
     line = refusal(monkeypatch, capsys, tmp_path / "bench.json")
-    assert "bench.json: row 0: field photo: holds an image and is not used; expected images, image, image_path" in line
+    assert "bench.json: row 0: field photo: holds an image and is not used; expected decoded_image, images" in line
     assert "--image_column" in line
 
 
@@ -617,3 +618,171 @@ def test_the_engine_on_the_shipped_model(processor, vision_model):
     assert sum(r["is_correct"] for r in together) >= 6  # far above chance
     assert all(0 < r["completion_tokens"] <= 48 for r in together)
     assert {r["prompt_tokens"] for r in together} == {r["prompt_tokens"] for r in apart}
+
+
+class Refuses(Scripted):
+    """A server whose context is shorter than what is asked of it, for all but the first question."""
+
+    def batch(self, requests, sampling):
+        error = "http://s/v1: answered 400: at most 512 tokens, got {}"
+        return [Output(error=error.format(4096 + i)) if i else Output("\\boxed{1}", 1, 1) for i in range(len(requests))]
+
+
+def command(monkeypatch, benchmark, output, engine, *flags) -> int:
+    arguments = ["evaluate.py", "--model", "x", "--engine", "transformers", "--benchmark", str(benchmark)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--output", str(output), *flags])
+    monkeypatch.setattr(evaluate, "make_engine", lambda *_: engine)
+    return evaluate.main()
+
+
+def test_the_most_frequent_errors_are_said_with_their_counts(tmp_path, monkeypatch, capsys):
+    """Those that differ in a number are one; here and by calculate_acc.py."""
+    from calculate_acc import render, summarise, tally
+
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS))
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", Refuses(None)) == 1
+    out, err = capsys.readouterr()
+    said = "  5 x http://s/v1: answered 400: at most 512 tokens, got 4097"
+    assert out.splitlines()[:2] == [
+        said,
+        f"6 rows, 5 failed; python calculate_acc.py --result_path {tmp_path / 'r.json'}",
+    ]
+    assert "6/6" in err and "\r" not in err  # no terminal: lines
+    text = render(summarise([tally(str(tmp_path / "r.json"))]), "table")
+    assert said in text.splitlines()
+
+
+def test_a_limited_run_is_gone_on_with(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / f"{name}.json").write_text(json.dumps([{**q, "dataset": name} for q in QUESTIONS[:4]]))
+    engine, files = Scripted(lambda text: "\\boxed{1}"), ["--benchmark", *(str(tmp_path / f"{n}.json") for n in "ab")]
+    output = tmp_path / "r.json"
+    for flags, asked, names in (
+        (["--limit", "1"], [2], "ab"),
+        (["--limit", "3"], [2, 4], "aaabbb"),
+        ([], [2, 4, 2], "aaaabbbb"),
+        (["--limit", "1"], [2, 4, 2], "ab"),
+    ):
+        assert command(monkeypatch, "none", output, engine, *files, *flags) == 0
+        assert engine.batches == asked
+        assert "".join(row["dataset"] for row in json.loads(output.read_text())) == names
+
+
+def test_a_verifier_of_one_s_own_scores_votes_and_tables(tmp_path, monkeypatch, capsys):
+    """Countdown: several expressions are right, and two ways to write one are one answer."""
+    from calculate_acc import render, summarise, tally
+
+    rows = [{"dataset": "countdown", "problem": "Make 45 of 9, 3, 12.", "answer": "45 from 9, 3, 12"}]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    given = iter(["(12+9)*3", "3*12+9", "(12*3)+9"])
+    engine = Scripted(lambda text: f"\\boxed{{{next(given)}}}")
+    flags = ["--reward_funcs", "data/countdown.py:countdown_reward", "--mode", "tts", "--tts", "vote", "--n", "3"]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, *flags, "--temperature", "1") == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert (row["chosen"], row["is_correct"], row["first_is_correct"]) == (1, True, False)
+    assert row["verifier"] == "data/countdown.py:countdown_reward"
+    summary = summarise([tally(str(tmp_path / "r.json"))])
+    assert summary["files"][0]["benchmarks"][0]["accuracy"] == 1.0  # verify.py knows no Countdown
+    assert "scored by data/countdown.py:countdown_reward" in render(summary, "table")
+    capsys.readouterr()
+    assert "reward_funcs" in refusal(monkeypatch, capsys, tmp_path / "b.json", "--reward_funcs", "none.py:x")
+
+
+def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "half.py").write_text("def half(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
+    name = f"{tmp_path}/half.py:half"
+    engine = Scripted(lambda text: "\\boxed{1}")
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, "--reward_funcs", name) == 2
+    assert "expected 0 or 1 (None: no opinion), got 0.5" in capsys.readouterr().err
+
+
+def spelled(*tokens):
+    """A completion, token by token with its probability."""
+    return Output(
+        "".join(text for text, _ in tokens), 1, len(tokens), logprobs=tuple((t, math.log(p)) for t, p in tokens)
+    )
+
+
+@pytest.mark.parametrize(
+    ("output", "verdict", "probability"),
+    [
+        (spelled(("It is A. ", 0.9), ("\\boxed{", 1.0), ("B", 0.6), ("}", 1.0)), "B", 0.6),
+        (spelled(("\\boxed{\\text{", 1.0), ("Y", 0.5), ("es", 0.8), ("}}", 1.0)), "Yes", 0.4),
+        (spelled(("\\box", 1.0), ("ed{Answer: A", 0.7), ("}", 0.2)), "A", 0.7),
+        (
+            spelled(
+                ("Yes", 0.3),
+            ),
+            "Yes",
+            0.3,
+        ),
+        (Output("\\boxed{A}"), "A", None),
+    ],
+)
+def test_the_probability_of_a_verdict_is_that_of_the_tokens_that_spell_it(output, verdict, probability):
+    assert evaluate.verdict_probability(output, verdict) == (probability and pytest.approx(probability))
+
+
+def test_several_verdicts_on_a_question_are_one_majority(tmp_path, monkeypatch, capsys):
+    class Judge(BatchEngine):
+        said = iter([("No", 0.9), ("Yes", 0.8), ("Yes", 0.6)])
+
+        def batch(self, requests, sampling):
+            assert len({request.seed for request in requests}) == len(requests) == 3
+            assert all(request.with_logprobs for request in requests)
+            return [spelled(("\\boxed{", 1.0), word, ("}", 1.0)) for word in self.said]
+
+    how = settings("judge", judge_samples=3, temperature=1.0)
+    point = {"dataset": "d", "problem": "1+1?", "response": "2", "label": "True"}
+    (row,) = evaluate.evaluate_records([point], Judge(), how)
+    assert (row["verdict"], row["votes"], row["is_correct"]) == ("Yes", ["No", "Yes", "Yes"], True)
+    assert row["verdict_probability"] == pytest.approx((0.1 + 0.8 + 0.6) / 3)
+    (tmp_path / "b.json").write_text(json.dumps([point]))
+    line = refusal(monkeypatch, capsys, tmp_path / "b.json", "--mode", "judge", "--judge_samples", "3")
+    assert "--judge_samples: expected a --temperature above 0" in line
+
+
+def test_a_weighted_vote_weighs_by_probability():
+    class Sure(BatchEngine):
+        def batch(self, requests, sampling):
+            if not requests[0].with_logprobs:
+                return [Output(f"\\boxed{{{n}}}", 1, 1) for n in (4, 4, 3)]
+            texts = [request.messages[-1]["content"] for request in requests]
+            return [
+                spelled(
+                    ("\\boxed{", 1.0), ("A" if "A: correct" in t else "B", 0.99 if "{3}" in t else 0.51), ("}", 1.0)
+                )
+                for t in texts
+            ]
+
+    (row,) = evaluate.evaluate_records(
+        [QUESTIONS[2]], Sure(), settings("tts", tts="weighted_vote", n=3, temperature=1.0)
+    )
+    assert [r["weight"] for r in row["rounds"]] == pytest.approx([0.51, 0.51, 0.99])
+    assert (row["extracted_answer"], {r["verdict"] for r in row["rounds"]}) == ("4", {"Yes"})
+
+
+def test_the_log_probabilities_of_transformers_are_those_of_its_model(processor, vision_model):
+    """Against a forward pass over the whole; rows of several lengths in one batch."""
+    import torch
+
+    engine = TransformersEngine(vision_model, processor)
+    texts = ("What is 1+1?", "What is 2+3? Think.")
+    requests = [Request([{"role": "user", "content": text}], with_logprobs=True) for text in texts]
+    outputs = engine.batch(requests, evaluate.Sampling(max_tokens=16))
+    for request, output in zip(requests, outputs, strict=True):
+        prompt = processor.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
+        start = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        (alone,) = engine.batch([request], evaluate.Sampling(max_tokens=16))
+        assert [token for token, _ in output.logprobs] == [token for token, _ in alone.logprobs]
+        assert len(output.logprobs) == output.completion_tokens
+        greedy = []
+        with torch.inference_mode():
+            for _ in output.logprobs:
+                logits = vision_model(input_ids=torch.tensor([start + [t for t, _ in greedy]])).logits[0, -1].float()
+                greedy.append((int(logits.argmax()), float(logits.log_softmax(0).max())))
+        assert [p for _, p in output.logprobs] == pytest.approx([p for _, p in greedy], abs=1e-4)
+    assert (
+        engine.batch([requests[0]._replace(with_logprobs=False)], evaluate.Sampling(max_tokens=2))[0].logprobs is None
+    )

@@ -397,7 +397,7 @@ def test_spark_data_with_turns_budgets_and_places(folder):
 def test_the_examples_of_the_documentation_are_read(folder):
     text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
-    assert len(examples) == 7
+    assert len(examples) == 9
     for example in examples:
         (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
         found = read(folder / "x.json")
@@ -881,7 +881,7 @@ def test_help_needs_nothing_heavy():
         "import sys; sys.argv=['x','--help']\ntry:\n from {} import main; main()\nexcept SystemExit: pass\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'vllm', 'pyarrow') if m in sys.modules])"
     )
-    for module in ("data.check", "data.filter", "data.judge_sets"):
+    for module in ("data.check", "data.filter"):
         done = subprocess.run(
             [sys.executable, "-c", code.format(module)],
             capture_output=True,

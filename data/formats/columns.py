@@ -17,13 +17,19 @@ from typing import Any
 
 from PIL import Image
 
-from data.rows import RowError, unicode_text
+from data.rows import RowError, literal, replace_surrogates, unicode_text
 
 QUESTIONS = ("prompt", "problem", "question", "query")
-ANSWERS = ("answer", "solution", "answerkey")
-IMAGES = ("images", "image", "image_path")
+ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
+IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
 TASKS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
+LABELS = {"yes": "Yes", "true": "Yes", "1": "Yes", "no": "No", "false": "No", "0": "No"}
+CATEGORIES = (
+    "category", "subset", "subject", "question_type", "answer_type", "task", "skills", "skill", "problem_version",
+    "knowledge_level", "level", "query_source", "source", "generator",
+)  # fmt: skip
+GROUPS = (("ID", "key"), ("qid", "varid"))  # We-Math: a problem and its steps; DynaMath: a question and its variants
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
@@ -92,28 +98,59 @@ def _holds_image(name: str, value: Any) -> bool:
 
 
 def judged_fields(raw: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a record for judging, None where it is none."""
+    """The fields of a record for judging, None where it has none."""
     fields = {name: raw.get(name) for pair in (PAIR, SINGLE) if raw.get(pair[0]) is not None for name in pair}
     return fields or None
 
 
 def for_judge(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
-    """(the fields as text, the right verdict: A is the pair's first). Raises RowError."""
+    """(the fields as text, the right verdict: A is the pair's first). Of several chosen ones, as in the ties of
+    RewardBench 2, each is better than each rejected one. Raises RowError."""
     if fields.get("response") is not None:
+        if fields.get("chosen") is not None:
+            raise RowError("response", "expected a pair of chosen and rejected, or a response with its label, got both")
         label = fields.get("label")
-        verdict = {True: "Yes", False: "No"}.get(label, label) if isinstance(label, (str, int)) else None
-        if verdict not in ("Yes", "No"):
+        verdict = LABELS.get(str(label).strip().lower()) if isinstance(label, (str, int)) else None
+        if verdict is None:
             raise RowError("label", f"expected Yes, No, true or false, got {label!r:.60}")
         return {"response": _response("response", fields["response"]), "label": verdict}, verdict
     if fields.get("chosen") is None:
         raise RowError("chosen", "expected a pair of chosen and rejected, or a response with its label")
-    rejected = fields["rejected"]
-    several = list(rejected) if isinstance(rejected, (list, tuple)) and rejected else [rejected]
-    chosen = _response("chosen", fields["chosen"])
-    return {"chosen": chosen, "rejected": [_response("rejected", response) for response in several]}, "A"
+    sides = {}
+    for name in PAIR:
+        value = literal(fields[name]) if str(fields[name]).lstrip().startswith("[") else fields[name]
+        several = list(value) if isinstance(value, (list, tuple)) and value else [value]
+        sides[name] = [_response(name, response) for response in several]
+    chosen = sides["chosen"]
+    return {"chosen": chosen[0] if len(chosen) == 1 else chosen, "rejected": sides["rejected"]}, "A"
 
 
 def _response(field: str, text: Any) -> str:
     if not isinstance(text, str) or not text.strip():
         raise RowError(field, f"expected a response as text, got {text!r:.60}")
     return unicode_text(text, field)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What results are grouped by
+
+
+def categories(raw: dict[str, Any]) -> dict[str, str | list[str]]:
+    """The categories of a record, those in its `metadata` included; of some there are several, as of skills."""
+    metadata = literal(raw.get("metadata"))
+    found = {**metadata, **raw} if isinstance(metadata, dict) else raw
+    return {name: value for name in CATEGORIES if (value := _category(found.get(name)))}
+
+
+def _category(value: Any) -> str | list[str] | None:
+    value = literal(value)
+    if isinstance(value, (list, tuple)):
+        return [text for text in map(_category, value) if isinstance(text, str)]
+    text = str(value).strip() if isinstance(value, (str, int)) else ""
+    return replace_surrogates(text) if len(text) < 100 else None
+
+
+def group_of(raw: dict[str, Any]) -> list[str] | None:
+    """(the question, which part of it this row is) of a record that is one of several of its question."""
+    names = next((names for names in GROUPS if all(raw.get(name) is not None for name in names)), None)
+    return [replace_surrogates(str(raw[name])) for name in names] if names else None
