@@ -20,9 +20,15 @@ Where this departs from the paper's released code:
 With `recycle_ratio 0` it is GRPOTrainer, number for number.
 """
 
+import sys
+
+if __name__ == "__main__":  # before torch and TRL are imported
+    from training import console
+
+    console.start(sys.argv[1:], __file__)
+
 import copy
 import math
-import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,7 +37,6 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoConfig, ProcessorMixin
-from transformers.trainer_callback import ProgressCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.import_utils import is_vllm_available
 
@@ -40,8 +45,9 @@ from data.arguments import DataArguments
 from data.rows import BadInput, question_key
 from prompts import TEMPLATE_TOKENS, instructions
 from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, recycle
+from training import console
 from training.batch import join, share_images
-from training.callbacks import Progress, RecycledTable, StopOnSignal, Watch
+from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, show_progress
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
 from training.logs import StepLogs
@@ -238,6 +244,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         self._table = RecycledTable()
         self.add_callback(self._table)
         self.add_callback(Watch())
+        self.add_callback(MetricsFile(self._metrics["train"]))
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -390,10 +397,13 @@ def main() -> None:
         config_class = plan.for_launch(SparkConfig, launch) if launch else SparkConfig
         parser = TrlParser((DataArguments, config_class, ModelConfig))
         parser.error = lambda message: parser.exit(2, f"train_spark.py: {message}\n")  # one line, without the usage
+        if "--help_all" in sys.argv:
+            return console.help_all(parser)
         data, args, model = parser.parse_args_and_config()
         if launch is not None:
             plan.show(data, args, model, launch)
             return
+        console.quiet()
         check_installation(args, model)
         check_weights(model.model_name_or_path)
         resume = where_to_start(args)
@@ -425,9 +435,7 @@ def main() -> None:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
-    if not args.disable_tqdm:
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(Progress)
+    show_progress(trainer)
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)
     with refusing(BadInput):  # found when it is used: a broken image, a batch that the model can't take
@@ -439,6 +447,7 @@ def main() -> None:
         raise SystemExit(128 + stop.received)
     trainer.save_model(args.output_dir)
     trainer.save_state()
+    console.show_result(args, trainer.state, model.use_peft)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,23 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, start):
-    """The final weights of a run that nothing happened to."""
+def whole_run(tmp_path_factory, start):
+    """(folder, stdout, stderr) of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    process = start(folder)
-    assert process.wait() == 0, process.stderr.read()
-    return load_file(folder / "model.safetensors")
+    process = start(folder, stdout=subprocess.PIPE)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return folder, printed, errors
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole_run):
+    """Its final weights."""
+    return load_file(whole_run[0] / "model.safetensors")
+
+
+def steps_written(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
@@ -67,6 +78,23 @@ def assert_same(folder: Path, expected: dict[str, torch.Tensor]) -> None:
     assert weights.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.equal(weights[name], weight), name
+
+
+def test_a_run_says_what_it_will_do_and_what_came_out(whole_run):
+    """And nothing else: no bars, no carriage returns, nothing that other libraries say."""
+    folder, printed, errors = whole_run
+    before, after = printed.splitlines()[:3], printed.splitlines()[3:]
+    assert before[0].startswith("64 rows used of ")
+    assert before[1] == "6 steps: 96 rollouts (4 prompts x 4 each time), at most 144 recycled ones (6 x 4)"
+    assert before[2] == f"logs: {folder}/metrics.jsonl, completions/"
+    assert after[0].startswith("6 steps, ") and "answers right 0." in after[0]
+    assert after[1] == f"{folder}: the model, README.md, metrics.jsonl"
+    assert after[2].startswith(f"next: python evaluate.py --model {folder} ")
+    lines = errors.splitlines()
+    assert [line.split()[1] for line in lines] == [f"{i}/6" for i in range(1, 7)], errors
+    assert all("  policy 0." in line for line in lines)
+    assert "\r" not in printed + errors
+    assert steps_written(folder) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -85,6 +113,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(number, tmp_p
     again = start(tmp_path)
     assert again.wait() == 0, again.stderr.read()
     assert_same(tmp_path, undisturbed)
+    assert steps_written(tmp_path) == [1, 2, 3, 4, 5, 6]
 
 
 def test_kill_9_at_random_moments_loses_nothing_saved(tmp_path, start, undisturbed):

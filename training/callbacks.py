@@ -1,31 +1,130 @@
-"""What a training run shows and hears: one progress bar, warnings where it goes wrong, and signals that end it."""
+"""What a training run shows, writes and hears: its progress, metrics.jsonl, warnings where it goes wrong, and signals
+that end it."""
 
+import json
+import math
 import signal
 import sys
-from collections import deque
+import time
+from collections import Counter, deque
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from training import console
 
 WINDOW = 20  # logs
+LINES = 50  # of progress at most, where it goes into a file
 
 
-class Progress(ProgressCallback):
-    """One bar with the numbers that matter, instead of all metrics of every step between its lines."""
+class Progress(TrainerCallback):
+    """First what the run will do, then one bar with the numbers that matter; where stderr is no terminal (or with
+    disable_tqdm), a line every so many steps."""
+
+    SHOWN = {  # noqa: RUF012
+        "policy": "policy/accuracy",
+        "pointwise": "judge/pointwise/balanced_accuracy",
+        "pairwise": "judge/pairwise/accuracy",
+        "fixed": "reflection/fix_rate",
+    }
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._figures: dict[str, str] = {}
+        self._first = 0  # steps done when it began
+        self._begun = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        print("\n".join(console.plan_lines(args, state.max_steps, state.global_step)), flush=True)
+        self._first, self._begun = state.global_step, time.monotonic()
+        if sys.stderr.isatty() and not args.disable_tqdm:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.update(1)
+        elif state.is_world_process_zero and not control.should_log:
+            self._line(state)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        shown = {
-            "policy": "policy/accuracy",
-            "pointwise": "judge/pointwise/balanced_accuracy",
-            "pairwise": "judge/pairwise/accuracy",
-            "fixed": "reflection/fix_rate",
-        }
-        if self.training_bar is not None:
-            self.training_bar.set_postfix({k: f"{logs[metric]:.2f}" for k, metric in shown.items() if metric in logs})
+        if not state.is_world_process_zero or "loss" not in logs:  # of an evaluation, or at the end
+            return
+        self._figures = {k: f"{logs[name]:.2f}" for k, name in self.SHOWN.items() if logs.get(name) is not None}
+        if self._bar is not None:
+            self._bar.set_postfix(self._figures)
+        else:
+            self._line(state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _line(self, state) -> None:
+        step, every = state.global_step, max(state.max_steps // LINES, 1)
+        if step == self._first + 1 or step % every == 0 or step == state.max_steps:
+            print(console.progress_line(state, self._figures, self._begun, self._first), file=sys.stderr, flush=True)
+
+
+def show_progress(trainer) -> None:
+    """`Progress` instead of what transformers prints."""
+    trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else ProgressCallback)
+    trainer.add_callback(Progress)
+
+
+class MetricsFile(TrainerCallback):
+    """Writes metrics.jsonl, a line a step, however seldom there is a log; `loss`, `grad_norm` and what else only a log
+    has come with the steps that are logged. An evaluation has a line of its own.
+
+    Args:
+        metrics: the trainer's lists of values since the last log.
+    """
+
+    def __init__(self, metrics: dict[str, list[float]]):
+        self._metrics = metrics
+        self._written: Counter[str] = Counter()  # how many of the values of each list are in lines
+        self._path: Path | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._path = Path(args.output_dir) / "metrics.jsonl"
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self._path.write_text("".join(kept), encoding="utf-8")  # a resumed run takes the later steps again
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self._path is not None and not control.should_log:
+            self._write(state, self._step())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self._path is None or "train_runtime" in logs:  # the sums at the end are no step's
+            return
+        self._write(state, {**logs, **self._step()} if "loss" in logs else logs)
+        if "loss" in logs:
+            self._written.clear()
+
+    def _step(self) -> dict[str, float | None]:
+        """Means of what came since the last line."""
+        means = {}
+        for name, values in self._metrics.items():
+            new = values[-1:] if name == "num_tokens" else values[self._written[name] :]  # tokens are a running sum
+            self._written[name] = len(values)
+            scored = [value for value in new if not math.isnan(value)]
+            if new:
+                means[name] = sum(scored) / len(scored) if scored else None
+        return means
+
+    def _write(self, state, line: dict[str, Any]) -> None:
+        line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **line}) + "\n")
 
 
 def troubles(history: list[dict[str, float]]) -> dict[str, str]:
