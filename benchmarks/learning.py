@@ -56,6 +56,7 @@ VARIANTS = {
     "every_2": spark(28, 24, recycle_every=2),
     "every_4": spark(34, 24, recycle_every=4),
     "every_4_no_reflection": spark(34, 24, recycle_every=4, recycle_tasks=["pointwise", "pairwise"]),
+    "adaptive": spark(20, 40, recycle_adaptive=True),
     "right_reflections": spark(16, 24, recycle_right_reflections=0.25),
     "weight_0.25": spark(16, 24, recycle_weight=0.25),
     "weight_0.5": spark(16, 24, recycle_weight=0.5),

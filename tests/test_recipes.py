@@ -19,6 +19,7 @@ from data.arguments import DataArguments
 from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
 from training import plan
+from training.seconds import Card, Lengths, generation_seconds
 
 RECIPES = sorted(path for path in Path("recipes").glob("*.yaml"))
 LAUNCHES = {
@@ -267,6 +268,31 @@ def test_states_by_hand(sharding, processes, expected):
     run = plan.settings(data, args, model, plan.Launch(processes, sharding), None, None)
     parts = plan.memory(run, plan.Architecture("x", 1000, 1000, 1, 1, 1, 1, 1))
     assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
+
+
+def test_seconds_by_hand():
+    """A model of a million parameters on one and on two cards that do 1e9 operations and read 1e6 bytes a second."""
+    card = Card("x", 1e9, 1e6, links=1e6, network=1e3, per_node=8, training=0.5, prefill=1.0, decoding=0.5)
+    model = plan.Architecture("x", 1_000_000, 1_000_000, 1, 1, 1, 1, 1)
+    batch = ("--per_device_train_batch_size", "16", "--max_completion_length", "100", "--use_cpu", "true")
+    data, args, parsed = parse(
+        ["--dataset", "digits", "--output_dir", "x", *batch, "--gradient_checkpointing", "false"]
+    )
+    lengths = Lengths(prompt=10, recycled_prompt=40, completion=50)
+    for processes, share in ((1, 1.0), (1, 0.5), (2, 1.0)):
+        run = plan.settings(data, args, parsed, plan.Launch(processes, "none"), None, None)
+        parts = generation_seconds(run, plan.steps(run), model, lengths, card, share)
+        # A step of 16 x processes rollouts, 2 x processes prompts. The cache has 4 bytes a token. Each card reads 2 MB
+        # of weights 100 times, and 16 caches that grow from 10 to 60 tokens.
+        assert parts["policy generation"] == pytest.approx(
+            2e6 * 2 * 10 / 1e9 + (100 * 2e6 + 16 * 50 * (10 + 25) * 4) / (1e6 * 0.5)
+        )
+        tokens = 16 * (10 + 50) + 16 * (40 + 50)
+        assert parts["forward, backward"] == pytest.approx(
+            max(3 * 2e6 * tokens / (1e9 * 0.5) * share, (processes > 1) * 2 * 2e6 / 1e6)
+        )
+        assert parts["log-probs"] == 0
+        assert parts["weight sync"] == 2e6 / 1e6 * processes  # gathered by two, and written
 
 
 def test_plan_without_model_and_data(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""What a run will do and need, before it starts: rows, steps, tokens, memory. No GPU and no weights.
+"""What a run will do and need, before it starts: rows, steps, tokens, memory, seconds. No GPU and no weights.
 
     python train_spark.py --config recipes/spark_vl_7b.yaml --plan recipes/accelerate/zero3.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml train_spark.py --config recipes/X.yaml --plan
@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
 from typing import Any, Literal
+
+from training.seconds import Card, average_lengths, generation_seconds
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
 
@@ -488,7 +490,7 @@ def show(data, args, model, launch: Launch) -> None:
     if counted is None:
         lines.append("memory     unknown, as the model is")
     else:
-        lines += _memory(run, memory(run, counted))
+        lines += [*_memory(run, memory(run, counted)), "", *_seconds(run, counted)]
     refused = refusals(run, counted)
     lines += ["", *(f"remark     {remark}" for remark in remarks(run))]
     lines += [f"refused    {reason}" for reason in refused or ["nothing"]]
@@ -536,3 +538,22 @@ def _memory(run: Run, parts: dict[str, float]) -> list[str]:
         f"  fits on a GPU of {card} GiB",
     ]
     return lines
+
+
+def _seconds(run: Run, model: Architecture) -> list[str]:
+    """A generation's seconds by part, and days of the whole."""
+    card, lengths, counts = Card(), average_lengths(run, model), steps(run)
+    parts = generation_seconds(run, counts, model, lengths, card)
+    whole = sum(parts.values())
+    lines = [f"seconds of a generation, if each GPU is an {card.name} (an estimate)"]
+    lines += [f"  {name:<28}{seconds:>18,.1f}" for name, seconds in parts.items() if seconds]
+    n = counts.total_generations
+    days = "" if n is None else f", {whole * n / 86400:,.1f} days in total"
+    return [
+        *lines,
+        f"  {'all':<28}{whole:>18,.1f}{days}",
+        f"  prompts of {lengths.prompt:,.0f} tokens, recycled ones of {lengths.recycled_prompt:,.0f}, completions of "
+        f"{lengths.completion:,.0f}; every row trained on;",
+        f"  {card.training:.0%} of the peak in training, {card.prefill:.0%} in prefill, {card.decoding:.0%} of the "
+        "memory's bandwidth in decoding",
+    ]
