@@ -11,6 +11,7 @@
                weighted_vote   the same, each answer weighing how probably it is right: as the judge says, asked with
                                both letterings
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
+               compare         all of them, from one set of --n answers, each with the tokens that it takes
     judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is
              it. --judge_samples k asks k times and takes the majority. Beside each verdict is its probability, by the
              log-probabilities of the tokens that spell it
@@ -61,7 +62,7 @@ from prompts import (
 )
 
 Row = dict[str, Any]
-TTS = ("reflect", "vote", "weighted_vote", "best_of_n")
+TTS = ("reflect", "vote", "weighted_vote", "best_of_n", "compare")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Settings:
     repetition_penalty: float = flag(1.0, least=0.01)
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
     max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
-    n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
+    n: int = flag(8, "tts, other than reflect: answers per question", least=1)
     judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
@@ -224,82 +225,171 @@ def answer_row(row: Row, settings: Settings) -> Solver:
 def reflect_row(row: Row, settings: Settings) -> Solver:
     """Answer, judge the own answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
     tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    (text,) = tokens.read((yield [Request(messages, images)]))
-    first, first_tokens, rounds = text, tokens.completion, []
-    for _ in range(settings.max_rounds):
-        shown, form = _shown(text, settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
-        (judged,) = tokens.read((yield [Request(question, images)]))
-        verdict = verify.parse_verdict(judged)
-        rounds.append(_round(text, verdict, judged))
-        if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
-            break
-        question = ask(messages, reflection_instruction(shown, form, template=1), settings.prompt_suffix)
-        (text,) = tokens.read((yield [Request(question, images)]))
-    else:
-        rounds.append(_round(text))
+    (first,) = tokens.read((yield [Request(row["prompt"], tuple(row["images"]))]))
+    first_tokens = tokens.completion
+    text, rounds, _ = yield from _reflect(row, settings, tokens, first)
     reflections = sum(r["verdict"] == "No" for r in rounds)
     return _final(row, text, tokens, first, first_tokens, rounds, reflections, settings)
 
 
-def sampled_row(row: Row, settings: Settings) -> Solver:
-    """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
-    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer.
-
-    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. A pair is won
-    by the side that both verdicts name; where one can't be read, or they contradict each other, by the side with more
-    votes.
-    """
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    outputs = yield [Request(messages, images)] * settings.n
-    texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
-    groups = _same_answers([verify.extract_boxed(text) for text in texts], settings.verifier)
-    rounds = [_round(text) for text in texts]
-    candidates = [_shown(text, settings.judge_source)[0] for text in texts]
-    matches = []
-
-    def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
-        """Each question as its instructions word it in one order, then in the other."""
-        texts = itertools.chain.from_iterable(instructions)
-        return [Request(ask(messages, t, settings.prompt_suffix), images, with_logprobs=True) for t in texts]
-
-    if settings.tts == "weighted_vote":
-        outputs = yield in_both_orders(
-            tuple(pointwise_instruction(candidate, right_letter=letter) for letter in "AB") for candidate in candidates
-        )
-        judged = tokens.read(outputs)
-        weights = []
-        for i, replies in enumerate(zip(outputs[::2], outputs[1::2], strict=True)):
-            beliefs = [_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)]
-            weights.append(sum(beliefs) / 2)
-            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
-            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(judged[2 * i : 2 * i + 2])), "weight": weights[i]}
-        groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
-    elif settings.tts == "vote":
-        groups.sort(key=lambda g: -len(g))
+def _reflect(row: Row, settings: Settings, tokens: _Tokens, text: str):
+    """The answer that `text` becomes, the rounds, and for each number of reflections at most, from 1 on, which answer
+    that would give and the completion tokens spent until then."""
+    messages, images, start = row["prompt"], tuple(row["images"]), tokens.completion
+    rounds, stops = [], []
+    for left in range(settings.max_rounds, 0, -1):
+        candidate, form = _shown(text, settings.judge_source)
+        question = ask(messages, pointwise_instruction(candidate), settings.prompt_suffix)
+        (judged,) = tokens.read((yield [Request(question, images)]))
+        verdict = verify.parse_verdict(judged)
+        rounds.append(_round(text, verdict, judged))
+        if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
+            stops += [(text, tokens.completion - start)] * left
+            break
+        question = ask(messages, reflection_instruction(candidate, form, template=1), settings.prompt_suffix)
+        (text,) = tokens.read((yield [Request(question, images)]))
+        stops.append((text, tokens.completion - start))
     else:
+        rounds.append(_round(text))
+    return text, rounds, stops
+
+
+class Samples:
+    """`n` answers to a question, and what the model's own judge says of them. Answers that the verifier calls equal are
+    one answer.
+
+    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. Nothing is
+    asked twice the same way: a choice among the first k answers reuses what is known, and has the price (completion
+    tokens) that it would have had alone.
+    """
+
+    def __init__(self, row: Row, settings: Settings):
+        self.row, self.settings, self.tokens = row, settings, _Tokens()
+        self.texts: list[str] = []
+        self.rounds: list[Row] = []
+        self.matches: list[Row] = []  # of the last knock-out
+        self._prices: list[int] = []  # of each answer
+        self._group: dict[int, int] = {}  # answer -> which ones it is equal to; without those that have no box
+        self._weights: list[tuple[float, int]] = []  # of each answer, and its price
+        self._matches: dict[tuple[int, int], tuple[Row, int]] = {}  # (a, b) -> its verdicts, and their price
+
+    def draw(self) -> Solver:
+        outputs = yield [Request(self.row["prompt"], tuple(self.row["images"]))] * self.settings.n
+        self.texts, self._prices = self.tokens.read(outputs), [output.completion_tokens for output in outputs]
+        self.rounds = [_round(text) for text in self.texts]
+        self._candidates = [_shown(text, self.settings.judge_source)[0] for text in self.texts]
+        groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.verifier)
+        self._group = {i: number for number, group in enumerate(groups) for i in group}
+
+    @property
+    def first_tokens(self) -> int:
+        return self._prices[0]
+
+    def choose(self, how: str, n: int):
+        """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
+        groups: dict[int, list[int]] = {}  # in order of appearance
+        for i in range(n):
+            if i in self._group:
+                groups.setdefault(self._group[i], []).append(i)
+        ordered, price = list(groups.values()) or [list(range(n))], sum(self._prices[:n])
+        if how == "vote":
+            ordered.sort(key=lambda g: -len(g))
+        elif how == "weighted_vote":
+            yield from self._weigh(n)
+            ordered.sort(key=lambda g: (-sum(self._weights[i][0] for i in g), -len(g)))
+            price += sum(cost for _, cost in self._weights[:n])
+        else:
+            price += yield from self._knock_out(ordered)
+        return ordered[0][0], price
+
+    def _ask_both_ways(self, pairs: list[tuple[str, str]]):
+        """The outputs for each pair of instructions."""
+        if not pairs:
+            return []
+        outputs = yield [
+            Request(ask(self.row["prompt"], text, self.settings.prompt_suffix), tuple(self.row["images"]), None, True)
+            for pair in pairs
+            for text in pair
+        ]
+        self.tokens.read(outputs)
+        return list(zip(outputs[::2], outputs[1::2], strict=True))
+
+    def _weigh(self, n: int) -> Solver:
+        new = range(len(self._weights), n)
+        replies = yield from self._ask_both_ways([
+            tuple(pointwise_instruction(self._candidates[i], right_letter=letter) for letter in "AB") for i in new
+        ])  # fmt: skip
+        for i, both in zip(new, replies, strict=True):
+            beliefs = [_belief(output, letter) for output, letter in zip(both, "AB", strict=True)]
+            self._weights.append((sum(beliefs) / 2, sum(output.completion_tokens for output in both)))
+            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
+            judged = "\n---\n".join(output.text for output in both)
+            self.rounds[i] = {**_round(self.texts[i], verdict, judged), "weight": self._weights[i][0]}
+
+    def _knock_out(self, groups: list[list[int]]):
+        """Reduce `groups` to the winner of a knock-out; return its price. A pair is won by the side that both verdicts
+        name; where one can't be read, or they contradict each other, by the side with more votes."""
+        self.matches, price = [], 0
         while len(groups) > 1:
             pairs = list(zip(groups[::2], groups[1::2], strict=False))
-            outputs = yield in_both_orders(
-                tuple(pairwise_instruction(candidates[x[0]], candidates[y[0]]) for x, y in ((a, b), (b, a)))
-                for a, b in pairs
-            )
-            judged = tokens.read(outputs)
+            new = [(a[0], b[0]) for a, b in pairs if (a[0], b[0]) not in self._matches]
+            sides = [(self._candidates[a], self._candidates[b]) for a, b in new]
+            replies = yield from self._ask_both_ways([
+                (pairwise_instruction(a, b), pairwise_instruction(b, a)) for a, b in sides
+            ])  # fmt: skip
+            for match, both in zip(new, replies, strict=True):
+                verdicts = [verify.parse_verdict(output.text) for output in both]
+                judged = "\n---\n".join(output.text for output in both)
+                told = {"verdict": verdicts[0], "verdict_swapped": verdicts[1], "judge_output": judged}
+                self._matches[match] = told, sum(output.completion_tokens for output in both)
             winners = []
-            for (a, b), first, swapped in zip(pairs, judged[::2], judged[1::2], strict=True):
-                verdicts = verify.parse_verdict(first), verify.parse_verdict(swapped)
-                winner = {("A", "B"): a, ("B", "A"): b}.get(verdicts, max(a, b, key=len))  # equal votes: a, the earlier
-                winners.append(winner)
-                matches.append({
-                    "a": a[0], "b": b[0], "verdict": verdicts[0], "verdict_swapped": verdicts[1],
-                    "winner": winner[0], "judge_output": f"{first}\n---\n{swapped}",
-                })  # fmt: skip
-            groups = winners + groups[2 * len(pairs) :]
-    chosen = groups[0][0]
-    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, 0, settings)
-    return {**result, "chosen": chosen, "matches": matches}
+            for a, b in pairs:
+                told, cost = self._matches[a[0], b[0]]
+                agreed = {("A", "B"): a, ("B", "A"): b}.get((told["verdict"], told["verdict_swapped"]))
+                winners.append(agreed or max(a, b, key=len))  # equal votes: a, the earlier
+                self.matches.append({"a": a[0], "b": b[0], "winner": winners[-1][0], **told})
+                price += cost
+            groups[:] = winners + groups[2 * len(pairs) :]
+        return price
+
+
+def sampled_row(row: Row, settings: Settings) -> Solver:
+    """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
+    knock-out of pairwise judgements."""
+    samples = Samples(row, settings)
+    yield from samples.draw()
+    chosen, _ = yield from samples.choose(settings.tts, settings.n)
+    return _sampled(samples, chosen)
+
+
+def compared_row(row: Row, settings: Settings) -> Solver:
+    """`n` answers, and what every way of test-time scaling makes of the first 1, 2, 4, ... of them, at which price;
+    reflection starts from the first one. The majority is known for each number: what to compare at equal tokens."""
+    samples, n = Samples(row, settings), settings.n
+    yield from samples.draw()
+    powers = [2**i for i in range(n.bit_length())]
+    variants, right = [], lru_cache(lambda text: settings.verifier.is_right(row, text))
+
+    def add(variant: str, count: int, text: str, price: int) -> None:
+        answer = {"answer": verify.extract_boxed(text), "is_correct": right(text)}
+        variants.append({"variant": variant, "n": count, **answer, "completion_tokens": price})
+
+    for variant, counts in (("vote", range(1, n + 1)), ("weighted_vote", powers), ("best_of_n", powers)):
+        for count in counts:
+            chosen, price = yield from samples.choose(variant, count)
+            add(variant, count, samples.texts[chosen], price)
+    *_, stops = yield from _reflect(row, settings, samples.tokens, samples.texts[0])
+    for count, (text, price) in enumerate(stops, 1):
+        add("reflect", count, text, samples.first_tokens + price)
+    chosen, _ = yield from samples.choose("vote", n)
+    return {**_sampled(samples, chosen), "variants": variants}
+
+
+def _sampled(samples: Samples, chosen: int) -> Row:
+    texts, first_tokens = samples.texts, samples.first_tokens
+    row, tokens, settings = samples.row, samples.tokens, samples.settings
+    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, samples.rounds, 0, settings)
+    return {**result, "chosen": chosen, "matches": samples.matches}
 
 
 def _belief(output: Output, right_letter: str) -> float:
@@ -314,7 +404,7 @@ def _belief(output: Output, right_letter: str) -> float:
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:
-    return (reflect_row if settings.tts == "reflect" else sampled_row)(row, settings)
+    return {"reflect": reflect_row, "compare": compared_row}.get(settings.tts, sampled_row)(row, settings)
 
 
 def _round(text: str, verdict: str | None = None, judged: str | None = None) -> Row:
