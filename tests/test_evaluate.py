@@ -830,3 +830,31 @@ def test_ways_of_test_time_scaling_are_compared_from_one_set_of_samples(tmp_path
     assert engine.calls == 4 + 8 + 2 + 3  # the one pair is asked about once, in both orders
     assert row["completion_tokens"] == 4 * 4 + 10 * 2 + 2 + 6 + 2
     assert (row["first_is_correct"], row["is_correct"], row["extracted_answer"]) == (False, False, "5")
+
+
+def test_a_chat_template_with_the_suffix_asks_as_evaluation_does(processor):
+    """recipes/boxed.jinja before the model's own, for harnesses that know nothing of the suffix."""
+    from pathlib import Path
+
+    from engines import prompt_text
+
+    prefix = (Path(__file__).parent.parent / "recipes" / "boxed.jinja").read_text(encoding="utf-8")
+    (row,) = read_benchmark(Source([{"problem": "Area?", "answer": "1", "image": RED}]), "answer")
+    conversations = {
+        "text": [{"role": "user", "content": "Area?"}],
+        "parts": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Area?"}]}],
+        "turns": [
+            {"role": "system", "content": "S"},
+            *({"role": r, "content": "x"} for r in ("user", "assistant", "user")),
+        ],
+    }
+    served = {
+        name: processor.apply_chat_template(
+            messages, chat_template=prefix + processor.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        for name, messages in conversations.items()
+    }
+    assert served["parts"] == prompt_text(processor, Request(row["prompt"], tuple(row["images"])))
+    (row,) = read_benchmark(Source([{"problem": "Area?", "answer": "1"}]), "answer")
+    assert served["text"] == prompt_text(processor, Request(row["prompt"]))
+    assert served["turns"].count(PROMPT_SUFFIX) == 1
