@@ -601,21 +601,10 @@ TITLES = {
     "pairwise": "Judging pairs, in both orders",
     "best_of_n": "Judging the best of n: the chosen one against each other, in both orders",
 }
-COUNTS = {
-    "questions",
-    "n",
-    "majority_n",
-    "verdicts",
-    "unboxed",
-    "right_to_wrong",
-    "wrong_to_right",
-    "rows",
-    "answered",
-    "unscorable",
-    "failed",
-    "gained",
-    "lost",
-}
+COUNTS = frozenset(
+    "questions n majority_n verdicts unboxed right_to_wrong wrong_to_right rows answered unscorable failed gained lost"
+    .split()
+)  # fmt: skip
 
 
 def cell(name: str, value) -> str:

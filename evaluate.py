@@ -154,19 +154,72 @@ class RequestFailed(Exception):
 Solver = Generator[list[Request], list[Output], Row]  # calls that may go out together, their outputs in that order
 
 
-class _Tokens:
-    """Counts the tokens of a row's calls, and turns a failed call into the row's error."""
+class Calls:
+    """The calls of a row: what they ask, the tokens that they take, and the result that they lead to."""
 
-    def __init__(self):
-        self.prompt = self.completion = 0
+    def __init__(self, row: Row, settings: Settings):
+        self.row, self.settings = row, settings
+        self.prompt_tokens = self.completion_tokens = 0
+
+    def request(self, instruction: str | None = None, with_logprobs: bool = False) -> Request:
+        """The row's question, or one about it."""
+        messages = self.row["prompt"]
+        if instruction is not None:
+            messages = ask(messages, instruction, self.settings.prompt_suffix)
+        return Request(messages, tuple(self.row["images"]), with_logprobs=with_logprobs)
 
     def read(self, outputs: list[Output]) -> list[str]:
+        """The texts of the outputs. Raises RequestFailed."""
         for output in outputs:
             if output.error is not None:
                 raise RequestFailed(output.error)
-            self.prompt += output.prompt_tokens
-            self.completion += output.completion_tokens
+            self.prompt_tokens += output.prompt_tokens
+            self.completion_tokens += output.completion_tokens
         return [output.text for output in outputs]
+
+    def candidate(self, response: str) -> tuple[str, str]:
+        """(what a judge sees of a response, its form): the box if that is wanted and there is one, else all of it."""
+        boxed = verify.extract_boxed(response)
+        if self.settings.judge_source == "answer" and boxed is not None:
+            return neutralise(boxed), "answer"
+        return neutralise(response), "cot"
+
+    def result(self, text: str, **fields: Any) -> Row:
+        row = self.row
+        return {
+            "dataset": row["dataset"],
+            "problem": row["problem"],
+            "image_path": row["image_path"],
+            "ground_truth": None if "chosen" in row or "response" in row else row["solution"],
+            "vlm_output": text,
+            "extracted_answer": None,
+            "is_correct": None,
+            "error": None,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            **{name: row[name] for name in ("categories", "group") if row[name]},
+            **fields,
+        }
+
+    def is_right(self, text: str) -> bool | None:
+        return self.settings.verifier.is_right(self.row, text)
+
+    def scored(self, text: str, **fields: Any) -> Row:
+        if self.settings.reward_funcs:
+            fields["verifier"] = self.settings.reward_funcs
+        answer = verify.extract_boxed(text)
+        return self.result(text, extracted_answer=answer, is_correct=self.is_right(text), **fields)
+
+    def final(self, text: str, first: str, first_tokens: int, rounds: list[Row], **fields: Any) -> Row:
+        """The result of test-time scaling; `first` is the answer without it."""
+        return self.scored(
+            text,
+            rounds=rounds,
+            first_answer=verify.extract_boxed(first),
+            first_is_correct=self.is_right(first),
+            first_completion_tokens=first_tokens,
+            **fields,
+        )
 
 
 class Judgement(NamedTuple):
@@ -206,55 +259,43 @@ def verdict_probability(output: Output, verdict: str) -> float | None:
     return min(1.0, math.exp(total))
 
 
-def _shown(text: str, source: str) -> tuple[str, str]:
-    """(what a judge sees of a response, its form): the box if asked for and there is one, else all of it."""
-    boxed = verify.extract_boxed(text)
-    if source == "answer" and boxed is not None:
-        return neutralise(boxed), "answer"
-    return neutralise(text), "cot"
-
-
 def answer_row(row: Row, settings: Settings) -> Solver:
     """One answer, scored against the gold."""
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    (text,) = tokens.read((yield [Request(messages, images)]))
-    return _scored(row, text, tokens, settings)
+    calls = Calls(row, settings)
+    (text,) = calls.read((yield [calls.request()]))
+    return calls.scored(text)
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
     """Answer, judge the own answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
-    tokens = _Tokens()
-    (first,) = tokens.read((yield [Request(row["prompt"], tuple(row["images"]))]))
-    first_tokens = tokens.completion
-    text, rounds, _ = yield from _reflect(row, settings, tokens, first)
+    calls = Calls(row, settings)
+    (first,) = calls.read((yield [calls.request()]))
+    first_tokens = calls.completion_tokens
+    text, rounds, _ = yield from _reflect(calls, first)
     reflections = sum(r["verdict"] == "No" for r in rounds)
-    return _final(row, text, tokens, first, first_tokens, rounds, reflections, settings)
+    return calls.final(text, first, first_tokens, rounds, round_num=reflections)
 
 
-def _reflect(row: Row, settings: Settings, tokens: _Tokens, text: str):
+def _reflect(calls: Calls, text: str):
     """The answer that `text` becomes, the rounds, and for each number of reflections at most, from 1 on, which answer
     that would give and the completion tokens spent until then."""
-    messages, images, start = row["prompt"], tuple(row["images"]), tokens.completion
-    rounds, stops = [], []
-    for left in range(settings.max_rounds, 0, -1):
-        candidate, form = _shown(text, settings.judge_source)
-        question = ask(messages, pointwise_instruction(candidate), settings.prompt_suffix)
-        (judged,) = tokens.read((yield [Request(question, images)]))
+    start, rounds, stops = calls.completion_tokens, [], []
+    for left in range(calls.settings.max_rounds, 0, -1):
+        candidate, form = calls.candidate(text)
+        (judged,) = calls.read((yield [calls.request(pointwise_instruction(candidate))]))
         verdict = verify.parse_verdict(judged)
         rounds.append(_round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
-            stops += [(text, tokens.completion - start)] * left
+            stops += [(text, calls.completion_tokens - start)] * left
             break
-        question = ask(messages, reflection_instruction(candidate, form, template=1), settings.prompt_suffix)
-        (text,) = tokens.read((yield [Request(question, images)]))
-        stops.append((text, tokens.completion - start))
+        (text,) = calls.read((yield [calls.request(reflection_instruction(candidate, form, template=1))]))
+        stops.append((text, calls.completion_tokens - start))
     else:
         rounds.append(_round(text))
     return text, rounds, stops
 
 
-class Samples:
+class Samples(Calls):
     """`n` answers to a question, and what the model's own judge says of them. Answers that the verifier calls equal are
     one answer.
 
@@ -264,7 +305,7 @@ class Samples:
     """
 
     def __init__(self, row: Row, settings: Settings):
-        self.row, self.settings, self.tokens = row, settings, _Tokens()
+        super().__init__(row, settings)
         self.texts: list[str] = []
         self.rounds: list[Row] = []
         self.matches: list[Row] = []  # of the last knock-out
@@ -274,16 +315,21 @@ class Samples:
         self._matches: dict[tuple[int, int], tuple[Row, int]] = {}  # (a, b) -> its verdicts, and their price
 
     def draw(self) -> Solver:
-        outputs = yield [Request(self.row["prompt"], tuple(self.row["images"]))] * self.settings.n
-        self.texts, self._prices = self.tokens.read(outputs), [output.completion_tokens for output in outputs]
+        outputs = yield [self.request()] * self.settings.n
+        self.texts, self._prices = self.read(outputs), [output.completion_tokens for output in outputs]
         self.rounds = [_round(text) for text in self.texts]
-        self._candidates = [_shown(text, self.settings.judge_source)[0] for text in self.texts]
+        self._candidates = [self.candidate(text)[0] for text in self.texts]
         groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.verifier)
         self._group = {i: number for number, group in enumerate(groups) for i in group}
 
     @property
     def first_tokens(self) -> int:
         return self._prices[0]
+
+    def chosen(self, i: int, **fields: Any) -> Row:
+        """The result, if the i-th answer is the one to give."""
+        fields |= {"round_num": 0, "chosen": i, "matches": self.matches}
+        return self.final(self.texts[i], self.texts[0], self.first_tokens, self.rounds, **fields)
 
     def choose(self, how: str, n: int):
         """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
@@ -306,12 +352,8 @@ class Samples:
         """The outputs for each pair of instructions."""
         if not pairs:
             return []
-        outputs = yield [
-            Request(ask(self.row["prompt"], text, self.settings.prompt_suffix), tuple(self.row["images"]), None, True)
-            for pair in pairs
-            for text in pair
-        ]
-        self.tokens.read(outputs)
+        outputs = yield [self.request(text, with_logprobs=True) for pair in pairs for text in pair]
+        self.read(outputs)
         return list(zip(outputs[::2], outputs[1::2], strict=True))
 
     def _weigh(self, n: int) -> Solver:
@@ -359,7 +401,7 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
     samples = Samples(row, settings)
     yield from samples.draw()
     chosen, _ = yield from samples.choose(settings.tts, settings.n)
-    return _sampled(samples, chosen)
+    return samples.chosen(chosen)
 
 
 def compared_row(row: Row, settings: Settings) -> Solver:
@@ -368,7 +410,7 @@ def compared_row(row: Row, settings: Settings) -> Solver:
     samples, n = Samples(row, settings), settings.n
     yield from samples.draw()
     powers = [2**i for i in range(n.bit_length())]
-    variants, right = [], lru_cache(lambda text: settings.verifier.is_right(row, text))
+    variants, right = [], lru_cache(samples.is_right)
 
     def add(variant: str, count: int, text: str, price: int) -> None:
         answer = {"answer": verify.extract_boxed(text), "is_correct": right(text)}
@@ -378,18 +420,11 @@ def compared_row(row: Row, settings: Settings) -> Solver:
         for count in counts:
             chosen, price = yield from samples.choose(variant, count)
             add(variant, count, samples.texts[chosen], price)
-    *_, stops = yield from _reflect(row, settings, samples.tokens, samples.texts[0])
+    *_, stops = yield from _reflect(samples, samples.texts[0])
     for count, (text, price) in enumerate(stops, 1):
         add("reflect", count, text, samples.first_tokens + price)
     chosen, _ = yield from samples.choose("vote", n)
-    return {**_sampled(samples, chosen), "variants": variants}
-
-
-def _sampled(samples: Samples, chosen: int) -> Row:
-    texts, first_tokens = samples.texts, samples.first_tokens
-    row, tokens, settings = samples.row, samples.tokens, samples.settings
-    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, samples.rounds, 0, settings)
-    return {**result, "chosen": chosen, "matches": samples.matches}
+    return samples.chosen(chosen, variants=variants)
 
 
 def _belief(output: Output, right_letter: str) -> float:
@@ -411,26 +446,6 @@ def _round(text: str, verdict: str | None = None, judged: str | None = None) -> 
     return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
 
 
-def _final(
-    row: Row,
-    text: str,
-    tokens: _Tokens,
-    first: str,
-    first_tokens: int,
-    rounds: list[Row],
-    reflections: int,
-    settings: Settings,
-) -> Row:
-    return {
-        **_scored(row, text, tokens, settings),
-        "round_num": reflections,
-        "rounds": rounds,
-        "first_answer": verify.extract_boxed(first),
-        "first_is_correct": settings.verifier.is_right(row, first),
-        "first_completion_tokens": first_tokens,
-    }
-
-
 def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[int]]:
     """Positions of equal answers together, in order of appearance; those without a box only if there is no other."""
     groups: list[list[int]] = []
@@ -448,32 +463,25 @@ def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[in
 
 def judge_row(row: Row, settings: Settings) -> Solver:
     """A pair in both orders, or one response with its label. Of several chosen and rejected ones, every pair."""
-    tokens, images = _Tokens(), tuple(row["images"])
+    calls, k = Calls(row, settings), settings.judge_samples
     single = row.get("response") is not None
-
-    def candidate(text: str) -> str:
-        return _shown(text, settings.judge_source)[0]
-
     if single:
-        instructions = [pointwise_instruction(candidate(row["response"]))]
+        instructions = [pointwise_instruction(calls.candidate(row["response"])[0])]
     else:
         chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
-        pairs = list(itertools.product(map(candidate, chosen), [candidate(text) for text in row["rejected"]]))
+        sides = [[calls.candidate(text)[0] for text in side] for side in (chosen, row["rejected"])]
+        pairs = list(itertools.product(*sides))
         instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
-    requests = [
-        Request(ask(row["prompt"], text, settings.prompt_suffix), images, with_logprobs=True) for text in instructions
-    ]
-    k = settings.judge_samples
+    requests = [calls.request(text, with_logprobs=True) for text in instructions]
     outputs = yield [request for request in requests for _ in range(k)]
-    texts = tokens.read(outputs)
+    texts = calls.read(outputs)
     judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
-    common = _common(row, "\n---\n".join(texts), tokens) | {"extracted_answer": verify.extract_boxed(texts[-1])}
+    common = calls.result("\n---\n".join(texts), extracted_answer=verify.extract_boxed(texts[-1]))
     if k > 1:
         common["votes"] = [verify.parse_verdict(text) for text in texts]
     if single:
         (only,) = judged
-        return {
-            **common,
+        return common | {
             "task": "pointwise",
             "label": row["label"],
             "verdict": only.verdict,
@@ -486,8 +494,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     def one_or_all(values: list) -> Any:
         return values[0] if len(pairs) == 1 else values
 
-    return {
-        **common,
+    return common | {
         "task": "pairwise" if len(pairs) == 1 else "best_of_n",
         "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
         "verdict": one_or_all([j.verdict for j in first]),
@@ -495,31 +502,6 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         "verdict_swapped": one_or_all([j.verdict for j in swapped]),
         "verdict_swapped_probability": one_or_all([j.probability for j in swapped]),
         "is_correct": all(j.verdict == "A" for j in first) and all(j.verdict == "B" for j in swapped),
-    }
-
-
-def _common(row: Row, text: str, tokens: _Tokens) -> Row:
-    return {
-        "dataset": row["dataset"],
-        "problem": row["problem"],
-        "image_path": row["image_path"],
-        "ground_truth": None if "chosen" in row or "response" in row else row["solution"],
-        "vlm_output": text,
-        "extracted_answer": None,
-        "is_correct": None,
-        "error": None,
-        "prompt_tokens": tokens.prompt,
-        "completion_tokens": tokens.completion,
-        **{name: row[name] for name in ("categories", "group") if row[name]},
-    }
-
-
-def _scored(row: Row, text: str, tokens: _Tokens, settings: Settings) -> Row:
-    return {
-        **_common(row, text, tokens),
-        "extracted_answer": verify.extract_boxed(text),
-        "is_correct": settings.verifier.is_right(row, text),
-        **({"verifier": settings.reward_funcs} if settings.reward_funcs else {}),
     }
 
 
@@ -555,7 +537,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
         except StopIteration as finished:
             return finished.value
         except RequestFailed as failure:
-            return {**_common(running.row, "", _Tokens()), "error": str(failure)}
+            return Calls(running.row, settings).result("", error=str(failure))
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
             if sampling.temperature > 0:
