@@ -7,6 +7,9 @@ it is left out of every rate and counted apart, and the most frequent errors are
 scored (no usable gold). An answer without a box is an answer, and wrong. Rows of a verifier of your own (evaluate.py
 --reward_funcs) keep the verdict that they have. Intervals are Wilson's at 95 %.
 
+Results of evaluate.py --tts compare also give accuracy against the tokens generated, for each way of test-time scaling
+and each number of answers, and its difference from a majority of about as many tokens; --figure draws it as a PNG.
+
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
 answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
@@ -35,6 +38,7 @@ KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
 AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
 MOST_VALUES = 50  # of a category that is tabulated; one with more is a name for each row
 PROBABILITIES = {"verdict": "verdict_probability", "verdict_swapped": "verdict_swapped_probability"}
+WAYS = {"vote": "majority", "weighted_vote": "weighted", "best_of_n": "best of n", "reflect": "reflect"}
 BINS = 10  # of a verdict's probability, for its calibration
 EXAMPLES = 5  # of disagreement, kept of each file
 
@@ -74,6 +78,13 @@ def fault(row: Row, kind: str) -> tuple[str, str] | None:
     for name in ("is_correct", "first_is_correct") if row.get("verifier") else ():
         if not isinstance(row.get(name), (bool, type(None))):
             return name, "true, false or null"
+    for variant in row.get("variants") or () if kind == "tts" else ():
+        amounts = (variant.get("n"), variant.get("completion_tokens")) if isinstance(variant, dict) else (None,)
+        known = set(WAYS) >= {variant.get("variant")} if isinstance(variant, dict) else False
+        if not known or not all(isinstance(a, int) and a >= 0 for a in amounts):
+            return "variants", f"objects with variant ({', '.join(WAYS)}), n, answer, completion_tokens"
+        if not isinstance(variant.get("answer", ...), (str, int, float, type(None))):
+            return "variants", "answers as text, or null"
     if not _are_categories(row.get("categories") or {}):
         return "categories", "an object of texts or lists of them"
     group = row.get("group") or ["", ""]
@@ -134,6 +145,7 @@ class Tally:
     # (dataset, kind) -> field -> value -> how many were answered, and right
     categories: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(Counter))))
     questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
+    scaling: dict = field(default_factory=lambda: defaultdict(list))  # dataset -> of each row: way -> (right, tokens)
     groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
 
 
@@ -166,6 +178,11 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 for name, values in (row.get("categories") or {}).items():
                     for value in [values] if isinstance(values, str) else values:
                         total.categories[dataset, kind][name][value].update(answered=1, right=right)
+                if row.get("variants"):
+                    total.scaling[dataset].append({
+                        (v["variant"], v["n"]): (bool(variant_is_right(row, v, verdicts)), v["completion_tokens"])
+                        for v in row["variants"]
+                    })  # fmt: skip
                 if row.get("group"):
                     question, part = row["group"]
                     total.groups[dataset, kind][question][part] = right
@@ -183,13 +200,19 @@ def score(rows: list[Row]) -> dict[tuple, bool | None]:
 
     names = {"answer": ("extracted_answer",), "tts": ("extracted_answer", "first_answer")}
     answered = [row for row in rows if row.get("error") is None and not row.get("verifier")]
-    pairs = list(dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ())))
+    pairs = dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ()))
+    pairs |= dict.fromkeys(as_pair({**row, **v}, "answer") for row in answered for v in row.get("variants") or ())
+    pairs = list(pairs)
     return dict(zip(pairs, verify_many(pairs), strict=True))
 
 
 def as_pair(row: Row, name: str) -> tuple:
     answer, gold = row[name], row["ground_truth"]
     return None if answer in (None, "") else str(answer), tuple(gold) if isinstance(gold, list) else gold
+
+
+def variant_is_right(row: Row, variant: Row, verdicts: dict[tuple, bool | None]) -> bool | None:
+    return variant["is_correct"] if row.get("verifier") else verdicts[as_pair({**row, **variant}, "answer")]
 
 
 def match_key(row: Row) -> int:
@@ -378,6 +401,55 @@ def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
     return rows if any(n["questions"] < n["label_Yes"] + n["label_No"] for n in bands.values()) else []
 
 
+def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row]:
+    """Accuracy against the tokens generated, of each way and number of answers, and its paired difference from the
+    majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line."""
+    import numpy as np
+
+    rng, table = np.random.default_rng(0), []
+    ways = [way for way in rows[0] if all(way in row for row in rows)]
+    tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
+    for way, n in ways:
+        if way == "vote" and n & (n - 1):
+            continue
+        majority = min((w for w in ways if w[0] == "vote"), key=lambda w: abs(tokens[w] - tokens[way, n]))
+        right = sum(row[way, n][0] for row in rows)
+        gained = sum(row[way, n][0] and not row[majority][0] for row in rows)
+        lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
+        interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
+        winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
+        table.append({
+            "way": WAYS[way] if (way, n) != ("vote", 1) else "first answer", "n": n, "answered": len(rows),
+            "tokens": tokens[way, n], "accuracy": right / len(rows), "interval": wilson(right, len(rows)),
+            "majority_n": majority[1], "majority_tokens": tokens[majority],
+            "difference": (gained - lost) / len(rows), "difference_interval": interval, "winner": winner,
+        })  # fmt: skip
+    return table
+
+
+def figure(files: list[Row], path: str) -> None:
+    """Draw the price tables: accuracy against tokens, a panel for each file and benchmark. Raises BadInput without."""
+    panels = [(file["path"], b["dataset"], b["price"]) for file in files for b in file["benchmarks"] if b.get("price")]
+    if not panels:
+        raise BadInput("--figure: expected results of evaluate.py --mode tts --tts compare")
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, (name, dataset, price) in zip(axes[0], panels, strict=True):
+        for way in WAYS.values():
+            rows = [row for row in price if row["way"] == way or (way == "majority" and row["way"] == "first answer")]
+            bars = [[abs(row["interval"][i] - row["accuracy"]) for row in rows] for i in (0, 1)]
+            axis.errorbar([row["tokens"] for row in rows], [row["accuracy"] for row in rows], bars, label=way,
+                          marker="o", capsize=2, linewidth=1)  # fmt: skip
+        axis.set(xscale="log", xlabel="tokens generated a question", ylabel="accuracy", title=f"{name}: {dataset}")
+        axis.legend()
+    drawn.savefig(path, dpi=120)
+    pyplot.close(drawn)
+
+
 def by_category(values: dict[str, Counter]) -> Row:
     """Accuracy for each value of a category, and their mean: RewardBench 2's score is the one over its subsets."""
     rows = {value: {"answered": n["answered"], "accuracy": n["right"] / n["answered"],
@@ -479,6 +551,8 @@ def summarise(tallies: list[Tally]) -> Row:
             benchmark["categories"] = {name: by_category(values) for name, values in split.items()}
             if key[1] == "pointwise":
                 benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
+            if key[1] == "tts" and total.scaling[key[0]]:
+                benchmark["price"] = price_table(total.scaling[key[0]])
             benchmark["scores"] = group_scores(total.groups[key]) if total.groups[key] else {}
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
@@ -527,19 +601,10 @@ TITLES = {
     "pairwise": "Judging pairs, in both orders",
     "best_of_n": "Judging the best of n: the chosen one against each other, in both orders",
 }
-COUNTS = {
-    "questions",
-    "verdicts",
-    "unboxed",
-    "right_to_wrong",
-    "wrong_to_right",
-    "rows",
-    "answered",
-    "unscorable",
-    "failed",
-    "gained",
-    "lost",
-}
+COUNTS = frozenset(
+    "questions n majority_n verdicts unboxed right_to_wrong wrong_to_right rows answered unscorable failed gained lost"
+    .split()
+)  # fmt: skip
 
 
 def cell(name: str, value) -> str:
@@ -549,7 +614,9 @@ def cell(name: str, value) -> str:
         return f"{value:,}"
     if "interval" in name:
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
-    if name in ("tokens", "first_tokens"):
+    if name == "winner":
+        return value
+    if name in ("tokens", "first_tokens", "majority_tokens"):
         return f"{value:,.1f}"
     if name == "reflections":
         return f"{value:.2f}"
@@ -606,6 +673,12 @@ def breakdowns(files: list[Row]) -> list[Table]:
     for file in files:
         for b in file["benchmarks"]:
             name, interval = [b["dataset"], file["path"], b["kind"]], {"95 %": "interval"}
+            for row in b.get("price", ()):
+                fields = {"n": "n", "tokens": "tokens", "accuracy": "accuracy", **interval, "majority of": "majority_n",
+                          "its tokens": "majority_tokens", "difference": "difference",
+                          "95 % of it": "difference_interval", "better": "winner"}  # fmt: skip
+                title = "Test-time scaling at its price, against a majority of as many tokens"
+                add(title, ["way"], [*name, row["way"]], row, fields)
             for score, row in b["scores"].items():
                 fields = {"questions": "questions", "value": "score", **interval}
                 add("The benchmarks' own scores", ["score"], [*name, score], row, fields)
@@ -689,12 +762,16 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
+    parser.add_argument("--figure", metavar="PNG", help="draw accuracy against tokens, of --tts compare")
     args = parser.parse_args()
     try:
         tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]
-    except BadInput as error:
+        summary = summarise(tallies)
+        if args.figure:
+            figure(summary["files"], args.figure)
+    except (BadInput, OSError) as error:
         return refuse("calculate_acc.py", error)
-    print(render(summarise(tallies), args.format))
+    print(render(summary, args.format))
     return 0
 
 

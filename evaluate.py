@@ -11,6 +11,7 @@
                weighted_vote   the same, each answer weighing how probably it is right: as the judge says, asked with
                                both letterings
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
+               compare         all of them, from one set of --n answers, each with the tokens that it takes
     judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is
              it. --judge_samples k asks k times and takes the majority. Beside each verdict is its probability, by the
              log-probabilities of the tokens that spell it
@@ -61,7 +62,7 @@ from prompts import (
 )
 
 Row = dict[str, Any]
-TTS = ("reflect", "vote", "weighted_vote", "best_of_n")
+TTS = ("reflect", "vote", "weighted_vote", "best_of_n", "compare")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Settings:
     repetition_penalty: float = flag(1.0, least=0.01)
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
     max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
-    n: int = flag(8, "tts vote, weighted_vote, best_of_n: answers per question", least=1)
+    n: int = flag(8, "tts, other than reflect: answers per question", least=1)
     judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
@@ -153,19 +154,72 @@ class RequestFailed(Exception):
 Solver = Generator[list[Request], list[Output], Row]  # calls that may go out together, their outputs in that order
 
 
-class _Tokens:
-    """Counts the tokens of a row's calls, and turns a failed call into the row's error."""
+class Calls:
+    """The calls of a row: what they ask, the tokens that they take, and the result that they lead to."""
 
-    def __init__(self):
-        self.prompt = self.completion = 0
+    def __init__(self, row: Row, settings: Settings):
+        self.row, self.settings = row, settings
+        self.prompt_tokens = self.completion_tokens = 0
+
+    def request(self, instruction: str | None = None, with_logprobs: bool = False) -> Request:
+        """The row's question, or one about it."""
+        messages = self.row["prompt"]
+        if instruction is not None:
+            messages = ask(messages, instruction, self.settings.prompt_suffix)
+        return Request(messages, tuple(self.row["images"]), with_logprobs=with_logprobs)
 
     def read(self, outputs: list[Output]) -> list[str]:
+        """The texts of the outputs. Raises RequestFailed."""
         for output in outputs:
             if output.error is not None:
                 raise RequestFailed(output.error)
-            self.prompt += output.prompt_tokens
-            self.completion += output.completion_tokens
+            self.prompt_tokens += output.prompt_tokens
+            self.completion_tokens += output.completion_tokens
         return [output.text for output in outputs]
+
+    def candidate(self, response: str) -> tuple[str, str]:
+        """(what a judge sees of a response, its form): the box if that is wanted and there is one, else all of it."""
+        boxed = verify.extract_boxed(response)
+        if self.settings.judge_source == "answer" and boxed is not None:
+            return neutralise(boxed), "answer"
+        return neutralise(response), "cot"
+
+    def result(self, text: str, **fields: Any) -> Row:
+        row = self.row
+        return {
+            "dataset": row["dataset"],
+            "problem": row["problem"],
+            "image_path": row["image_path"],
+            "ground_truth": None if "chosen" in row or "response" in row else row["solution"],
+            "vlm_output": text,
+            "extracted_answer": None,
+            "is_correct": None,
+            "error": None,
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            **{name: row[name] for name in ("categories", "group") if row[name]},
+            **fields,
+        }
+
+    def is_right(self, text: str) -> bool | None:
+        return self.settings.verifier.is_right(self.row, text)
+
+    def scored(self, text: str, **fields: Any) -> Row:
+        if self.settings.reward_funcs:
+            fields["verifier"] = self.settings.reward_funcs
+        answer = verify.extract_boxed(text)
+        return self.result(text, extracted_answer=answer, is_correct=self.is_right(text), **fields)
+
+    def final(self, text: str, first: str, first_tokens: int, rounds: list[Row], **fields: Any) -> Row:
+        """The result of test-time scaling; `first` is the answer without it."""
+        return self.scored(
+            text,
+            rounds=rounds,
+            first_answer=verify.extract_boxed(first),
+            first_is_correct=self.is_right(first),
+            first_completion_tokens=first_tokens,
+            **fields,
+        )
 
 
 class Judgement(NamedTuple):
@@ -205,101 +259,172 @@ def verdict_probability(output: Output, verdict: str) -> float | None:
     return min(1.0, math.exp(total))
 
 
-def _shown(text: str, source: str) -> tuple[str, str]:
-    """(what a judge sees of a response, its form): the box if asked for and there is one, else all of it."""
-    boxed = verify.extract_boxed(text)
-    if source == "answer" and boxed is not None:
-        return neutralise(boxed), "answer"
-    return neutralise(text), "cot"
-
-
 def answer_row(row: Row, settings: Settings) -> Solver:
     """One answer, scored against the gold."""
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    (text,) = tokens.read((yield [Request(messages, images)]))
-    return _scored(row, text, tokens, settings)
+    calls = Calls(row, settings)
+    (text,) = calls.read((yield [calls.request()]))
+    return calls.scored(text)
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
     """Answer, judge the own answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    (text,) = tokens.read((yield [Request(messages, images)]))
-    first, first_tokens, rounds = text, tokens.completion, []
-    for _ in range(settings.max_rounds):
-        shown, form = _shown(text, settings.judge_source)
-        question = ask(messages, pointwise_instruction(shown), settings.prompt_suffix)
-        (judged,) = tokens.read((yield [Request(question, images)]))
+    calls = Calls(row, settings)
+    (first,) = calls.read((yield [calls.request()]))
+    first_tokens = calls.completion_tokens
+    text, rounds, _ = yield from _reflect(calls, first)
+    reflections = sum(r["verdict"] == "No" for r in rounds)
+    return calls.final(text, first, first_tokens, rounds, round_num=reflections)
+
+
+def _reflect(calls: Calls, text: str):
+    """The answer that `text` becomes, the rounds, and for each number of reflections at most, from 1 on, which answer
+    that would give and the completion tokens spent until then."""
+    start, rounds, stops = calls.completion_tokens, [], []
+    for left in range(calls.settings.max_rounds, 0, -1):
+        candidate, form = calls.candidate(text)
+        (judged,) = calls.read((yield [calls.request(pointwise_instruction(candidate))]))
         verdict = verify.parse_verdict(judged)
         rounds.append(_round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
+            stops += [(text, calls.completion_tokens - start)] * left
             break
-        question = ask(messages, reflection_instruction(shown, form, template=1), settings.prompt_suffix)
-        (text,) = tokens.read((yield [Request(question, images)]))
+        (text,) = calls.read((yield [calls.request(reflection_instruction(candidate, form, template=1))]))
+        stops.append((text, calls.completion_tokens - start))
     else:
         rounds.append(_round(text))
-    reflections = sum(r["verdict"] == "No" for r in rounds)
-    return _final(row, text, tokens, first, first_tokens, rounds, reflections, settings)
+    return text, rounds, stops
+
+
+class Samples(Calls):
+    """`n` answers to a question, and what the model's own judge says of them. Answers that the verifier calls equal are
+    one answer.
+
+    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. Nothing is
+    asked twice the same way: a choice among the first k answers reuses what is known, and has the price (completion
+    tokens) that it would have had alone.
+    """
+
+    def __init__(self, row: Row, settings: Settings):
+        super().__init__(row, settings)
+        self.texts: list[str] = []
+        self.rounds: list[Row] = []
+        self.matches: list[Row] = []  # of the last knock-out
+        self._prices: list[int] = []  # of each answer
+        self._group: dict[int, int] = {}  # answer -> which ones it is equal to; without those that have no box
+        self._weights: list[tuple[float, int]] = []  # of each answer, and its price
+        self._matches: dict[tuple[int, int], tuple[Row, int]] = {}  # (a, b) -> its verdicts, and their price
+
+    def draw(self) -> Solver:
+        outputs = yield [self.request()] * self.settings.n
+        self.texts, self._prices = self.read(outputs), [output.completion_tokens for output in outputs]
+        self.rounds = [_round(text) for text in self.texts]
+        self._candidates = [self.candidate(text)[0] for text in self.texts]
+        groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.verifier)
+        self._group = {i: number for number, group in enumerate(groups) for i in group}
+
+    @property
+    def first_tokens(self) -> int:
+        return self._prices[0]
+
+    def chosen(self, i: int, **fields: Any) -> Row:
+        """The result, if the i-th answer is the one to give."""
+        fields |= {"round_num": 0, "chosen": i, "matches": self.matches}
+        return self.final(self.texts[i], self.texts[0], self.first_tokens, self.rounds, **fields)
+
+    def choose(self, how: str, n: int):
+        """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
+        groups: dict[int, list[int]] = {}  # in order of appearance
+        for i in range(n):
+            if i in self._group:
+                groups.setdefault(self._group[i], []).append(i)
+        ordered, price = list(groups.values()) or [list(range(n))], sum(self._prices[:n])
+        if how == "vote":
+            ordered.sort(key=lambda g: -len(g))
+        elif how == "weighted_vote":
+            yield from self._weigh(n)
+            ordered.sort(key=lambda g: (-sum(self._weights[i][0] for i in g), -len(g)))
+            price += sum(cost for _, cost in self._weights[:n])
+        else:
+            price += yield from self._knock_out(ordered)
+        return ordered[0][0], price
+
+    def _ask_both_ways(self, pairs: list[tuple[str, str]]):
+        """The outputs for each pair of instructions."""
+        if not pairs:
+            return []
+        outputs = yield [self.request(text, with_logprobs=True) for pair in pairs for text in pair]
+        self.read(outputs)
+        return list(zip(outputs[::2], outputs[1::2], strict=True))
+
+    def _weigh(self, n: int) -> Solver:
+        new = range(len(self._weights), n)
+        replies = yield from self._ask_both_ways([
+            tuple(pointwise_instruction(self._candidates[i], right_letter=letter) for letter in "AB") for i in new
+        ])  # fmt: skip
+        for i, both in zip(new, replies, strict=True):
+            beliefs = [_belief(output, letter) for output, letter in zip(both, "AB", strict=True)]
+            self._weights.append((sum(beliefs) / 2, sum(output.completion_tokens for output in both)))
+            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
+            judged = "\n---\n".join(output.text for output in both)
+            self.rounds[i] = {**_round(self.texts[i], verdict, judged), "weight": self._weights[i][0]}
+
+    def _knock_out(self, groups: list[list[int]]):
+        """Reduce `groups` to the winner of a knock-out; return its price. A pair is won by the side that both verdicts
+        name; where one can't be read, or they contradict each other, by the side with more votes."""
+        self.matches, price = [], 0
+        while len(groups) > 1:
+            pairs = list(zip(groups[::2], groups[1::2], strict=False))
+            new = [(a[0], b[0]) for a, b in pairs if (a[0], b[0]) not in self._matches]
+            sides = [(self._candidates[a], self._candidates[b]) for a, b in new]
+            replies = yield from self._ask_both_ways([
+                (pairwise_instruction(a, b), pairwise_instruction(b, a)) for a, b in sides
+            ])  # fmt: skip
+            for match, both in zip(new, replies, strict=True):
+                verdicts = [verify.parse_verdict(output.text) for output in both]
+                judged = "\n---\n".join(output.text for output in both)
+                told = {"verdict": verdicts[0], "verdict_swapped": verdicts[1], "judge_output": judged}
+                self._matches[match] = told, sum(output.completion_tokens for output in both)
+            winners = []
+            for a, b in pairs:
+                told, cost = self._matches[a[0], b[0]]
+                agreed = {("A", "B"): a, ("B", "A"): b}.get((told["verdict"], told["verdict_swapped"]))
+                winners.append(agreed or max(a, b, key=len))  # equal votes: a, the earlier
+                self.matches.append({"a": a[0], "b": b[0], "winner": winners[-1][0], **told})
+                price += cost
+            groups[:] = winners + groups[2 * len(pairs) :]
+        return price
 
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
     """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
-    knock-out of pairwise judgements. Answers that are equal to the verifier are one answer.
+    knock-out of pairwise judgements."""
+    samples = Samples(row, settings)
+    yield from samples.draw()
+    chosen, _ = yield from samples.choose(settings.tts, settings.n)
+    return samples.chosen(chosen)
 
-    A judge may lean to a letter, so it is asked everything twice, with the letters the other way round. A pair is won
-    by the side that both verdicts name; where one can't be read, or they contradict each other, by the side with more
-    votes.
-    """
-    tokens = _Tokens()
-    messages, images = row["prompt"], tuple(row["images"])
-    outputs = yield [Request(messages, images)] * settings.n
-    texts, first_tokens = tokens.read(outputs), outputs[0].completion_tokens
-    groups = _same_answers([verify.extract_boxed(text) for text in texts], settings.verifier)
-    rounds = [_round(text) for text in texts]
-    candidates = [_shown(text, settings.judge_source)[0] for text in texts]
-    matches = []
 
-    def in_both_orders(instructions: Iterable[tuple[str, str]]) -> list[Request]:
-        """Each question as its instructions word it in one order, then in the other."""
-        texts = itertools.chain.from_iterable(instructions)
-        return [Request(ask(messages, t, settings.prompt_suffix), images, with_logprobs=True) for t in texts]
+def compared_row(row: Row, settings: Settings) -> Solver:
+    """`n` answers, and what every way of test-time scaling makes of the first 1, 2, 4, ... of them, at which price;
+    reflection starts from the first one. The majority is known for each number: what to compare at equal tokens."""
+    samples, n = Samples(row, settings), settings.n
+    yield from samples.draw()
+    powers = [2**i for i in range(n.bit_length())]
+    variants, right = [], lru_cache(samples.is_right)
 
-    if settings.tts == "weighted_vote":
-        outputs = yield in_both_orders(
-            tuple(pointwise_instruction(candidate, right_letter=letter) for letter in "AB") for candidate in candidates
-        )
-        judged = tokens.read(outputs)
-        weights = []
-        for i, replies in enumerate(zip(outputs[::2], outputs[1::2], strict=True)):
-            beliefs = [_belief(reply, letter) for reply, letter in zip(replies, "AB", strict=True)]
-            weights.append(sum(beliefs) / 2)
-            verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
-            rounds[i] = {**_round(texts[i], verdict, "\n---\n".join(judged[2 * i : 2 * i + 2])), "weight": weights[i]}
-        groups.sort(key=lambda g: (-sum(weights[i] for i in g), -len(g)))
-    elif settings.tts == "vote":
-        groups.sort(key=lambda g: -len(g))
-    else:
-        while len(groups) > 1:
-            pairs = list(zip(groups[::2], groups[1::2], strict=False))
-            outputs = yield in_both_orders(
-                tuple(pairwise_instruction(candidates[x[0]], candidates[y[0]]) for x, y in ((a, b), (b, a)))
-                for a, b in pairs
-            )
-            judged = tokens.read(outputs)
-            winners = []
-            for (a, b), first, swapped in zip(pairs, judged[::2], judged[1::2], strict=True):
-                verdicts = verify.parse_verdict(first), verify.parse_verdict(swapped)
-                winner = {("A", "B"): a, ("B", "A"): b}.get(verdicts, max(a, b, key=len))  # equal votes: a, the earlier
-                winners.append(winner)
-                matches.append({
-                    "a": a[0], "b": b[0], "verdict": verdicts[0], "verdict_swapped": verdicts[1],
-                    "winner": winner[0], "judge_output": f"{first}\n---\n{swapped}",
-                })  # fmt: skip
-            groups = winners + groups[2 * len(pairs) :]
-    chosen = groups[0][0]
-    result = _final(row, texts[chosen], tokens, texts[0], first_tokens, rounds, 0, settings)
-    return {**result, "chosen": chosen, "matches": matches}
+    def add(variant: str, count: int, text: str, price: int) -> None:
+        answer = {"answer": verify.extract_boxed(text), "is_correct": right(text)}
+        variants.append({"variant": variant, "n": count, **answer, "completion_tokens": price})
+
+    for variant, counts in (("vote", range(1, n + 1)), ("weighted_vote", powers), ("best_of_n", powers)):
+        for count in counts:
+            chosen, price = yield from samples.choose(variant, count)
+            add(variant, count, samples.texts[chosen], price)
+    *_, stops = yield from _reflect(samples, samples.texts[0])
+    for count, (text, price) in enumerate(stops, 1):
+        add("reflect", count, text, samples.first_tokens + price)
+    chosen, _ = yield from samples.choose("vote", n)
+    return samples.chosen(chosen, variants=variants)
 
 
 def _belief(output: Output, right_letter: str) -> float:
@@ -314,31 +439,11 @@ def _belief(output: Output, right_letter: str) -> float:
 
 
 def tts_row(row: Row, settings: Settings) -> Solver:
-    return (reflect_row if settings.tts == "reflect" else sampled_row)(row, settings)
+    return {"reflect": reflect_row, "compare": compared_row}.get(settings.tts, sampled_row)(row, settings)
 
 
 def _round(text: str, verdict: str | None = None, judged: str | None = None) -> Row:
     return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
-
-
-def _final(
-    row: Row,
-    text: str,
-    tokens: _Tokens,
-    first: str,
-    first_tokens: int,
-    rounds: list[Row],
-    reflections: int,
-    settings: Settings,
-) -> Row:
-    return {
-        **_scored(row, text, tokens, settings),
-        "round_num": reflections,
-        "rounds": rounds,
-        "first_answer": verify.extract_boxed(first),
-        "first_is_correct": settings.verifier.is_right(row, first),
-        "first_completion_tokens": first_tokens,
-    }
 
 
 def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[int]]:
@@ -358,32 +463,25 @@ def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[in
 
 def judge_row(row: Row, settings: Settings) -> Solver:
     """A pair in both orders, or one response with its label. Of several chosen and rejected ones, every pair."""
-    tokens, images = _Tokens(), tuple(row["images"])
+    calls, k = Calls(row, settings), settings.judge_samples
     single = row.get("response") is not None
-
-    def candidate(text: str) -> str:
-        return _shown(text, settings.judge_source)[0]
-
     if single:
-        instructions = [pointwise_instruction(candidate(row["response"]))]
+        instructions = [pointwise_instruction(calls.candidate(row["response"])[0])]
     else:
         chosen = row["chosen"] if isinstance(row["chosen"], list) else [row["chosen"]]
-        pairs = list(itertools.product(map(candidate, chosen), [candidate(text) for text in row["rejected"]]))
+        sides = [[calls.candidate(text)[0] for text in side] for side in (chosen, row["rejected"])]
+        pairs = list(itertools.product(*sides))
         instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
-    requests = [
-        Request(ask(row["prompt"], text, settings.prompt_suffix), images, with_logprobs=True) for text in instructions
-    ]
-    k = settings.judge_samples
+    requests = [calls.request(text, with_logprobs=True) for text in instructions]
     outputs = yield [request for request in requests for _ in range(k)]
-    texts = tokens.read(outputs)
+    texts = calls.read(outputs)
     judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
-    common = _common(row, "\n---\n".join(texts), tokens) | {"extracted_answer": verify.extract_boxed(texts[-1])}
+    common = calls.result("\n---\n".join(texts), extracted_answer=verify.extract_boxed(texts[-1]))
     if k > 1:
         common["votes"] = [verify.parse_verdict(text) for text in texts]
     if single:
         (only,) = judged
-        return {
-            **common,
+        return common | {
             "task": "pointwise",
             "label": row["label"],
             "verdict": only.verdict,
@@ -396,8 +494,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
     def one_or_all(values: list) -> Any:
         return values[0] if len(pairs) == 1 else values
 
-    return {
-        **common,
+    return common | {
         "task": "pairwise" if len(pairs) == 1 else "best_of_n",
         "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
         "verdict": one_or_all([j.verdict for j in first]),
@@ -405,31 +502,6 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         "verdict_swapped": one_or_all([j.verdict for j in swapped]),
         "verdict_swapped_probability": one_or_all([j.probability for j in swapped]),
         "is_correct": all(j.verdict == "A" for j in first) and all(j.verdict == "B" for j in swapped),
-    }
-
-
-def _common(row: Row, text: str, tokens: _Tokens) -> Row:
-    return {
-        "dataset": row["dataset"],
-        "problem": row["problem"],
-        "image_path": row["image_path"],
-        "ground_truth": None if "chosen" in row or "response" in row else row["solution"],
-        "vlm_output": text,
-        "extracted_answer": None,
-        "is_correct": None,
-        "error": None,
-        "prompt_tokens": tokens.prompt,
-        "completion_tokens": tokens.completion,
-        **{name: row[name] for name in ("categories", "group") if row[name]},
-    }
-
-
-def _scored(row: Row, text: str, tokens: _Tokens, settings: Settings) -> Row:
-    return {
-        **_common(row, text, tokens),
-        "extracted_answer": verify.extract_boxed(text),
-        "is_correct": settings.verifier.is_right(row, text),
-        **({"verifier": settings.reward_funcs} if settings.reward_funcs else {}),
     }
 
 
@@ -465,7 +537,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
         except StopIteration as finished:
             return finished.value
         except RequestFailed as failure:
-            return {**_common(running.row, "", _Tokens()), "error": str(failure)}
+            return Calls(running.row, settings).result("", error=str(failure))
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
             if sampling.temperature > 0:

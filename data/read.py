@@ -30,33 +30,11 @@ from typing import Any
 
 from data import hub, table
 from data.arguments import DataSettings
-from data.formats import (
-    columns,
-    gsm8k,
-    judgebench,
-    llava,
-    math_boxed,
-    processbench,
-    spark_data,
-    verl,
-    vl_rewardbench,
-    vlmevalkit,
-)
+from data.formats import FORMATS, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, options_of, readings, right_label
-from data.rows import (
-    BadInput,
-    BadRow,
-    Options,
-    Record,
-    RowError,
-    Source,
-    build_row,
-    image_list,
-    question_of,
-    unicode_text,
-)
+from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
 from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
@@ -64,8 +42,6 @@ CHECKED = 50_000  # rows made and checked before training: seconds. A million wo
 HEADERS = 20_000  # images whose header is read before training; of the rest, only that the file is there
 DRAWS = 100  # rows tried in place of one that can't be used
 _PEEK = 100  # records whose columns decide the layout
-_JUDGED = (vl_rewardbench, judgebench, processbench)
-_FORMATS = (spark_data, llava, verl, *_JUDGED, vlmevalkit, gsm8k, math_boxed)
 
 Row = dict[str, Any]
 
@@ -395,9 +371,9 @@ class Layout:
         self.image_column = None if "image" in missing else settings.image_column
         self.format = self.question = None
         if {"prompt", "solution"} & set(missing):
-            matching = [module for module in _FORMATS if module.matches(self.columns, head)]
+            matching = [module for module in FORMATS if module.matches(self.columns, head)]
             self.format = next(iter(matching), None)
-            judged = [module.NAME for module in matching if module in _JUDGED]
+            judged = [module.NAME for module in matching if module in JUDGED]
             if judged and set(columns.PAIR) <= self.columns:
                 judged.append("chosen and rejected")
             if len(judged) > 1:
@@ -426,7 +402,7 @@ class Layout:
             f"{', '.join(sorted(map(str, self.columns)))}"
         )
 
-    def _with_options(self, head: list[dict[str, Any]]) -> Iterator[tuple[str, Options]]:
+    def _with_options(self, head: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
         for raw in head:
             try:
                 record = self.record(raw)

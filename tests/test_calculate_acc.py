@@ -465,3 +465,56 @@ def test_a_judge_that_only_knows_the_question_is_seen():
 def test_a_probability_that_is_none_is_refused(wrong):
     with pytest.raises(BadInput, match="f: row 0: field verdict_probability: expected a probability, or null"):
         tally("f", rows=[judged("pointwise", "Yes", "Yes", verdict_probability=wrong)])
+
+
+# ---- test-time scaling at its price ----------------------------------------------------------------------------------
+
+
+def compared(right, problem):
+    """A row of --tts compare: `right` has for each way and number whether it is right, and its tokens."""
+    variants = [
+        {"variant": way, "n": n, "answer": "4" if ok else "5", "is_correct": ok, "completion_tokens": tokens}
+        for (way, n), (ok, tokens) in right.items()
+    ]
+    return row("4", problem=problem, first_answer="5", rounds=[], round_num=0, variants=variants)
+
+
+def test_the_price_of_test_time_scaling_by_hand(tmp_path):
+    """100 questions: a majority of 3 costs what weighing 1 does and is right 10 times more often."""
+    rows = [
+        compared({("vote", 1): (i < 50, 10), ("vote", 2): (i < 50, 20), ("vote", 3): (i < 60, 30), ("vote", 4):
+                  (i < 62, 40), ("weighted_vote", 1): (i < 50, 28), ("best_of_n", 4): (i >= 20, 90)}, str(i))
+        for i in range(100)
+    ]  # fmt: skip
+    found = {(r["way"], r["n"]): r for r in one(rows)["price"]}
+    assert list(found) == [
+        ("first answer", 1), ("majority", 2), ("majority", 4), ("weighted", 1), ("best of n", 4),
+    ]  # fmt: skip
+    weighted, best = found["weighted", 1], found["best of n", 4]
+    assert (weighted["accuracy"], weighted["tokens"], weighted["majority_n"]) == (0.5, 28, 3)
+    assert (weighted["difference"], weighted["winner"]) == (-0.1, "majority")
+    assert weighted["difference_interval"] == pytest.approx([-0.16, -0.05], abs=0.015)
+    assert (best["majority_n"], best["majority_tokens"]) == (4, 40)  # there is none of 90
+    assert (best["difference"], best["winner"]) == (pytest.approx(0.18), "best of n")
+    assert found["first answer", 1]["winner"] == "neither"
+    path = write(tmp_path / "f.json", rows)
+    done = command("--result_path", path, "--figure", tmp_path / "f.png")
+    assert done.returncode == 0, done.stderr
+    assert "Test-time scaling at its price" in done.stdout
+    from PIL import Image
+
+    assert Image.open(tmp_path / "f.png").width > 400
+    plain = write(tmp_path / "g.json", [row("4")])
+    done = command("--result_path", plain, "--figure", tmp_path / "g.png")
+    assert (done.returncode, done.stderr) == (
+        2, "calculate_acc.py: --figure: expected results of evaluate.py --mode tts --tts compare\n",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variant", [3, {}, {"variant": "luck", "n": 1, "answer": "4", "completion_tokens": 1},
+                {"variant": "vote", "n": 1, "completion_tokens": 1}],
+)  # fmt: skip
+def test_variants_that_are_none_are_refused(variant):
+    with pytest.raises(BadInput, match="f: row 0: field variants: expected"):
+        tally("f", rows=[row("4", first_answer="4", variants=[variant])])

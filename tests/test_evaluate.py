@@ -786,3 +786,75 @@ def test_the_log_probabilities_of_transformers_are_those_of_its_model(processor,
     assert (
         engine.batch([requests[0]._replace(with_logprobs=False)], evaluate.Sampling(max_tokens=2))[0].logprobs is None
     )
+
+
+def test_ways_of_test_time_scaling_are_compared_from_one_set_of_samples(tmp_path):
+    """Four answers 5, 3, 5, 3 of four tokens each, and a judge of two tokens that knows that it is 3."""
+
+    class Judge(BatchEngine):
+        calls = 0
+
+        def batch(self, requests, sampling):
+            texts = [request.messages[-1]["content"] for request in requests]
+            self.calls += len(texts)
+            return [self.reply(i, text) for i, text in enumerate(texts)]
+
+        def reply(self, i, text):
+            if kind(text) == "policy":
+                return Output(f"\\boxed{{{(5, 3, 5, 3)[i]}}}", 1, 4)
+            if kind(text) == "pairwise":
+                return Output("\\boxed{A}" if "{3}" in text.split("<response_b>")[0] else "\\boxed{B}", 1, 2)
+            if "A: " in text:
+                return Output(lettered(3)(text), 1, 2)
+            if "Is it correct?" in text:
+                return Output("\\boxed{Yes}" if "{3}" in text else "\\boxed{No}", 1, 2)
+            return Output("\\boxed{3}", 1, 6)
+
+    engine, how = Judge(), settings("tts", tts="compare", n=4, temperature=1.0)
+    (row,) = evaluate.evaluate_records([{**QUESTIONS[2], "answer": "3"}], engine, how)
+    found = {(v["variant"], v["n"]): (v["answer"], v["is_correct"], v["completion_tokens"]) for v in row["variants"]}
+    assert found == {
+        ("vote", 1): ("5", False, 4),
+        ("vote", 2): ("5", False, 8),
+        ("vote", 3): ("5", False, 12),
+        ("vote", 4): ("5", False, 16),  # two votes each: the earlier
+        ("weighted_vote", 1): ("5", False, 4 + 2 * 2),
+        ("weighted_vote", 2): ("3", True, 8 + 4 * 2),
+        ("weighted_vote", 4): ("3", True, 16 + 8 * 2),
+        ("best_of_n", 1): ("5", False, 4),
+        ("best_of_n", 2): ("3", True, 8 + 2 * 2),
+        ("best_of_n", 4): ("3", True, 16 + 2 * 2),
+        ("reflect", 1): ("3", True, 4 + 2 + 6),
+        ("reflect", 2): ("3", True, 4 + 2 + 6 + 2),
+    }
+    assert engine.calls == 4 + 8 + 2 + 3  # the one pair is asked about once, in both orders
+    assert row["completion_tokens"] == 4 * 4 + 10 * 2 + 2 + 6 + 2
+    assert (row["first_is_correct"], row["is_correct"], row["extracted_answer"]) == (False, False, "5")
+
+
+def test_a_chat_template_with_the_suffix_asks_as_evaluation_does(processor):
+    """recipes/boxed.jinja before the model's own, for harnesses that know nothing of the suffix."""
+    from pathlib import Path
+
+    from engines import prompt_text
+
+    prefix = (Path(__file__).parent.parent / "recipes" / "boxed.jinja").read_text(encoding="utf-8")
+    (row,) = read_benchmark(Source([{"problem": "Area?", "answer": "1", "image": RED}]), "answer")
+    conversations = {
+        "text": [{"role": "user", "content": "Area?"}],
+        "parts": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Area?"}]}],
+        "turns": [
+            {"role": "system", "content": "S"},
+            *({"role": r, "content": "x"} for r in ("user", "assistant", "user")),
+        ],
+    }
+    served = {
+        name: processor.apply_chat_template(
+            messages, chat_template=prefix + processor.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        for name, messages in conversations.items()
+    }
+    assert served["parts"] == prompt_text(processor, Request(row["prompt"], tuple(row["images"])))
+    (row,) = read_benchmark(Source([{"problem": "Area?", "answer": "1"}]), "answer")
+    assert served["text"] == prompt_text(processor, Request(row["prompt"]))
+    assert served["turns"].count(PROMPT_SUFFIX) == 1

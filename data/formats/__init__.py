@@ -5,3 +5,18 @@ COLUMNS               its columns of the question and of the answer
 matches(columns, head)    whether the first records are of this layout
 record(raw) -> Record     raises RowError
 """
+
+from data.formats import (
+    gsm8k,
+    judgebench,
+    llava,
+    math_boxed,
+    processbench,
+    spark_data,
+    verl,
+    vl_rewardbench,
+    vlmevalkit,
+)
+
+JUDGED = (vl_rewardbench, judgebench, processbench)  # their rows are for a judge alone
+FORMATS = (spark_data, llava, verl, *JUDGED, vlmevalkit, gsm8k, math_boxed)  # the first that matches is taken
