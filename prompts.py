@@ -142,6 +142,8 @@ REFLECT_ON_ANSWER = (
     "Think twice about this result:\n{response}\nSolve the question and put your result in \\boxed{}.",
 )
 
+TEMPLATES = (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER)
+
 
 def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:
     """The question without the policy's instruction on how to answer, which is not the judge's."""
