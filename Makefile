@@ -1,5 +1,6 @@
 # make demo    set-up, then SPARK on handwritten digits: measured, trained, measured again, report (no GPU)
 # make test    set-up, lint, the whole test suite
+# make test-requirements   whether pip can resolve the GPU stack's pins (needs the package index, 3 minutes)
 # make bench   the speed benchmarks that need no GPU, beside the committed rows (20 minutes)
 # make lint    ruff: format and rules
 # make clean   remove runs and caches (not the virtual environment)
@@ -11,7 +12,7 @@ STAMPS := $(VENV)/.stamps
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-base.txt)
 TORCHVISION := torchvision==0.28.0
 
-.PHONY: demo test bench lint format clean setup
+.PHONY: demo test test-requirements bench lint format clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -19,6 +20,9 @@ demo: setup
 
 test: $(STAMPS)/test lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-requirements: $(STAMPS)/test
+	$(BIN)/python -m pytest -m network tests/test_requirements.py
 
 bench: $(STAMPS)/test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.bench

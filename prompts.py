@@ -1,7 +1,7 @@
-"""What the judge and the reflector are asked: templates, quoting, and the question without its answer instruction.
+"""The text of judge and reflection prompts: templates, and safe quoting of rollouts.
 
-A recycled prompt is the policy's own prompt (system prompt, earlier turns and images untouched) whose last question
-loses its suffix and gains an instruction:
+A recycled prompt is the policy's prompt (system prompt, earlier turns and images unchanged) in which the suffix of the
+last question is replaced by an instruction:
 
     What is 1+1?
 
@@ -11,10 +11,10 @@ loses its suffix and gains an instruction:
     </response>
     Is it correct? Work it out, then put Yes or No in \\boxed{}.
 
-The question comes first, so that everything asked about one question shares its prefix (image included) in the engine's
-cache. What a rollout wrote is quoted, never obeyed: `neutralise` breaks up control tokens and closing marks in it.
-Every template asks for `\\boxed{}`, which is what the verifier reads (the released templates ask for `\\box{}`, which
-it does not).
+The question comes first, so that all prompts about one question share its prefix (image included) in the engine's
+cache. A rollout can't pass for an instruction or end its own quote: `neutralise` breaks up control tokens and closing
+tags in it. Every template asks for `\\boxed{}`, which is what the verifier reads (the released templates ask for
+`\\box{}`, which it does not).
 
 Pure functions and constants: no torch, no model.
 """
@@ -26,15 +26,14 @@ from typing import Any, Literal
 Form = Literal["answer", "cot"]
 Prompt = str | list[dict[str, Any]]  # plain text, or chat messages
 
-# The released models were trained with this at the end of every question. It is an interface, not a style.
+# The released models were trained with exactly this text at the end of every question.
 PROMPT_SUFFIX = (
     "\nPlease first conduct reasoning, and then answer the question. Repeat the final answer using a '\\boxed{}'."
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Templates. The question comes first and the candidate after it, so that everything asked about one question shares
-# its prefix (image included) in the engine's cache. {response}, {first} and {second} are quoted rollouts; {if_a} and
-# {if_b} are "correct" and "incorrect" in either order, so that no letter is tied to a verdict.
+# Templates. {response}, {first} and {second} are quoted rollouts; {if_a} and {if_b} are "correct" and "incorrect" in
+# either order, so that no letter stands for one verdict.
 
 TEMPLATE_TOKENS = 128  # an upper bound on the tokens of any template, responses not counted
 
@@ -94,8 +93,8 @@ PAIRWISE = (
     "{first}\n{second}\nJudge step by step which is correct. Answer with A or B inside \\boxed{}.",
 )
 
-# The even ones say that the attempt is wrong, which is known in training; the odd ones only ask to check it, because at
-# test time nothing is known but the model's own verdict.
+# The even ones (0, 2, ...) say that the attempt is wrong, which is known in training. The odd ones only ask to check
+# it: at test time there is only the model's own verdict.
 REFLECT_ON_COT = (
     "An earlier attempt:\n{response}\nIt is wrong. Find the mistake, solve again and box the answer with \\boxed{}.",
     "An earlier attempt:\n{response}\nCheck each step and give the answer you believe in \\boxed{}.",
@@ -142,13 +141,15 @@ REFLECT_ON_ANSWER = (
     "Think twice about this result:\n{response}\nSolve the question and put your result in \\boxed{}.",
 )
 
+TEMPLATES = (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER)
+
 
 def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:
-    """The question without the policy's instruction on how to answer, which is not the judge's."""
+    """The question without the instruction on how to answer, which is meant for the policy alone."""
     return question.removesuffix(suffix).rstrip() if suffix else question.rstrip()
 
 
-# What common chat templates use for control. The trainer adds the tokens of its own tokenizer.
+# Control tokens of common chat templates. The trainer adds those of its tokenizer.
 _CONTROL = re.compile(
     r"<(?=[|｜])|<(?=/?(?:s|bos|eos|pad|unk|image|img|video|audio|end_of_utterance|fake_token_around_image|row_\d+_col_\d+"
     r"|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|start_header_id|end_header_id|eot_id)>)"
@@ -159,9 +160,9 @@ _QUOTE = re.compile(r"<(?=\s*/?\s*response)", re.IGNORECASE)
 
 
 def neutralise(text: str, control_tokens: Iterable[str] = ()) -> str:
-    """Break up, with a space, whatever in a rollout would act as a control token or close its quote.
+    """Insert a space into everything in a rollout that would act as a control token or close its quote.
 
-    Only inserts, so nothing new can be formed by what is left, and a reader still sees what the rollout wrote.
+    Nothing is removed: removing could join what is left into a new token, and hides what the rollout wrote.
     """
     for token in control_tokens:
         if len(token) > 1:
@@ -171,7 +172,7 @@ def neutralise(text: str, control_tokens: Iterable[str] = ()) -> str:
 
 
 def quote(response: str, letter: str = "") -> str:
-    """A rollout between marks that it can't close itself (see `neutralise`); `letter` is "" or the side of a pair."""
+    """A rollout between tags that it can't close itself (see `neutralise`); `letter` is its side of a pair, or ""."""
     name = f"response_{letter.lower()}" if letter else "response"
     return f"<{name}>\n{response.strip()}\n</{name}>"
 
@@ -180,37 +181,36 @@ _SLOT = re.compile(r"\{(response|first|second|if_a|if_b)\}")
 
 
 def fill(template: str, **slots: str) -> str:
-    """Fill a template in one pass, so that braces or slot names inside a rollout stay text."""
+    """Fill a template in one pass, so that "{response}" inside a rollout stays text."""
     return _SLOT.sub(lambda match: slots[match[1]], template)
 
 
 def ask(prompt: Prompt, instruction: str, suffix: str = PROMPT_SUFFIX) -> Prompt:
-    """The policy's prompt with `instruction` after the question, instead of the suffix.
+    """The policy's prompt with `instruction` in place of the suffix.
 
     System prompt, earlier turns and images stay as they are; only the last text of the last user turn changes.
     Raises ValueError if there is no user turn with text.
     """
+
+    def instead(question: str) -> str:
+        return f"{strip_suffix(question, suffix)}\n\n{instruction}"
+
     if isinstance(prompt, str):
-        return f"{strip_suffix(prompt, suffix)}\n\n{instruction}"
-    for turn in range(len(prompt) - 1, -1, -1):
-        message = prompt[turn]
-        if message["role"] != "user":
-            continue
-        content = message["content"]
-        if isinstance(content, str):
-            asked = f"{strip_suffix(content, suffix)}\n\n{instruction}"
-        else:
-            last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
-            if last is None:
-                break
-            text = f"{strip_suffix(content[last]['text'], suffix)}\n\n{instruction}"
-            asked = [*content[:last], {**content[last], "text": text}, *content[last + 1 :]]
-        return [*prompt[:turn], {**message, "content": asked}, *prompt[turn + 1 :]]
-    raise ValueError(f"prompt: expected a user message with text, got roles {[m['role'] for m in prompt]}")
+        return instead(prompt)
+    turn = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+    content = prompt[turn]["content"] if turn is not None else []
+    if isinstance(content, str):
+        content = instead(content)
+    else:
+        last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
+        if last is None:
+            raise ValueError(f"prompt: expected a user message with text, got roles {[m['role'] for m in prompt]}")
+        content = [*content[:last], {**content[last], "text": instead(content[last]["text"])}, *content[last + 1 :]]
+    return [*prompt[:turn], {**prompt[turn], "content": content}, *prompt[turn + 1 :]]
 
 
 def pointwise_instruction(response: str, template: int = 0, right_letter: str | None = None) -> str:
-    """Ask whether `response` is correct: Yes or No, or by letter, `right_letter` ("A" or "B") standing for correct."""
+    """Ask whether `response` is correct: Yes or No, or A or B, where `right_letter` is the one for correct."""
     if right_letter is None:
         return fill(POINTWISE_YES_NO[template], response=quote(response))
     words = ("correct", "incorrect") if right_letter == "A" else ("incorrect", "correct")
@@ -223,13 +223,13 @@ def pairwise_instruction(first: str, second: str, template: int = 0) -> str:
 
 
 def reflection_instruction(response: str, form: Form, template: int = 0) -> str:
-    """Ask to solve the question again after `response`, shown as `form`."""
+    """Ask to solve the question again, given an earlier response in the form `form`."""
     templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
     return fill(templates[template], response=quote(response))
 
 
 def instructions() -> list[str]:
-    """Every instruction with empty responses: what the wording of a prompt costs in tokens."""
+    """Every instruction with empty responses, to count the tokens of its wording."""
     return [
         *(pointwise_instruction("", i) for i in range(len(POINTWISE_YES_NO))),
         *(pointwise_instruction("", i, "A") for i in range(len(POINTWISE_A_B))),

@@ -2,43 +2,32 @@ r"""The small model of Countdown: a Llama of 1.1 M parameters that searches alou
 
     python -m models.make_countdown [--output models/countdown] [--seed 0]      10 minutes on two cores
 
-A supervised warm start stands in for pre-training, on the train split's numbers only. It teaches the forms:
+A supervised warm start (models/warm_start.py), on the train split's numbers only. It teaches the forms:
 
     answer, reflect   7-3=4, 4*2=8, wanted:14: no. 4+3=7, 7*2=14, wanted:14: yes. \boxed{(4+3)*2}
     judge             4+3=7, 7*2=14, wanted:14: yes. \boxed{Yes}
 
-At first without errors, so that it learns to compare; then half of the answers it learns from claim a miss to be a hit,
-and a fifth of the verdicts contradict the comparison before them. What training on verifiable rewards can gain is to
-search longer and better, and to judge reliably.
+At first without errors; then half of the answers claim that an expression makes the target when it does not, and a
+fifth of the verdicts contradict the comparison before them.
 
 What judging depends on:
 - wrong answers claim success as right ones do, or the judge would learn to read the claim;
-- what an expression makes and what is wanted stand side by side where they are compared, or it is not learnt in time;
-- a search says no or yes as a judge does, so that either learns from the other.
+- the result of an expression and the target stand next to each other where they are compared, or comparing is not
+  learnt in time;
+- a search says no or yes as a judge does, so that each is practice for the other.
 
 Llama and not Qwen2, because transformers 5 gives every Qwen2 the pre-tokenizer of Qwen's own tokenizer, whatever
 tokenizer.json says; that cuts numbers into digits.
 """
 
-import argparse
 import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.countdown import Game, Question, Way, attempt, checked, draw_question
-from recycle import (
-    PAIRWISE,
-    POINTWISE_A_B,
-    POINTWISE_YES_NO,
-    PROMPT_SUFFIX,
-    REFLECT_ON_ANSWER,
-    REFLECT_ON_COT,
-    ask,
-    pairwise_instruction,
-    pointwise_instruction,
-    reflection_instruction,
-)
+from models import warm_start as shared
+from prompts import PROMPT_SUFFIX, TEMPLATES, ask
 
 OUTPUT = Path(__file__).parent / "countdown"
 GAME = Game()
@@ -73,14 +62,14 @@ def check(way: Way, question: Question) -> str:
     return checked(way.work, question.target, way.value == question.target)
 
 
-def example(rng: random.Random, noise: Noise) -> tuple[str, str]:
-    """One (user text, completion): answering, judging or reflecting."""
+def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
+    """One (user text, images (none), completion): answering, judging or reflecting."""
     question = draw_question("train", GAME, rng)
     prompt = question.text + PROMPT_SUFFIX
     task = rng.choices(("policy", "pointwise", "pairwise", "reflection"), (3, 3, 3, 2))[0]
-    own, _ = attempt(question, rng.random() >= noise.miss, rng, GAME.most, noise.slip)
+    answer, _ = attempt(question, rng.random() >= noise.miss, rng, GAME.most, noise.slip)
     if task == "policy":
-        return prompt, own
+        return prompt, [], answer
 
     (right_text, right), (wrong_text, wrong) = (attempt(question, side, rng, GAME.most) for side in (True, False))
     form = rng.choice(("answer", "cot"))
@@ -89,34 +78,23 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, str]:
     flipped = rng.random() < noise.flip
 
     if task == "reflection":
-        templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
-        text, way = (wrong_text, wrong) if rng.random() < 0.8 else (right_text, right)
-        instruction = reflection_instruction(text, form, rng.randrange(len(templates)))
-        completion = own if rng.random() < noise.forget else reconsidered(question, way, own)
+        instruction, shows_right = shared.reflection_example(right_text, wrong_text, form, rng)
+        if rng.random() >= noise.forget:  # the shown expression is tried first, and boxed where it makes the target
+            way = right if shows_right else wrong
+            answer = f"{check(way, question)} " + (f"\\boxed{{{way.expression}}}" if shows_right else answer)
     elif task == "pointwise":
-        is_right = rng.random() < 0.5
-        text, way = (right_text, right) if is_right else (wrong_text, wrong)
-        letter = rng.choice((None, "A", "B"))
-        template = rng.randrange(len(POINTWISE_A_B if letter else POINTWISE_YES_NO))
-        instruction = pointwise_instruction(text, template, letter)
-        says = is_right != flipped
-        yes, no = ("Yes", "No") if letter is None else (letter, "BA"["AB".index(letter)])
-        completion = f"{check(way, question)} \\boxed{{{yes if says else no}}}"
+        instruction, shows_right, yes, no = shared.pointwise_example(right_text, wrong_text, rng)
+        verdict = yes if shows_right != flipped else no
+        answer = f"{check(right if shows_right else wrong, question)} \\boxed{{{verdict}}}"
     else:
         best = rng.randrange(2)
-        texts, ways = (
-            ((right_text, wrong_text), (right, wrong)) if best == 0 else ((wrong_text, right_text), (wrong, right))
-        )
-        instruction = pairwise_instruction(*texts, rng.randrange(len(PAIRWISE)))
+        texts, ways = (right_text, wrong_text), (right, wrong)
+        if best == 1:
+            texts, ways = texts[::-1], ways[::-1]
+        instruction = shared.pairwise_example(*texts, rng)
         work = " ".join(f"{name}: {check(way, question)}" for name, way in zip("AB", ways, strict=True))
-        completion = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
-    return ask([{"role": "user", "content": prompt}], instruction)[0]["content"], completion
-
-
-def reconsidered(question: Question, shown: Way, own: str) -> str:
-    """The shown expression tried first: boxed where it makes the target, else followed by `own`."""
-    rest = f"\\boxed{{{shown.expression}}}" if shown.value == question.target else own
-    return f"{check(shown, question)} {rest}"
+        answer = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
+    return ask(prompt, instruction), [], answer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,47 +102,14 @@ def reconsidered(question: Question, shown: Way, own: str) -> str:
 
 
 def make_tokenizer(seed: int):
-    """Byte-level BPE trained on the project's own templates and questions; every number below 100 is one token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     rng = random.Random(f"tokenizer/{seed}")
-    corpus = [part for _ in range(5000) for part in example(rng, Noise())]
-    corpus += [f"{n}" for n in range(100)] * 50
-    corpus += [
-        t for ts in (POINTWISE_YES_NO, POINTWISE_A_B, PAIRWISE, REFLECT_ON_COT, REFLECT_ON_ANSWER) for t in ts
-    ] * 20
-    corpus += ["user\n", "assistant\n", "system\n"] * 20
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(r"\\boxed\{|</?response(?:_[ab])?>\n?|\d{1,2}| ?\p{L}+|[^\s\p{L}\p{N}] ?|\s+"),
-                behavior="isolated",
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=1000,
-            min_frequency=2,
-            special_tokens=SPECIAL_TOKENS,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
+    return shared.make_tokenizer(
+        [part for _ in range(5000) for part in example(rng, Noise())[::2]]
+        + [f"{n}" for n in range(100)] * 50
+        + [*TEMPLATES, "user\n", "assistant\n", "system\n"] * 20,
+        vocab_size=1000,
+        special_tokens=SPECIAL_TOKENS,
         chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
     )
 
 
@@ -199,105 +144,28 @@ def make_model(tokenizer, seed: int):
 # ---------------------------------------------------------------------------------------------------------------------
 # Warm start
 
-
-def batch(examples: list[tuple[str, str]], tokenizer):
-    """Model inputs of a list of examples, with labels on the completion tokens alone, and a mask of the comparisons."""
-    import torch
-
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": user}], add_generation_prompt=True, tokenize=False)
-        for user, _ in examples
-    ]
-    prompt_ids = tokenizer(prompts)["input_ids"]
-    completion_ids = tokenizer([f"{completion}<|im_end|>" for _, completion in examples])["input_ids"]
-    length = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
-    ids = torch.full((len(examples), length), tokenizer.pad_token_id)
-    labels = torch.full_like(ids, -100)
-    for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        labels[row, len(prompt) : end] = ids[row, len(prompt) : end]
-    comparisons = torch.isin(labels, torch.tensor(tokenizer.convert_tokens_to_ids(["no", "yes"])))
-    return ids, labels, comparisons
-
-
 CLEAN = Noise(miss=0.0, flip=0.0)
 LEARNT = 0.1  # loss of the comparisons; a coin has 0.69
 
 
-def batches(tokenizer, rng: random.Random, noise: Noise, batch_size: int = 32, pool: int = 8):
-    """Batches without end. Eight are drawn at once and sorted by length, so that little of a batch is padding."""
-    while True:
-        drawn = sorted((example(rng, noise) for _ in range(pool * batch_size)), key=lambda e: len(e[0]) + len(e[1]))
-        starts = list(range(0, len(drawn), batch_size))
-        rng.shuffle(starts)
-        for start in starts:
-            yield batch(drawn[start : start + batch_size], tokenizer)
-
-
 def warm_start(model, tokenizer, seed: int, clean_steps: int = 1200, noisy_steps: int = 200):
     """Supervised training, first without noise, then with it. Yields (step, loss, loss of the comparisons alone), means
-    of 50 steps.
-
-    A comparison is one token, `yes` or `no`, the hardest to learn and what the rest follows from: it counts fivefold.
-
-    Raises RuntimeError where the steps without noise were too few to learn it; noise would leave a judge that tosses a
-    coin.
+    of 50 steps. Raises RuntimeError where the steps without noise were too few to learn to compare.
     """
-    import torch
-
-    torch.manual_seed(seed)
+    training = shared.WarmStart(model, seed, comparison_weight=5)
     rng = random.Random(f"warm-start/{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    model.train()
-    losses, comparing = [], []
-    peak, steps = 2e-3, clean_steps + noisy_steps
-    clean, noisy = batches(tokenizer, rng, CLEAN), batches(tokenizer, rng, Noise())
-    for step in range(1, steps + 1):
-        ids, labels, comparisons = next(clean if step <= clean_steps else noisy)
-        cosine = 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = peak * cosine * min(1, step / 100)
-        labels, comparisons = labels[:, 1:], comparisons[:, 1:]
-        kept = labels != -100
-        hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]  # (b, T, hidden)
-        logits = model.lm_head(hidden[kept])  # of the completions alone
-        loss = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none")
-        compared = comparisons[kept]
-        weight = 1.0 + 4.0 * compared
-        ((weight * loss).sum() / weight.sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-        comparing.append(loss.detach()[compared])
-        if len(losses) == 50 or step in (clean_steps, steps):
-            means = torch.cat(losses).mean().item(), torch.cat(comparing).mean().item()
-            yield step, *means
-            if step == clean_steps and means[1] > LEARNT:
-                raise RuntimeError(f"after {step} steps comparing has loss {means[1]:.2f}, expected under {LEARNT}")
-            losses, comparing = [], []
 
+    def batches(noise: Noise):
+        return shared.batches(lambda: example(rng, noise), tokenizer, ["no", "yes"], rng)
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
-    import torch
-    from tqdm.auto import tqdm
-
-    tokenizer = make_tokenizer(args.seed)
-    model = make_model(tokenizer, args.seed)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-    with tqdm(desc="warm start") as bar:
-        for step, loss, comparing in warm_start(model, tokenizer, args.seed):
-            bar.update(step - bar.n)
-            bar.set_postfix(loss=f"{loss:.3f}", comparing=f"{comparing:.3f}")
-    model.to(torch.bfloat16).save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    print(f"saved {args.output}")
+    steps = clean_steps + noisy_steps
+    cosine = [0.05 + 0.95 * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(1, steps + 1)]
+    rates = [2e-3 * share * min(1, i / 100) for i, share in enumerate(cosine, 1)]
+    for progress in training.phase(batches(CLEAN), rates[:clean_steps]):
+        yield progress
+    shared.expect_learnt(training.step, progress[2], LEARNT)
+    yield from training.phase(batches(Noise()), rates[clean_steps:])
 
 
 if __name__ == "__main__":
-    main()
+    shared.main(__doc__, OUTPUT, make_tokenizer, make_model, warm_start)

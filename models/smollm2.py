@@ -49,13 +49,13 @@ def look(model: str, questions: int, digits: int) -> None:
     import verify
     from data.arithmetic import arithmetic_rows
     from engines import Request, Sampling, TransformersEngine, complete
-    from prompts import ask, neutralise, pairwise_instruction, pointwise_instruction, reflection_instruction
+    from prompts import ask, pairwise_instruction, pointwise_instruction, reflection_instruction
 
     rng = random.Random(0)
     rows = rng.sample(arithmetic_rows("test", digits), questions)
     engine = TransformersEngine(model, batch_size=64)
 
-    def answers(prompts: list, temperature: float) -> list[str]:
+    def completions(prompts: list, temperature: float) -> list[str]:
         sampling = Sampling(max_tokens=64, temperature=temperature)
         return [output.text for output in complete(engine, [Request(prompt) for prompt in prompts], sampling)]
 
@@ -63,35 +63,28 @@ def look(model: str, questions: int, digits: int) -> None:
         return f"{sum(flags)} of {len(flags)}"
 
     for temperature in (0.0, 1.0):
-        texts = answers([row["prompt"] for row in rows], temperature)
+        texts = completions([row["prompt"] for row in rows], temperature)
         boxed = [verify.extract_boxed(text) for text in texts]
         right = [answer == row["solution"] for answer, row in zip(boxed, rows, strict=True)]
         print(f"\ntemperature {temperature:g}: boxed {share([b is not None for b in boxed])}, right {share(right)}")
         print(f"  asked: {rows[0]['prompt'][-1]['content']!r}\n  wrote: {texts[0]!r}")
 
     wrong = [str(int(row["solution"]) + rng.choice((-2, -1, 1, 2))) for row in rows]
-    tasks = {
-        "pointwise, right": ([pointwise_instruction(row["solution"]) for row in rows], ["Yes"] * questions),
-        "pointwise, wrong": ([pointwise_instruction(answer) for answer in wrong], ["No"] * questions),
-        "pairwise, right first": (
-            [pairwise_instruction(row["solution"], answer) for row, answer in zip(rows, wrong, strict=True)],
-            ["A"] * questions,
-        ),
-        "pairwise, wrong first": (
-            [pairwise_instruction(answer, row["solution"]) for row, answer in zip(rows, wrong, strict=True)],
-            ["B"] * questions,
-        ),
-        "reflection on a wrong answer": (
-            [reflection_instruction(neutralise(answer), "answer") for answer in wrong],
-            [row["solution"] for row in rows],
-        ),
+    tasks = {  # label, and the instruction given a right and a wrong answer
+        "pointwise, right": ("Yes", lambda right, wrong: pointwise_instruction(right)),
+        "pointwise, wrong": ("No", lambda right, wrong: pointwise_instruction(wrong)),
+        "pairwise, right first": ("A", lambda right, wrong: pairwise_instruction(right, wrong)),
+        "pairwise, wrong first": ("B", lambda right, wrong: pairwise_instruction(wrong, right)),
+        "reflection on a wrong answer": (None, lambda right, wrong: reflection_instruction(wrong, "answer")),
     }
-    for task, (instructions, labels) in tasks.items():
-        prompts = [ask(row["prompt"], text, suffix="") for row, text in zip(rows, instructions, strict=True)]
-        texts = answers(prompts, 1.0)
-        read = verify.extract_boxed if task.startswith("reflection") else verify.parse_verdict
-        verdicts = [read(text) for text in texts]
-        hits = [verdict == label for verdict, label in zip(verdicts, labels, strict=True)]
+    for task, (label, instruction) in tasks.items():
+        prompts = [
+            ask(row["prompt"], instruction(row["solution"], answer), suffix="")
+            for row, answer in zip(rows, wrong, strict=True)
+        ]
+        texts = completions(prompts, 1.0)
+        verdicts = [(verify.parse_verdict if label else verify.extract_boxed)(text) for text in texts]
+        hits = [verdict == (label or row["solution"]) for verdict, row in zip(verdicts, rows, strict=True)]
         print(f"\n{task}: readable {share([v is not None for v in verdicts])}, as labelled {share(hits)}")
         print(f"  asked: {prompts[0][-1]['content']!r}\n  wrote: {texts[0]!r}")
 

@@ -9,7 +9,8 @@ from PIL import Image
 from data.arguments import DataSettings
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
-from models.make_digits import OUTPUT, Noise, batch, example
+from models.make_digits import COMPARISONS, OUTPUT, Noise, example
+from models.warm_start import encode
 from prompts import PROMPT_SUFFIX
 
 # ---- digits ---------------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def test_warm_start_trains_on_completions_alone(processor):
 
     rng = random.Random(0)
     examples = [example(rng, Noise()) for _ in range(40)]
-    inputs, compared = batch(examples, processor)
+    inputs, compared = encode(examples, processor, COMPARISONS)
     words = inputs["labels"][compared]
     assert {processor.tokenizer.decode(word).strip() for word in words} == {"same", "differs"}
     assert len(words) == sum(text.count(" same") + text.count(" differs") for *_, text in examples)

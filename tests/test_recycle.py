@@ -1,5 +1,6 @@
 """Invariants of recycling, on random groups and on the cases a rollout would use to get its way."""
 
+import hashlib
 import random
 import re
 from collections import Counter
@@ -16,6 +17,7 @@ from prompts import (
     PROMPT_SUFFIX,
     REFLECT_ON_ANSWER,
     REFLECT_ON_COT,
+    TEMPLATES,
     ask,
     neutralise,
 )
@@ -41,7 +43,7 @@ def group(key, outcomes, seed=0, question=None):
 
 outcome = st.sampled_from([("1", True), ("2", False), ("3", False), ("4", False), (None, False), ("5", None)])
 groups_of = st.lists(st.lists(outcome, min_size=1, max_size=8), max_size=12).map(
-    lambda found: [group(i, outcomes) for i, outcomes in enumerate(found)]
+    lambda drawn: [group(i, outcomes) for i, outcomes in enumerate(drawn)]
 )
 configs = st.builds(
     RecycleConfig,
@@ -174,7 +176,7 @@ def test_the_question_says_nothing_about_the_label(a, b):
     rng = random.Random(0)
     n = {True: 0, False: 0}
     points = {True: [], False: []}
-    for step in range(300):
+    for step in range(100):
         difficulty = {f"{step}/{i}": rng.betavariate(a, b) for i in range(64)}
         groups = [group(key, [("1", rng.random() < p) for _ in range(8)]) for key, p in difficulty.items()]
         for matched in (True, False):
@@ -243,7 +245,7 @@ def test_an_odd_capacity_is_not_exceeded_by_items_that_come_in_twos():
     assert len(items) == 2
 
 
-def test_halves_and_fill():
+def test_judge_and_reflection_share_the_places_and_fill_what_the_other_leaves():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(16)]
     items, _ = recycle(mixed, 0, RecycleConfig(), TEXT_ONLY)
     assert Counter(i.task == "reflection" for i in items) == {True: 8, False: 8}
@@ -284,7 +286,7 @@ def test_equal_answers_are_not_right_and_wrong(task):
 
 def test_a_prompt_that_does_not_fit_is_left_out_with_its_counterpart():
     long = [("1", True), ("2" * 50, False)]
-    limits = replace(TEXT_ONLY, fits=lambda shown: [len(text) < 40 for _, text in shown])
+    limits = replace(TEXT_ONLY, fits=lambda prompts: [len(text) < 40 for _, text in prompts])
     for task in TASKS:
         config = RecycleConfig(recycle_tasks=[task], recycle_source="answer", recycle_ratio=4.0)
         items, counts = recycle([group(0, long), group(1, MIXED)], 0, config, limits)
@@ -340,7 +342,7 @@ def test_neutralising_twice_changes_nothing_and_loses_nothing(text):
     assert once.replace(" ", "") == text.replace(" ", "")
 
 
-def test_templates():
+def test_every_template_has_its_slots_once_and_asks_for_a_box():
     for templates, least, slots in (
         (POINTWISE_YES_NO, 12, {"response"}),
         (POINTWISE_A_B, 12, {"response", "if_a", "if_b"}),
@@ -402,8 +404,9 @@ TEXTS = {
 }
 
 
-def test_prompt_text_is_a_contract():
-    """One prompt of each kind, word for word: a change here changes what a trained judge has seen."""
+def test_prompts_are_word_for_word_what_trained_judges_have_seen():
+    """One prompt of each kind in full, and a digest of all templates."""
+    assert hashlib.sha256("\n\n".join(TEMPLATES).encode()).hexdigest()[:16] == "8fbe59bf005f026b"
     rollouts = (Rollout("1+1=2. \\boxed{2}", "2", True), Rollout("1+1=3. \\boxed{3}", "3", False))
     prompt = [
         {"role": "system", "content": "Be brief."},
@@ -428,15 +431,15 @@ def test_an_obedient_reply_to_any_judge_template_is_parsed():
             assert parse_verdict(template.replace("\\boxed{}", f"\\boxed{{{reply}}}")) == reply
 
 
-def test_ask_keeps_conversations():
+def test_an_instruction_replaces_the_suffix_of_the_last_question_and_nothing_else():
     turns = [
         {"role": "user", "content": "Hello."},
         {"role": "assistant", "content": "Hi."},
         {"role": "user", "content": "What is 2+2?" + PROMPT_SUFFIX},
     ]
-    asked = ask(turns, "Judge.")
-    assert asked[:2] == turns[:2]
-    assert asked[2]["content"] == "What is 2+2?\n\nJudge."
+    prompt = ask(turns, "Judge.")
+    assert prompt[:2] == turns[:2]
+    assert prompt[2]["content"] == "What is 2+2?\n\nJudge."
     assert turns[2]["content"].endswith(PROMPT_SUFFIX)  # the original is left alone
     assert ask("What is 2+2?" + PROMPT_SUFFIX, "Judge.") == "What is 2+2?\n\nJudge."
     with pytest.raises(ValueError, match="expected a user message"):

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.network
 def test_gpu_requirements_resolve(tmp_path):
-    """Needs the package index; in a file of its own, so that it runs beside the other tests."""
     report = tmp_path / "report.json"
     options = ["--dry-run", "--ignore-installed", "--quiet", "--report", str(report), "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", *options, "-r", "requirements.txt"]

@@ -3,9 +3,9 @@
     python train_spark.py --config recipes/spark_vl_7b.yaml --plan recipes/accelerate/zero3.yaml
     accelerate launch --config_file recipes/accelerate/zero3.yaml train_spark.py --config recipes/X.yaml --plan
 
-`--plan` alone plans for the processes it is started in, `--plan FILE` for those of an accelerate config, which need not
-be here. Rows and steps are exact where the data can be read, tokens are the most there can be. Memory is an estimate
-from the real architecture (`memory` has a formula a line); expect it to be 20 % off, and activations more.
+`--plan` alone plans for the processes that it is started in, `--plan FILE` for those of an accelerate config. Rows and
+steps are exact where the data can be read; tokens are upper bounds. Memory is an estimate from the real architecture:
+expect it to be 20 % off, and activations more.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from typing import Any, Literal
 from training.seconds import Card, average_lengths, generation_seconds
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
+ZERO_STAGES: dict[str, Sharding] = {"2": "zero2", "3": "zero3"}
 
 GIB = 2**30
 OVERHEAD = 1.5 * GIB  # CUDA context, cuBLAS workspaces, fragments
@@ -28,10 +29,11 @@ ENGINE_OVERHEAD = 2 * GIB  # vLLM's own: CUDA graphs, the profiling run's activa
 HEAD_TILE = (4096, 32768)  # tokens and vocabulary that TRL's fused head holds logits of at once
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)  # GiB
 USABLE = 0.95
+UNKNOWN = "memory     unknown, as the model is"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a plan is made from
+# Launch, model and settings
 
 
 @dataclass(frozen=True)
@@ -64,34 +66,33 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Run:
-    """The settings that count."""
+    """The parsed arguments, and what they come to."""
 
+    args: Any  # SparkConfig
+    model: Any  # ModelConfig
     launch: Launch
-    per_device: int
-    accumulation: int
-    steps_per_generation: int
-    num_iterations: int
-    num_generations: int
-    recycle_ratio: float
-    prompt_tokens: int
-    completion_tokens: int
-    policy_tokens: int  # of a policy row, at most: prompt and completion
-    recycled_tokens: int  # of a recycled row: the question, the rollouts it quotes, the instruction, a completion
-    epochs: float
-    max_steps: int
+    weight_bytes: float  # of a parameter
     rows: int | None  # of the data; None where it can't be read here
     images: bool  # in any of them
-    weight_bytes: float
-    half: bool  # computes in bf16 or fp16
-    lora: bool
-    reference: bool
-    checkpointing: bool
     max_pixels: int | None
-    engine_share: float | None  # of each GPU; None without a colocated engine
-    engine_parallel: int
-    engine_sleeps: bool
-    scores: bool  # computes log-probabilities between rolling out and training
-    drops_rows: bool  # leaves rows without gradient out of the passes
+
+    @property
+    def micro_steps(self) -> int:
+        """Of a generation."""
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    @property
+    def engine_share(self) -> float | None:
+        """Of each GPU; None without a colocated engine."""
+        colocated = self.args.use_vllm and self.args.vllm_mode == "colocate"
+        return self.args.vllm_gpu_memory_utilization if colocated else None
+
+    @property
+    def scores(self) -> bool:
+        """Log-probabilities are computed between rolling out and training."""
+        args = self.args
+        correction = args.use_vllm and args.vllm_importance_sampling_correction
+        return args.beta != 0 or correction or args.gradient_accumulation_steps % self.micro_steps != 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def launch_here(environment: dict[str, str]) -> Launch:
     """The launch that accelerate (or torchrun) described in the environment; one process without."""
     sharding: Sharding = "none"
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        sharding = {"2": "zero2", "3": "zero3"}.get(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "none")
+        sharding = ZERO_STAGES.get(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "none")
     elif environment.get("ACCELERATE_USE_FSDP") == "true":
         sharding = "fsdp2"
     return Launch(int(environment.get("WORLD_SIZE", 1)), sharding)
@@ -124,11 +125,9 @@ def launch_in(path: str) -> Launch:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(path)
-    sharding: Sharding = "none"
+    sharding: Sharding = "fsdp2" if config.distributed_type == "FSDP" else "none"
     if config.distributed_type == "DEEPSPEED":
-        sharding = {2: "zero2", 3: "zero3"}.get(config.deepspeed_config.get("zero_stage"), "none")
-    elif config.distributed_type == "FSDP":
-        sharding = "fsdp2"
+        sharding = ZERO_STAGES.get(str(config.deepspeed_config.get("zero_stage")), "none")
     return Launch(config.num_processes, sharding)
 
 
@@ -176,42 +175,12 @@ def architecture(config, peft_config=None) -> Architecture:
 
 
 def settings(data, args, model, launch: Launch, config, rows: int | None, images: bool = False) -> Run:
-    """A Run of train_spark's parsed arguments."""
+    """A Run of train_spark's parsed arguments and the model's config (None: unknown)."""
     import torch
 
     dtype = getattr(torch, model.dtype) if model.dtype != "auto" else config.dtype if config else torch.float32
-    colocated = args.use_vllm and args.vllm_mode == "colocate"
-    policy_tokens, recycled_tokens = args.longest_rows
-    return Run(
-        launch=launch,
-        per_device=args.per_device_train_batch_size,
-        accumulation=args.gradient_accumulation_steps,
-        steps_per_generation=args.steps_per_generation,
-        num_iterations=args.num_iterations,
-        num_generations=args.num_generations,
-        recycle_ratio=args.recycle_ratio,
-        prompt_tokens=args.max_prompt_length,
-        completion_tokens=args.max_completion_length,
-        policy_tokens=policy_tokens,
-        recycled_tokens=recycled_tokens,
-        epochs=args.num_train_epochs,
-        max_steps=args.max_steps,
-        rows=rows,
-        images=images,
-        weight_bytes=0.6 if model.load_in_4bit else 1 if model.load_in_8bit else dtype.itemsize,
-        half=args.bf16 or args.fp16,
-        lora=model.use_peft,
-        reference=args.beta != 0 and not model.use_peft,
-        checkpointing=args.gradient_checkpointing,
-        max_pixels=data.max_pixels,
-        engine_share=args.vllm_gpu_memory_utilization if colocated else None,
-        engine_parallel=args.vllm_tensor_parallel_size,
-        engine_sleeps=args.vllm_enable_sleep_mode,
-        scores=args.beta != 0
-        or (args.use_vllm and args.vllm_importance_sampling_correction)
-        or args.gradient_accumulation_steps % (args.steps_per_generation * args.num_iterations) != 0,
-        drops_rows=args.recycle_ratio > 0 and args.drop_zero_advantage is not False and not args.has_extra_terms,
-    )
+    weight_bytes = 0.6 if model.load_in_4bit else 1 if model.load_in_8bit else dtype.itemsize
+    return Run(args, model, launch, weight_bytes, rows, images, data.max_pixels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -219,34 +188,28 @@ def settings(data, args, model, launch: Launch, config, rows: int | None, images
 
 
 def steps(run: Run) -> Steps:
-    """Counts of a generation and of the run.
-
-    rollouts            per_device x processes x steps_per_generation
-    prompts             rollouts / num_generations
-    recycled prompts    recycle_ratio x prompts, rounded down so that their rollouts divide over the processes
-    optimizer steps     steps_per_generation x num_iterations / accumulation
-    in total            max_steps, or epochs x those of an epoch, where a last incomplete generation batch is dropped
-    """
-    world = run.launch.processes
-    rollouts = run.per_device * world * run.steps_per_generation
-    prompts = rollouts // run.num_generations
-    multiple = world // math.gcd(world, run.num_generations)
-    recycled = int(run.recycle_ratio * prompts + 1e-9) // multiple * multiple
-    recycled_rollouts = recycled * run.num_generations
-    micro_steps = run.steps_per_generation * run.num_iterations
-    total = run.max_steps if run.max_steps > 0 else None
-    if total is None and run.rows is not None:
-        epoch = max(math.ceil(run.rows // prompts * micro_steps / run.accumulation), 1)
-        total = math.ceil(run.epochs * epoch)
+    """Counts of a generation and of the run: `max_steps`, or epochs of as many generations as there are rows for."""
+    args, world = run.args, run.launch.processes
+    rollouts = args.per_device_train_batch_size * args.steps_per_generation * world
+    prompts = rollouts // args.num_generations
+    multiple = world // math.gcd(world, args.num_generations)  # so that recycled rollouts divide over the processes
+    recycled = int(args.recycle_ratio * prompts + 1e-9) // multiple * multiple
+    recycled_rollouts = recycled * args.num_generations
+    policy_tokens, recycled_tokens = args.longest_rows
+    optimizer_steps = Fraction(run.micro_steps, args.gradient_accumulation_steps)
+    total = args.max_steps if args.max_steps > 0 else None
+    if total is None and run.rows is not None:  # the last incomplete generation of an epoch is dropped
+        epoch = max(math.ceil(run.rows // prompts * run.micro_steps / args.gradient_accumulation_steps), 1)
+        total = math.ceil(args.num_train_epochs * epoch)
     return Steps(
         prompts=prompts,
         rollouts=rollouts,
         recycled_prompts=recycled,
         recycled_rollouts=recycled_rollouts,
-        generated_tokens=(rollouts + recycled_rollouts) * run.completion_tokens,
-        trained_tokens=rollouts * run.policy_tokens + recycled_rollouts * run.recycled_tokens,
-        optimizer_steps=Fraction(micro_steps, run.accumulation),
-        total_generations=None if total is None else math.ceil(total * run.accumulation / micro_steps),
+        generated_tokens=(rollouts + recycled_rollouts) * args.max_completion_length,
+        trained_tokens=rollouts * policy_tokens + recycled_rollouts * recycled_tokens,
+        optimizer_steps=optimizer_steps,
+        total_generations=None if total is None else math.ceil(total / optimizer_steps),
         total_optimizer_steps=total,
     )
 
@@ -256,102 +219,87 @@ def steps(run: Run) -> Steps:
 
 
 def memory(run: Run, model: Architecture) -> dict[str, float]:
-    """Bytes of each GPU, by what they are for. N is the number of processes that share; P parameters, T trained ones.
+    """Bytes of each GPU, by what they are for.
 
-    weights        P x bytes of dtype (DeepSpeed: 2) / N        N = processes under ZeRO-3 and FSDP2, else 1
-    gradients      T x the same / N                             ZeRO-2 shares these and the next, not the weights
-    optimizer      T x 2 moments / N                            AdamW; DeepSpeed: 12 bytes, with its float32 weights
-    reference      P x bytes of dtype / N                       with beta > 0 and no adapter
-    half copies    P x 2                                        autocast's, of float32 weights that are not shared
-    gathered       2 x 2 bytes x the larger of a layer and the embedding         ZeRO-3 and FSDP2, while computing
-    activations    layers x tokens of a pass x hidden x bytes   what gradient checkpointing keeps, and one layer
-                   + tokens x (8 hidden + 4 intermediate) x 2   (all of them without checkpointing); the vision tower
-                                                                the same over its patches
-    head           one tile of logits x 2 (fused: they are never whole), + 4 x vocabulary x hidden for its gradient
-    scoring        one layer's activations, its tile of logits  log-probabilities without gradient, of per_device rows
-    pixels         rows of a generation x patches x patch size x 4 bytes        as TRL makes them: once a rollout
-    kept pixels    the same / num_generations, x (1 + ratio)    through training: once a question, and a pass's copy
-    cache          rows of a generation x longest row x 4 x layers x kv width        generate() without vLLM, and one
-                   + rows x prompt x (8 hidden + 4 intermediate) x 2                 layer's activations of the prompts
-    engine         weights in 2 bytes / tensor parallel + a longest row's cache + 2 GiB: the least that vLLM needs
-
-    A LoRA adapter is float32, except under ZeRO-3. A pass holds no more tokens than per_device policy rows at their
-    longest, or one longest recycled row if that is more; an image of max_pixels in each row.
+    A pass holds no more tokens than per_device policy rows at their longest, or one longest recycled row if that is
+    more, and an image of max_pixels in each row.
     """
-    sharding, world = run.launch.sharding, run.launch.processes
+    args, sharding, world = run.args, run.launch.sharding, run.launch.processes
     deepspeed = sharding in ("zero2", "zero3")
+    lora, half = run.model.use_peft, args.bf16 or args.fp16
     whole = sharding in ("none", "zero2")
-    weight_bytes = 2 if deepspeed and run.half else run.weight_bytes
-    trained_bytes = 4 if run.lora and sharding != "zero3" else weight_bytes
-    frozen = model.parameters - model.trained
-    weights = frozen * weight_bytes + model.trained * trained_bytes
-    state_shards = 1 if sharding == "none" else world
-    compute_bytes = 2 if run.half or run.weight_bytes < 4 else 4
+    weight_shards = 1 if whole else world
+    state_shards = 1 if sharding == "none" else world  # of gradients and moments
+    weight_bytes = 2 if deepspeed and half else run.weight_bytes
+    trained_bytes = 4 if lora and sharding != "zero3" else weight_bytes  # an adapter is float32 but under ZeRO-3
+    moment_bytes = 12 if deepspeed and half else 2 * trained_bytes  # DeepSpeed: with its float32 weights
+    compute_bytes = 2 if half or run.weight_bytes < 4 else 4
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
+    copies = sharding == "none" and half and run.weight_bytes == 4 and not lora  # autocast's, of the weights
+    weights = (model.parameters - model.trained) * weight_bytes + model.trained * trained_bytes
+    references = args.beta != 0 and not lora  # an adapter's reference is the model without it
+    embedding = model.vocab * model.hidden
+    one_layer = (model.parameters - 2 * embedding) / max(model.layers, 1)
 
-    longest = run.recycled_tokens if run.recycle_ratio > 0 else run.policy_tokens
-    tokens = max(run.per_device * run.policy_tokens, longest)
-    rows = run.per_device * run.steps_per_generation  # of a process and a generation
-
-    visual = 0
+    per_device = args.per_device_train_batch_size
+    rollouts = per_device * args.steps_per_generation  # of a process and a generation
+    policy_tokens, recycled_tokens = args.longest_rows
+    longest = recycled_tokens if args.recycle_ratio > 0 else policy_tokens
+    tokens = max(per_device * policy_tokens, longest)
+    visual = 0  # tokens of an image
     if model.pixels_per_token:
-        visual = run.prompt_tokens
+        visual = args.max_prompt_length
         if run.max_pixels is not None:
             visual = min(visual, run.max_pixels // model.pixels_per_token)
-    patches = visual * model.patches_per_token  # of an image
+    patches = visual * model.patches_per_token
     image = patches * model.patch_values * 4
+
+    text_sizes = (model.hidden, model.intermediate)
+    vision_sizes = (model.vision_hidden, 4 * model.vision_hidden)
 
     def layer(tokens: float, hidden: int, intermediate: int) -> float:
         return tokens * (8 * hidden + 4 * intermediate) * compute_bytes
 
     def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:
         one = layer(tokens, hidden, intermediate)
-        return layers * tokens * hidden * residual_bytes + one if run.checkpointing else layers * one
+        return layers * tokens * hidden * residual_bytes + one if args.gradient_checkpointing else layers * one
 
-    vision = (model.vision_hidden, 4 * model.vision_hidden)
-    held = activations(model.layers, tokens, model.hidden, model.intermediate)
-    held += activations(model.vision_layers, run.per_device * patches, *vision)
-    scoring = max(
-        layer(run.per_device * longest, model.hidden, model.intermediate), layer(run.per_device * patches, *vision)
-    )
-
-    tile = min(HEAD_TILE[0], tokens) * min(HEAD_TILE[1], model.vocab) * compute_bytes
-    one_layer = (model.parameters - 2 * model.vocab * model.hidden) / max(model.layers, 1)
-    cached = 2 * compute_bytes * model.layers * model.kv_width  # of a token: keys and values
-    prefill = layer(rows * run.prompt_tokens, model.hidden, model.intermediate)
-    moments = 12 if deepspeed and run.half else 2 * trained_bytes
+    tile = min(HEAD_TILE[0], tokens) * min(HEAD_TILE[1], model.vocab) * compute_bytes  # of logits
+    cached = 2 * compute_bytes * model.layers * model.kv_width  # keys and values of a token
+    scored = max(layer(per_device * longest, *text_sizes), layer(per_device * patches, *vision_sizes))
+    generated = rollouts * longest * cached + layer(rollouts * args.max_prompt_length, *text_sizes)
+    engine = (2 * model.parameters + longest * cached) / args.vllm_tensor_parallel_size + ENGINE_OVERHEAD
+    questions = rollouts / args.num_generations
     return {
-        "weights": weights / (1 if whole else world),
+        "weights": weights / weight_shards,
         "gradients": model.trained * trained_bytes / state_shards,
-        "optimizer": model.trained * moments / state_shards,
-        "reference": run.reference * model.parameters * weight_bytes / (1 if whole else world),
-        "half copies": 2 * model.trained * (sharding == "none" and run.half and run.weight_bytes == 4 and not run.lora),
-        "gathered": 0 if whole else 2 * 2 * max(one_layer, model.vocab * model.hidden),
-        "activations": held,
-        "head": 2 * tile + (0 if run.lora else 4 * model.vocab * model.hidden),
-        "scoring": scoring + 2 * tile if run.scores else 0,
-        "pixels": rows * max(run.recycle_ratio, 1) * image,
-        "kept pixels": rows * image / run.num_generations * (1 + run.recycle_ratio) + run.per_device * image,
-        "cache": 0 if run.engine_share else rows * longest * cached + prefill,
-        "engine": 0
-        if run.engine_share is None
-        else 2 * model.parameters / run.engine_parallel + longest * cached / run.engine_parallel + ENGINE_OVERHEAD,
+        "optimizer": model.trained * moment_bytes / state_shards,
+        "reference": references * model.parameters * weight_bytes / weight_shards,
+        "half copies": copies * 2 * model.trained,
+        "gathered": 0 if whole else 2 * 2 * max(one_layer, embedding),
+        "activations": activations(model.layers, tokens, *text_sizes)
+        + activations(model.vision_layers, per_device * patches, *vision_sizes),
+        "head": 2 * tile + (0 if lora else 4 * embedding),  # logits and their gradient, the weights' gradient
+        "scoring": scored + 2 * tile if run.scores else 0,  # without gradient, of per_device rows
+        "pixels": rollouts * max(args.recycle_ratio, 1) * image,  # as TRL makes them: once a rollout
+        "kept pixels": questions * image * (1 + args.recycle_ratio) + per_device * image,  # a pass has its own
+        "cache": 0 if run.engine_share else generated,  # of generate()
+        "engine": 0 if run.engine_share is None else engine,  # the least that vLLM needs
     }
 
 
 def peaks(run: Run, parts: dict[str, float], card: float) -> tuple[float, float]:
     """The most bytes in use while generating and while training, on a GPU of `card` bytes.
 
-    generating    weights, optimizer, reference + cache, or the engine's share of the card and what is scored beside it:
-                  the engine stays awake until the recycled prompts are answered
-    training      all but cache, engine, pixels and scoring; the engine's share stays unless it sleeps
+    While generating, the engine stays awake until the recycled prompts are answered, so its share of the card is in
+    use while the rollouts are scored. While training, its share stays in use unless it sleeps.
     """
     share = (run.engine_share or 0) * card
     state = parts["weights"] + parts["optimizer"] + parts["reference"] + OVERHEAD
     scoring = parts["pixels"] + parts["scoring"] + parts["gathered"]
     generating = state + max(parts["cache"], share + scoring) + parts["kept pixels"]
     working = ("gradients", "half copies", "gathered", "activations", "head", "kept pixels")
-    training = state + sum(parts[name] for name in working) + (0 if run.engine_sleeps else share)
+    training = state + sum(parts[name] for name in working) + (0 if run.args.vllm_enable_sleep_mode else share)
     return generating, training
 
 
@@ -365,41 +313,42 @@ def smallest_card(run: Run, parts: dict[str, float]) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What it will refuse, and what it will not but should be known
+# Refusals and remarks
 
 
 def refusals(run: Run, model: Architecture | None) -> list[str]:
     """Settings that can't be trained, each with what to change."""
-    found = []
-    prompts = steps(run).prompts
+    reasons = []
+    prompts, processes, parallel = steps(run).prompts, run.launch.processes, run.args.vllm_tensor_parallel_size
     if run.rows is not None and run.rows < prompts:
-        found.append(
+        reasons.append(
             f"dataset: {run.rows} rows, expected at least the {prompts} of one generation; lower "
             "per_device_train_batch_size or gradient_accumulation_steps"
         )
-    if run.engine_share is not None and run.launch.processes % run.engine_parallel:
-        found.append(
-            f"vllm_tensor_parallel_size: {run.engine_parallel}, expected a divisor of {run.launch.processes} processes"
-        )
+    if run.engine_share is not None and processes % parallel:
+        reasons.append(f"vllm_tensor_parallel_size: {parallel}, expected a divisor of {processes} processes")
     if run.images and model is not None and not model.sees:
-        found.append(f"dataset: rows with images, expected none: {model.name} takes text alone")
-    return found
+        reasons.append(f"dataset: rows with images, expected none: {model.name} takes text alone")
+    return reasons
 
 
 def remarks(run: Run) -> list[str]:
-    """What runs, but perhaps not as meant."""
-    found = []
-    if run.recycle_ratio > 0 and not steps(run).recycled_prompts:
-        found.append("recycle_ratio: nothing will be recycled, less than one prompt (of a multiple that divides)")
-    if run.engine_share is not None and not find_spec("vllm"):
-        found.append("use_vllm: vLLM is not installed here")
-    if run.launch.sharding in ("zero2", "zero3") and not find_spec("deepspeed"):
-        found.append("DeepSpeed is not installed here")
-    if run.recycle_ratio > 0 and not run.drops_rows:
-        found.append("drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)")
-    if run.weight_bytes == 2 and not run.lora and run.launch.sharding not in ("zero2", "zero3"):
-        found.append("dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away")
-    return found
+    """What will run, but perhaps not as intended."""
+    recycles = run.args.recycle_ratio > 0
+    drops_rows = run.args.drop_zero_advantage is not False and not run.args.has_extra_terms
+    deepspeed = run.launch.sharding in ("zero2", "zero3")
+    texts = {
+        "recycle_ratio: nothing will be recycled, less than one prompt (of a multiple that divides)": recycles
+        and not steps(run).recycled_prompts,
+        "use_vllm: vLLM is not installed here": run.engine_share is not None and not find_spec("vllm"),
+        "DeepSpeed is not installed here": deepspeed and not find_spec("deepspeed"),
+        "drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)": recycles
+        and not drops_rows,
+        "dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away": run.weight_bytes == 2
+        and not run.model.use_peft
+        and not deepspeed,
+    }
+    return [text for text, holds in texts.items() if holds]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -456,58 +405,53 @@ def show(data, args, model, launch: Launch) -> None:
     from transformers import AutoConfig, AutoProcessor
     from trl import get_peft_config
 
-    announce_fetch(model.model_name_or_path)
+    def unknown(error: Exception) -> str:
+        return f"unknown ({' '.join(str(error).split())[:160]})"
+
+    name, revision = model.model_name_or_path, model.model_revision
+    announce_fetch(name)
     config = counted = processor = None
     with suppress(OSError, ValueError):  # lengths are then not known
-        processor = AutoProcessor.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, padding_side="left"
-        )
+        processor = AutoProcessor.from_pretrained(name, revision=revision, padding_side="left")
     try:
-        config = AutoConfig.from_pretrained(model.model_name_or_path, revision=model.model_revision)
+        config = AutoConfig.from_pretrained(name, revision=revision)
         counted = architecture(config, get_peft_config(model))
-        described = f"{counted.name}, {counted.parameters:,} parameters, {counted.trained:,} trained"
+        model_line = f"{counted.name}, {counted.parameters:,} parameters, {counted.trained:,} trained"
     except (OSError, ValueError) as error:
-        described = f"unknown ({' '.join(str(error).split())[:160]})"
+        model_line = unknown(error)
 
     datasets_config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True  # no gigabytes for a plan
     rows, images = None, False
     try:
         dataset = data.read_one(data.dataset, data.dataset_split, args, processor)
         rows, images = len(dataset), "images" in dataset.column_names
-        rows_described = f"{rows:,} rows of {data.dataset}"
+        data_line = f"{rows:,} rows of {data.dataset}"
     except (OSError, ValueError) as error:
-        rows_described = f"unknown ({' '.join(str(error).split())[:160]})"
+        data_line = unknown(error)
 
     run = settings(data, args, model, launch, config, rows, images)
+    reasons = refusals(run, counted)
     lines = [
-        f"model      {described}",
-        f"data       {rows_described}",
+        f"model      {model_line}",
+        f"data       {data_line}",
         f"launch     {launch.processes} process{'es' * (launch.processes > 1)}, sharding {launch.sharding}",
         "",
         *_table(steps(run)),
         "",
+        *([*_memory(run, memory(run, counted)), "", *_seconds(run, counted)] if counted else [UNKNOWN]),
+        "",
+        *(f"remark     {remark}" for remark in remarks(run)),
+        *(f"refused    {reason}" for reason in reasons or ["nothing"]),
     ]
-    if counted is None:
-        lines.append("memory     unknown, as the model is")
-    else:
-        lines += [*_memory(run, memory(run, counted)), "", *_seconds(run, counted)]
-    refused = refusals(run, counted)
-    lines += ["", *(f"remark     {remark}" for remark in remarks(run))]
-    lines += [f"refused    {reason}" for reason in refused or ["nothing"]]
     print("\n".join(lines), flush=True)
-    if refused:
-        raise ValueError("; ".join(refused))
+    if reasons:
+        raise ValueError("; ".join(reasons))
 
 
 def _table(counts: Steps) -> list[str]:
     """The counts of a generation and of the run."""
-
-    def row(name: str, each: Any, n: int | None) -> str:
-        total = "unknown" if n is None else f"{n:,}"
-        return f"{name:<30}{float(each):>18,.10g}{total:>20}"
-
     n = counts.total_generations
-    rows = {
+    rows: dict[str, Any] = {
         "prompts": counts.prompts,
         "rollouts": counts.rollouts,
         "recycled prompts, at most": counts.recycled_prompts,
@@ -515,10 +459,11 @@ def _table(counts: Steps) -> list[str]:
         "tokens generated, at most": counts.generated_tokens,
         "tokens trained on, at most": counts.trained_tokens,
     }
-    return [
-        f"{'':<30}{'a generation':>18}{'in total':>20}",
-        *(row(name, each, None if n is None else n * each) for name, each in rows.items()),
-        row("optimizer steps", counts.optimizer_steps, counts.total_optimizer_steps),
+    totals = [(name, each, None if n is None else n * each) for name, each in rows.items()]
+    totals.append(("optimizer steps", counts.optimizer_steps, counts.total_optimizer_steps))
+    return [f"{'':<30}{'a generation':>18}{'in total':>20}"] + [
+        f"{name:<30}{float(each):>18,.10g}{'unknown' if total is None else f'{total:,}':>20}"
+        for name, each, total in totals
     ]
 
 

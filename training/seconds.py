@@ -38,8 +38,8 @@ class Lengths:
 def average_lengths(run: "Run", model: "Architecture") -> Lengths:
     """Completions of half their limit; a question of 256 tokens, and an image at its budget where there are any."""
     image = run.max_pixels // model.pixels_per_token if run.images and run.max_pixels and model.pixels_per_token else 0
-    prompt = min(run.prompt_tokens, 256 + image)
-    completion = run.completion_tokens / 2
+    prompt = min(run.args.max_prompt_length, 256 + image)
+    completion = run.args.max_completion_length / 2
     return Lengths(prompt, prompt + 1.5 * completion + 64, completion)  # a pair quotes two rollouts, a point one
 
 
@@ -60,8 +60,8 @@ def generation_seconds(
     Args:
         trained_share: of the rows, that go through the passes (`recycle/trained_share`).
     """
-    processes = run.launch.processes
-    engines = processes / run.engine_parallel if run.engine_share is not None else processes
+    args, processes = run.args, run.launch.processes
+    engines = processes / args.vllm_tensor_parallel_size if run.engine_share is not None else processes
     weights = 2 * model.parameters  # bytes, bfloat16
     cache = 4 * model.layers * model.kv_width  # bytes a token
 
@@ -70,7 +70,7 @@ def generation_seconds(
         sequences = rollouts / engines
         prefill = 2 * model.parameters * prompts * prompt / (processes * card.flops * card.prefill)
         cached = sequences * lengths.completion * (prompt + lengths.completion / 2) * cache
-        reads = run.completion_tokens * weights + cached
+        reads = args.max_completion_length * weights + cached
         compute = 2 * model.parameters * sequences * lengths.completion / (gpus * card.flops * card.prefill)
         return prefill + max(reads / (gpus * card.memory * card.decoding), compute)
 
@@ -82,17 +82,16 @@ def generation_seconds(
     forward = 2 * model.parameters * tokens / (card.flops * card.training)
     links = card.links if processes <= card.per_node else card.network
     sharded = run.launch.sharding in ("zero3", "fsdp2")
-    micro_steps = run.steps_per_generation * run.num_iterations
     # Weights gathered forward and backward and gradients spread in each micro-step, or one exchange an optimizer step.
-    exchanges = 3 * micro_steps * (1 + run.recycle_ratio) if sharded else 2 * float(counts.optimizer_steps)
-    compute = forward * (4 if run.checkpointing else 3) * trained_share * run.num_iterations
+    exchanges = 3 * run.micro_steps * (1 + args.recycle_ratio) if sharded else 2 * float(counts.optimizer_steps)
+    compute = forward * (4 if args.gradient_checkpointing else 3) * trained_share * args.num_iterations
     exchanged = exchanges * weights / links if processes > 1 else 0.0
     return {
         "policy generation": generating(counts.prompts, counts.rollouts, lengths.prompt),
         "recycled generation": generating(counts.recycled_prompts, counts.recycled_rollouts, lengths.recycled_prompt)
         if counts.recycled_prompts
         else 0.0,
-        "log-probs": forward * (run.scores + run.reference),
+        "log-probs": forward * (run.scores + (args.beta != 0)),
         "forward, backward": max(compute, exchanged),  # they overlap
         "weight sync": weights / links * (processes > 1) + weights / card.memory,
     }
