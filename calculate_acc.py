@@ -406,6 +406,8 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
     majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line."""
     import numpy as np
 
+    if not rows:
+        return []
     rng, table = np.random.default_rng(0), []
     ways = [way for way in rows[0] if all(way in row for row in rows)]
     tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
@@ -418,18 +420,18 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
         lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
         interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
-        table.append({
-            "way": WAYS[way] if (way, n) != ("vote", 1) else "first answer", "n": n, "answered": len(rows),
-            "tokens": tokens[way, n], "accuracy": right / len(rows), "interval": wilson(right, len(rows)),
-            "majority_n": majority[1], "majority_tokens": tokens[majority],
-            "difference": (gained - lost) / len(rows), "difference_interval": interval, "winner": winner,
-        })  # fmt: skip
+        line = {"way": WAYS[way] if (way, n) != ("vote", 1) else "first answer", "n": n, "answered": len(rows),
+                "tokens": tokens[way, n], "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
+        if way != "vote":
+            line |= {"majority_n": majority[1], "majority_tokens": tokens[majority], "winner": winner,
+                     "difference": (gained - lost) / len(rows), "difference_interval": interval}  # fmt: skip
+        table.append(line)
     return table
 
 
 def figure(files: list[Row], path: str) -> None:
-    """Draw the price tables: accuracy against tokens, a panel for each file and benchmark. Raises BadInput without."""
-    panels = [(file["path"], b["dataset"], b["price"]) for file in files for b in file["benchmarks"] if b.get("price")]
+    """Draw the price tables: accuracy against tokens, a panel for each file. Raises BadInput where there is none."""
+    panels = [file for file in files if file["price"]]
     if not panels:
         raise BadInput("--figure: expected results of evaluate.py --mode tts --tts compare")
     import matplotlib
@@ -438,13 +440,17 @@ def figure(files: list[Row], path: str) -> None:
     from matplotlib import pyplot
 
     drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for axis, (name, dataset, price) in zip(axes[0], panels, strict=True):
+    for axis, file in zip(axes[0], panels, strict=True):
         for way in WAYS.values():
-            rows = [row for row in price if row["way"] == way or (way == "majority" and row["way"] == "first answer")]
+            rows = [
+                row
+                for row in file["price"]
+                if row["way"] == way or (way == "majority" and row["way"] == "first answer")
+            ]
             bars = [[abs(row["interval"][i] - row["accuracy"]) for row in rows] for i in (0, 1)]
             axis.errorbar([row["tokens"] for row in rows], [row["accuracy"] for row in rows], bars, label=way,
                           marker="o", capsize=2, linewidth=1)  # fmt: skip
-        axis.set(xscale="log", xlabel="tokens generated a question", ylabel="accuracy", title=f"{name}: {dataset}")
+        axis.set(xscale="log", xlabel="tokens generated a question", ylabel="accuracy", title=file["path"])
         axis.legend()
     drawn.savefig(path, dpi=120)
     pyplot.close(drawn)
@@ -560,6 +566,7 @@ def summarise(tallies: list[Tally]) -> Row:
             "path": total.path,
             "rows": sum(b["rows"] for b in benchmarks),
             "failed": sum(b["failed"] for b in benchmarks),
+            "price": price_table([row for rows in total.scaling.values() for row in rows]),
             "errors": total.errors.lines(),
             "verifiers": sorted(total.verifiers),
             "unscorable": sum(b["unscorable"] for b in benchmarks),
@@ -667,18 +674,24 @@ def breakdowns(files: list[Row]) -> list[Table]:
     tables: dict[str, Table] = {}
 
     def add(title: str, first: list[str], names: list[str], row: Row, fields: dict[str, str]) -> None:
-        table = tables.setdefault(title, (title, ["benchmark", "file", "kind", *first, *fields], []))
+        third = "kind" if "price" not in title else "way"
+        table = tables.setdefault(title, (title, ["benchmark", "file", third, *first, *fields], []))
         table[2].append([*names, *(cell(field, row.get(field)) for field in fields.values())])
 
+    interval = {"95 %": "interval"}
     for file in files:
+        for row in file["price"]:
+            names = [b["dataset"] for b in file["benchmarks"] if b.get("price")]
+            fields = {"n": "n", "tokens": "tokens", "accuracy": "accuracy", **interval, "majority of": "majority_n",
+                      "its tokens": "majority_tokens", "difference": "difference",
+                      "95 % of it": "difference_interval", "better": "winner"}  # fmt: skip
+            title = (
+                f"Test-time scaling at its price, against a majority of as many tokens; {row['answered']:,} questions"
+            )
+            name = [names[0] if len(names) == 1 else "all rows", file["path"], row["way"]]
+            add(title, [], name, row, fields)
         for b in file["benchmarks"]:
-            name, interval = [b["dataset"], file["path"], b["kind"]], {"95 %": "interval"}
-            for row in b.get("price", ()):
-                fields = {"n": "n", "tokens": "tokens", "accuracy": "accuracy", **interval, "majority of": "majority_n",
-                          "its tokens": "majority_tokens", "difference": "difference",
-                          "95 % of it": "difference_interval", "better": "winner"}  # fmt: skip
-                title = "Test-time scaling at its price, against a majority of as many tokens"
-                add(title, ["way"], [*name, row["way"]], row, fields)
+            name = [b["dataset"], file["path"], b["kind"]]
             for score, row in b["scores"].items():
                 fields = {"questions": "questions", "value": "score", **interval}
                 add("The benchmarks' own scores", ["score"], [*name, score], row, fields)

@@ -382,14 +382,14 @@ class Samples(Calls):
             for match, both in zip(new, replies, strict=True):
                 verdicts = [verify.parse_verdict(output.text) for output in both]
                 judged = "\n---\n".join(output.text for output in both)
-                told = {"verdict": verdicts[0], "verdict_swapped": verdicts[1], "judge_output": judged}
-                self._matches[match] = told, sum(output.completion_tokens for output in both)
+                outcome = {"verdict": verdicts[0], "verdict_swapped": verdicts[1], "judge_output": judged}
+                self._matches[match] = outcome, sum(output.completion_tokens for output in both)
             winners = []
             for a, b in pairs:
-                told, cost = self._matches[a[0], b[0]]
-                agreed = {("A", "B"): a, ("B", "A"): b}.get((told["verdict"], told["verdict_swapped"]))
+                outcome, cost = self._matches[a[0], b[0]]
+                agreed = {("A", "B"): a, ("B", "A"): b}.get((outcome["verdict"], outcome["verdict_swapped"]))
                 winners.append(agreed or max(a, b, key=len))  # equal votes: a, the earlier
-                self.matches.append({"a": a[0], "b": b[0], "winner": winners[-1][0], **told})
+                self.matches.append({"a": a[0], "b": b[0], "winner": winners[-1][0], **outcome})
                 price += cost
             groups[:] = winners + groups[2 * len(pairs) :]
         return price
@@ -646,9 +646,9 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     questions = hashlib.blake2b(digest_size=8)
     for row in rows:
         left_out = ("images", "source", "task", "categories", "group")
-        asked = {name: value for name, value in row.items() if name not in left_out}
+        question = {name: value for name, value in row.items() if name not in left_out}
         budgets = [(image["min_pixels"], image["max_pixels"]) for image in row["images"]]
-        questions.update(json.dumps([asked, budgets], sort_keys=True).encode())
+        questions.update(json.dumps([question, budgets], sort_keys=True).encode())
         for image in row["images"]:  # a file by its name, wherever it lies
             questions.update(image["bytes"] or os.path.basename(image["path"]).encode())
     digests = {"benchmark contents": questions.hexdigest()}

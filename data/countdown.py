@@ -149,8 +149,8 @@ def solves(answer: str | None, solution: Any) -> bool | None:
     if (task := read_task(solution)) is None:
         return None
     numbers, target = task
-    found = parse(answer) if answer is not None else None
-    return found is not None and found.value == target and sorted(found.numbers) == sorted(numbers)
+    expression = parse(answer) if answer is not None else None
+    return expression is not None and expression.value == target and sorted(expression.numbers) == sorted(numbers)
 
 
 _logged: set[str] = set()
@@ -162,9 +162,9 @@ def countdown_reward(prompts, completions, solution, **columns) -> list[float | 
     for completion, task in zip(completions, solution, strict=True):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         solved = solves(extract_boxed(text), task)
-        if solved is None and (shown := repr(task)[:300]) not in _logged and len(_logged) < 10_000:
-            _logged.add(shown)
-            logger.warning("unscorable: expected a solution like '45 from 9, 3, 12', got %s", shown)
+        if solved is None and (stated := repr(task)[:300]) not in _logged and len(_logged) < 10_000:
+            _logged.add(stated)
+            logger.warning("unscorable: expected a solution like '45 from 9, 3, 12', got %s", stated)
         rewards.append(None if solved is None else float(solved))
     return rewards
 
@@ -253,14 +253,14 @@ def random_way(numbers: Sequence[int], most: int, rng: random.Random) -> Way | N
 
 def misses(question: Question, n: int, most: int, rng: random.Random) -> list[Way]:
     """Up to `n` different random ways to combine the question's numbers that miss its target."""
-    found: dict[str, Way] = {}
+    ways: dict[str, Way] = {}
     for _ in range(DRAWS):
-        if len(found) == n:
+        if len(ways) == n:
             break
         way = random_way(question.numbers, most, rng)
         if way is not None and way.value != question.target:
-            found.setdefault(way.expression, way)
-    return list(found.values())
+            ways.setdefault(way.expression, way)
+    return list(ways.values())
 
 
 def draw_question(split: Split, game: Game, rng: random.Random) -> Question:

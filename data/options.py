@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+from data.formats.columns import is_none
 from data.rows import Options, RowError, literal, plain_text
 
 KINDS = {
@@ -43,8 +44,8 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
     lists = [name for name in names if _LIST_NAME.fullmatch(name)]
     families: dict[str, dict[str, str]] = {}  # option_ -> {"a": "option_a", "b": "option_b"}
     for name in names:
-        if found := _MEMBER_NAME.fullmatch(name):
-            families.setdefault(name[: found.start(1)], {})[found[1]] = name
+        if match := _MEMBER_NAME.fullmatch(name):
+            families.setdefault(name[: match.start(1)], {})[match[1]] = name
     members: dict[str, str] = {}
     for stem, family in families.items():
         labels = sorted(family, key=lambda label: (len(label), label))
@@ -70,14 +71,15 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
             )
     if members.keys() == {name for name in members.values() if name.islower()} and _bare(answer) not in members:
         members = {}
-    found = [(name, _listed(name, raw[name])) for name in lists if literal(raw[name]) not in (None, "", [], {}, ())]
-    own = {label.upper(): raw[name] for label, name in members.items() if raw[name] not in (None, "")}
-    if own := {label: option for label, option in own.items() if option == option}:  # NaN is none
+    nothing = (None, "", [], {}, ())
+    sources = [(name, _listed(name, raw[name])) for name in lists if literal(raw[name]) not in nothing]
+    if cells := {label.upper(): raw[name] for label, name in members.items() if not is_none(raw[name])}:
         name = next(iter(members.values()))
-        found.append((name, Options(_texts(name, own), True)))
-    if len(found) > 1 and any(list(o.texts.values()) != list(found[0][1].texts.values()) for _, o in found):
-        raise RowError(found[1][0], f"expected the options once, got others in {found[0][0]}")
-    return found[0][1] if found else None
+        sources.append((name, Options(_texts(name, cells), True)))
+    others = [name for name, options in sources if [*options.texts.values()] != [*sources[0][1].texts.values()]]
+    if others:
+        raise RowError(others[0], f"expected the options once, got others in {sources[0][0]}")
+    return sources[0][1] if sources else None
 
 
 def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
@@ -133,16 +135,16 @@ def readings(answer: str, options: Options) -> dict[str, list[str]]:
     """What an answer may be: kind -> the labels that it would then name."""
     labels = list(options.texts)
     bare = _bare(answer)
-    found = {
+    labels_by_kind = {
         "letter": [label for label in labels if label == bare] or [x for x in labels if x.upper() == bare.upper()],
         "text": [label for label, text in options.texts.items() if _same(answer, text, label)],
     }
     if number := _INTEGER.fullmatch(answer):
         n = int(number[1])
-        found |= {"from_0": labels[n : n + 1], "from_1": labels[n - 1 : n] if n else []}
-    if options.own_labels and found["letter"]:
-        return {"letter": found["letter"]}
-    return {kind: named for kind, named in found.items() if named}
+        labels_by_kind |= {"from_0": labels[n : n + 1], "from_1": labels[n - 1 : n] if n else []}
+    if options.has_labels and labels_by_kind["letter"]:
+        return {"letter": labels_by_kind["letter"]}
+    return {kind: named for kind, named in labels_by_kind.items() if named}
 
 
 def _bare(answer: str) -> str:
@@ -157,8 +159,8 @@ def _same(answer: str, text: str, label: str) -> bool:
 
 def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:
     """The kinds that the answers of all these rows may be."""
-    found = [set(kinds) for answer, options in rows if (kinds := readings(answer, options))]
-    return frozenset(set.intersection(*found)) if found else frozenset()
+    kinds_of_rows = [set(kinds) for answer, options in rows if (kinds := readings(answer, options))]
+    return frozenset(set.intersection(*kinds_of_rows)) if kinds_of_rows else frozenset()
 
 
 def right_label(answer: str, options: Options, kind: str | None, common: frozenset[str]) -> str:
@@ -167,21 +169,21 @@ def right_label(answer: str, options: Options, kind: str | None, common: frozens
     Args:
         kind: what answers are, where that was said; else `common` is what the set's first ones may all be.
     """
-    every = readings(answer, options)
-    found = {k: named for k, named in every.items() if k == kind or (kind is None and k in common)}
-    if kind is None and not found and {"letter", "text"} & every.keys():
-        found = every  # said in another way than the first rows, but not as a number that might count otherwise
-    named = {label for labels in found.values() for label in labels}
+    possible = readings(answer, options)
+    fitting = {k: named for k, named in possible.items() if k == kind or (kind is None and k in common)}
+    if kind is None and not fitting and {"letter", "text"} & possible.keys():
+        fitting = possible  # said in another way than the first rows, but not as a number that might count otherwise
+    named = {label for labels in fitting.values() for label in labels}
     if len(named) == 1:
         return named.pop()
-    if len(found) == 1:
+    if len(fitting) == 1:
         raise RowError("answer", f"expected one option, got {answer!r:.60}, the text of {' and '.join(sorted(named))}")
     labels = list(options.texts)
-    if kind is not None or not every:
+    if kind is not None or not possible:
         expected = KINDS[kind] if kind else f"{labels[0]} to {labels[-1]}, or an option's text"
         raise RowError("answer", f"expected {expected}, got {answer!r:.60}")
-    ways = " or ".join(f"{' and '.join(named)} by {KINDS[k]}" for k, named in (found or every).items())
-    if not found:
+    ways = " or ".join(f"{' and '.join(named)} by {KINDS[k]}" for k, named in (fitting or possible).items())
+    if not fitting:
         first = " or ".join(KINDS[k] for k in KINDS if k in common)
         ways += f", and the first rows give {first or 'now this, now that'}"
     raise RowError("answer", f"{answer!r:.60} may be {ways}; say which with --answer_kind")

@@ -63,10 +63,10 @@ class BadRow:
 
 @dataclass(frozen=True)
 class Options:
-    """label -> text of a question's options. The labels are the data's own, or letters given to them."""
+    """label -> text of a question's options; `has_labels` where the data give the labels, else they are letters."""
 
     texts: dict[str, str]
-    own_labels: bool
+    has_labels: bool
 
 
 @dataclass(slots=True)

@@ -138,8 +138,8 @@ def _response(field: str, text: Any) -> str:
 def categories(raw: dict[str, Any]) -> dict[str, str | list[str]]:
     """The categories of a record, those in its `metadata` included; of some there are several, as of skills."""
     metadata = literal(raw.get("metadata"))
-    found = {**metadata, **raw} if isinstance(metadata, dict) else raw
-    return {name: value for name in CATEGORIES if (value := _category(found.get(name)))}
+    fields = {**metadata, **raw} if isinstance(metadata, dict) else raw
+    return {name: value for name in CATEGORIES if (value := _category(fields.get(name)))}
 
 
 def _category(value: Any) -> str | list[str] | None:
