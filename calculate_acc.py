@@ -420,8 +420,8 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
         lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
         interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
-        line = {"way": WAYS[way] if (way, n) != ("vote", 1) else "first answer", "n": n, "answered": len(rows),
-                "tokens": tokens[way, n], "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
+        line = {"way": "first answer" if (way, n) == ("vote", 1) else WAYS[way], "n": n, "tokens": tokens[way, n],
+                "answered": len(rows), "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
         if way != "vote":
             line |= {"majority_n": majority[1], "majority_tokens": tokens[majority], "winner": winner,
                      "difference": (gained - lost) / len(rows), "difference_interval": interval}  # fmt: skip
@@ -442,11 +442,8 @@ def figure(files: list[Row], path: str) -> None:
     drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
     for axis, file in zip(axes[0], panels, strict=True):
         for way in WAYS.values():
-            rows = [
-                row
-                for row in file["price"]
-                if row["way"] == way or (way == "majority" and row["way"] == "first answer")
-            ]
+            ways = (way, "first answer") if way == "majority" else (way,)
+            rows = [row for row in file["price"] if row["way"] in ways]
             bars = [[abs(row["interval"][i] - row["accuracy"]) for row in rows] for i in (0, 1)]
             axis.errorbar([row["tokens"] for row in rows], [row["accuracy"] for row in rows], bars, label=way,
                           marker="o", capsize=2, linewidth=1)  # fmt: skip
@@ -682,12 +679,10 @@ def breakdowns(files: list[Row]) -> list[Table]:
     for file in files:
         for row in file["price"]:
             names = [b["dataset"] for b in file["benchmarks"] if b.get("price")]
-            fields = {"n": "n", "tokens": "tokens", "accuracy": "accuracy", **interval, "majority of": "majority_n",
-                      "its tokens": "majority_tokens", "difference": "difference",
+            fields = {"n": "n", "answered": "answered", "tokens": "tokens", "accuracy": "accuracy", **interval,
+                      "majority of": "majority_n", "its tokens": "majority_tokens", "difference": "difference",
                       "95 % of it": "difference_interval", "better": "winner"}  # fmt: skip
-            title = (
-                f"Test-time scaling at its price, against a majority of as many tokens; {row['answered']:,} questions"
-            )
+            title = "Test-time scaling at its price, against a majority of as many tokens"
             name = [names[0] if len(names) == 1 else "all rows", file["path"], row["way"]]
             add(title, [], name, row, fields)
         for b in file["benchmarks"]:
