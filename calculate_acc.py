@@ -178,11 +178,10 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 for name, values in (row.get("categories") or {}).items():
                     for value in [values] if isinstance(values, str) else values:
                         total.categories[dataset, kind][name][value].update(answered=1, right=right)
-                if row.get("variants"):
-                    total.scaling[dataset].append({
-                        (v["variant"], v["n"]): (bool(variant_is_right(row, v, verdicts)), v["completion_tokens"])
-                        for v in row["variants"]
-                    })  # fmt: skip
+                outcomes = {(v["variant"], v["n"]): (variant_is_right(row, v, verdicts), v["completion_tokens"])
+                            for v in row.get("variants") or ()}  # fmt: skip
+                if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
+                    total.scaling[dataset].append(outcomes)
                 if row.get("group"):
                     question, part = row["group"]
                     total.groups[dataset, kind][question][part] = right

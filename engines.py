@@ -300,6 +300,7 @@ FATAL = {
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
+LOGPROBS = b', "logprobs": true'
 TOGETHER = 32  # requests handed to the thread at once: each time interrupts it, and waiting delays the first ones
 SET_ASIDE = 30.0  # seconds for which a server that could not be reached is asked last
 
@@ -393,7 +394,7 @@ class ServerEngine:
         if sampling.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
         if request.with_logprobs:
-            body["logprobs"] = True
+            body["logprobs"] = True  # the last field: see LOGPROBS
         return body
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
@@ -479,6 +480,9 @@ class ServerEngine:
             if status == 200 and (output := read_completion(answer)) is not None:
                 return output
             error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
+            if status in (400, 422) and b"logprob" in answer.lower() and LOGPROBS in body:
+                body = body.replace(LOGPROBS, b"")  # this server has none: the answer alone, then
+                continue
             if status not in RETRIED and status != 200:
                 break
         else:

@@ -363,6 +363,8 @@ class Layout:
     def __init__(self, source: Source, head: list[dict[str, Any]], use: str):
         self.source, settings = source, source.settings
         self.columns = set().union(*head)
+        if {"ground_truth", "extracted_answer"} <= self.columns:
+            raise BadInput(f"{source}: expected questions, got results of evaluate.py")
         names = {"prompt": settings.prompt_column, "solution": settings.solution_column, "image": settings.image_column}
         missing = [what for what, name in names.items() if name is not None and name not in self.columns]
         named = [what for what in missing if what == "image" or names[what] != what]  # other than the default

@@ -251,6 +251,16 @@ def test_usage_that_is_missing_is_no_tokens(server):
     assert (row["error"], row["vlm_output"], row["prompt_tokens"], row["completion_tokens"]) == (None, "", 0, 0)
 
 
+def test_a_server_without_log_probabilities_still_judges(server):
+    server.plan["1+1?"] = [(400, b'{"error": "logprobs is not supported by this model"}')]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    row = {"dataset": "d", "problem": "1+1?", "response": "2", "label": "Yes"}
+    (result,) = evaluate.evaluate_records([row], engine, replace(SETTINGS, mode="judge"))
+    engine.close()
+    assert [body.get("logprobs") for _, body in server.seen] == [True, None]
+    assert (result["error"], result["verdict_probability"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("owner", "expected"),
     [("vllm", {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}), ("somebody", {})],

@@ -103,7 +103,7 @@ JUDGED = {
     "VL-RewardBench.tsv": [
         {"index": "1", "image": RED_64, "question": "What is it?", "response": "['A cat.', \"A dog's.\"]",
          "answer": "[0, 1]", "category": "hallucination"},
-        {"index": "2", "image": "1", "question": "What is it?", "response": "['A cat.', 'A dog.']",
+        {"index": "2", "image": f"['{RED_64}', '{BLUE_64}']", "question": "Alike?", "response": "['Yes.', 'No.']",
          "answer": "[1, 0]", "category": "general"},
     ],
     "reward-bench-2.parquet": [
@@ -186,6 +186,7 @@ def test_a_published_file_goes_through_check_evaluation_and_tables(name, folder,
         assert all(result["error"] is None for result in results)
         images = "reward-bench" not in name and name not in ("judgebench.json", "processbench.json")
         assert (set(engine.images) >= {1}) is images
+        assert (2 in engine.images) is (name in ("MathVision.tsv", "VL-RewardBench.tsv"))
         text = render(summarise([tally(name, rows=json.loads(json.dumps(results)))]), "table")
         assert name.split(".")[0] in text
 
