@@ -6,15 +6,14 @@
     answer   one answer per question
     tts      test-time scaling, with the one model as its own judge; the first and the final answer are both scored, so
              that training and test-time scaling are never mixed up. --tts says how:
-               reflect         answer, judge the own answer, reflect while the verdict is negative (paper, section 3.4)
+               reflect         answer, judge that answer, reflect while the verdict is No (paper, section 3.4)
                vote            --n answers, the most frequent one
-               weighted_vote   the same, each answer weighing how probably it is right: as the judge says, asked with
-                               both letterings
+               weighted_vote   the same, each answer weighted by the judge's probability that it is right
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
                compare         all of them, from one set of --n answers, each with the tokens that it takes
-    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label: is
-             it. --judge_samples k asks k times and takes the majority. Beside each verdict is its probability, by the
-             log-probabilities of the tokens that spell it
+    judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label:
+             whether it is correct. Each verdict comes with its probability, from the log-probabilities of its tokens;
+             --judge_samples k asks k times and takes the majority
 
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
 its last one is back, whatever the other rows do. Finished rows are appended to OUTPUT.part as they finish; running the
@@ -267,7 +266,7 @@ def answer_row(row: Row, settings: Settings) -> Solver:
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
-    """Answer, judge the own answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
+    """Answer, judge that answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
     calls = Calls(row, settings)
     (first,) = calls.read((yield [calls.request()]))
     first_tokens = calls.completion_tokens
@@ -538,6 +537,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
             return finished.value
         except RequestFailed as failure:
             return Calls(running.row, settings).result("", error=str(failure))
+        assert requests, "a row that waits for nothing would never finish"
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
             if sampling.temperature > 0:
@@ -731,11 +731,11 @@ def main() -> int:
             )
         sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
         _ = settings.verifier  # refused now, and not after the first answer
-        benchmarks = [read_benchmark(source, settings.mode) for source in sources]
-        places = itertools.count()
-        numbers = [[next(places) for _ in rows] for rows in benchmarks]
-        wanted = [number for of_one in numbers for number in of_one[: args.limit]]
-        rows = [row for rows in benchmarks for row in rows]
+        rows, wanted = [], []
+        for source in sources:
+            of_source = read_benchmark(source, settings.mode)
+            wanted += range(len(rows), len(rows) + len(of_source[: args.limit]))
+            rows += of_source
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
         running = make_engine(settings, engine)
         try:

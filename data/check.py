@@ -29,7 +29,7 @@ from data.rows import BadInput, BadRow, Source, question_text
 from data.table import batched
 
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
-SHOWN = 10  # unusable rows, in the report as text
+LISTED = 10  # unusable rows, in the report as text
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so
 LENGTHS = (("min", 0.0), ("median", 0.5), ("p95", 0.95), ("max", 1.0))
 
@@ -232,12 +232,12 @@ def render(report: dict[str, Any]) -> str:
             + (f"; {overlap['unusable']:,} of its rows are unusable" if overlap["unusable"] else "")
         )
     lines += [f"{name} tokens: {counts(numbers)}" for name, numbers in report.get("tokens", {}).items()]
-    for row in report["bad"][:SHOWN]:
+    for row in report["bad"][:LISTED]:
         where = f"line {row['line']}, row {row['row']}" if row["line"] is not None else f"row {row['row']}"
         lines.append(f"{where}: field {row['field']}: {row['reason']}")
-    if len(report["bad"]) > SHOWN:
+    if len(report["bad"]) > LISTED:
         fields = counts(dict(Counter(row["field"] for row in report["bad"]).most_common()))
-        lines.append(f"and {len(report['bad']) - SHOWN:,} more; by field: {fields}; --json has all of them")
+        lines.append(f"and {len(report['bad']) - LISTED:,} more; by field: {fields}; --json has all of them")
     return "\n".join(lines)
 
 
