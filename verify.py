@@ -158,7 +158,8 @@ def last_text(messages: str | Sequence) -> str:
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def _log_unscorable(row: int, gold, reason: str) -> None:
+def log_unscorable(row: int, gold, reason: str) -> None:
+    """Warn of a gold that no completion can be scored against; once for each gold."""
     text = repr(gold)[:300]
     if text not in _logged and len(_logged) < 10_000:
         _logged.add(text)
@@ -171,7 +172,7 @@ def answer_reward(prompts, completions, solution, **columns) -> list[float | Non
     rewards = []
     for row, (result, (_, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
-            _log_unscorable(row, gold, result.reason)
+            log_unscorable(row, gold, result.reason)
         rewards.append(None if result.verdict is None else float(result.verdict))
     return rewards
 
@@ -184,7 +185,7 @@ def verdict_reward(prompts, completions, label, **columns) -> list[float | None]
     rewards = []
     for row, (text, gold) in enumerate(zip(map(last_text, completions), label, strict=True)):
         if gold not in ("Yes", "No", "A", "B"):
-            _log_unscorable(row, gold, "no such label")
+            log_unscorable(row, gold, "no such label")
             rewards.append(None)
         else:
             rewards.append(float(parse_verdict(text) == gold))
