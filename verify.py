@@ -4,17 +4,17 @@ r"""Boxed answers, verdicts, answer equality and rewards: every training label r
     is_equal(r"\dfrac12", "0.5")                        # True
     python verify.py '1\frac{1}{2}' '3/2'               # True, and the rule that decided
 
-Import from here; answers/ holds the rules. Departures from plain math-verify
-(https://github.com/huggingface/Math-Verify), which is the last resort here and not the first:
+answers/ holds the rules. Departures from plain math-verify (https://github.com/huggingface/Math-Verify), which is the
+last resort here and not the first:
 
 1. Lists, tuples, sets, intervals, relations, units and words are taken apart before any algebra, so
    (1,2) is not {1,2}, [1,2) is not (1,2], 2x = 10 is not 10, and `listen` is not `silent`.
-2. Numbers are exact fractions. A decimal gold is met at its own precision: pi equals a gold 3.14. An exact
-   gold is met by a decimal only if it is that gold rounded, to six significant digits or more (five inside a
-   list, tuple or interval): 3.14159 equals a gold pi, 3.14 does not.
+2. Numbers are exact fractions. A decimal gold is compared at its own precision: pi equals a gold 3.14. A decimal
+   equals an exact gold only if it is that gold rounded to six significant digits or more (five inside a list,
+   tuple or interval): 3.14159 equals a gold pi, 3.14 does not.
 3. Expressions are evaluated at fixed random points, exactly or with 60 digits, in microseconds.
-   Only what the calculator cannot read (integrals, floors, ...) goes to math-verify in a worker.
-4. Workers are killed when they overrun. No text of a model is ever evaluated as code: sympy's
+   Only what the calculator can't read (integrals, floors, ...) goes to math-verify in a worker.
+4. Workers that exceed their limit are killed. No text of a model is ever evaluated as code: sympy's
    `parse_expr` (which calls eval) is never reached, only the LaTeX grammar of latex2sympy2.
 """
 
@@ -91,14 +91,14 @@ def parse_verdict(text: str) -> str | None:
 
 def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Result]:
     """`verify_many` with reasons: one Result(verdict, reason) for each pair, in order."""
-    questions = []  # (pred, its acceptable golds)
+    answers = []  # (pred, its acceptable golds)
     for pred, gold in pairs:
         golds = gold if isinstance(gold, (list, tuple)) else [gold]
-        questions.append((pred, [str(g) for g in golds if _usable(g)]))
-    results = {key: decide(*key) for key in dict.fromkeys((pred, gold) for pred, golds in questions for gold in golds)}
+        answers.append((pred, [str(g) for g in golds if _usable(g)]))
+    results = {key: decide(*key) for key in dict.fromkeys((pred, gold) for pred, golds in answers for gold in golds)}
     undecided = [key for key, result in results.items() if result is None]
     results.update(zip(undecided, workers.pool.run(undecided, timeout), strict=True))
-    return [_best([results[pred, gold] for gold in golds]) for pred, golds in questions]
+    return [_best([results[pred, gold] for gold in golds]) for pred, golds in answers]
 
 
 def _usable(gold) -> bool:
@@ -108,7 +108,7 @@ def _usable(gold) -> bool:
 
 
 def _best(results: list[Result]) -> Result:
-    """Any acceptable gold will do; None wins over False, for the pair may yet be right."""
+    """The best result over the acceptable golds; None is better than False, for the pair may be right."""
     if not results:
         return Result(None, "no usable gold")
     return max(results, key=lambda result: {True: 2, None: 1, False: 0}[result.verdict])
@@ -150,15 +150,16 @@ _logged: set[str] = set()
 
 
 def last_text(messages: str | Sequence) -> str:
-    """The text of a completion's or a prompt's last message ([{"role", "content"}]); "" where it has none, as a tool
-    call. A plain string is its own text."""
+    """The text of a completion's or a prompt's last message; "" where it has none, as in a tool call. A plain string is
+    returned as it is."""
     if isinstance(messages, str):
         return messages
     content = messages[-1].get("content") or ""
     return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content)
 
 
-def _log_unscorable(row: int, gold, reason: str) -> None:
+def log_unscorable(row: int, gold, reason: str) -> None:
+    """Warn of a gold that no completion can be scored against; once for each gold."""
     text = repr(gold)[:300]
     if text not in _logged and len(_logged) < 10_000:
         _logged.add(text)
@@ -171,7 +172,7 @@ def answer_reward(prompts, completions, solution, **columns) -> list[float | Non
     rewards = []
     for row, (result, (_, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
-            _log_unscorable(row, gold, result.reason)
+            log_unscorable(row, gold, result.reason)
         rewards.append(None if result.verdict is None else float(result.verdict))
     return rewards
 
@@ -184,7 +185,7 @@ def verdict_reward(prompts, completions, label, **columns) -> list[float | None]
     rewards = []
     for row, (text, gold) in enumerate(zip(map(last_text, completions), label, strict=True)):
         if gold not in ("Yes", "No", "A", "B"):
-            _log_unscorable(row, gold, "no such label")
+            log_unscorable(row, gold, "no such label")
             rewards.append(None)
         else:
             rewards.append(float(parse_verdict(text) == gold))

@@ -50,7 +50,7 @@ class GoldTooBig(TooBig):
 
 
 def last_resort(pred: str, gold: str) -> bool | None:
-    """What the calculator cannot read is left to a worker (None), in which this is workers.math_verify."""
+    """What the calculator can't read: undecided (None) here; in a worker this is workers.math_verify."""
     return None
 
 
@@ -146,9 +146,9 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
         return _same_assignments(p, g)
     if kinds == {"relation"}:
         return _same_relations(p, g)
-    if g.kind == "relation":  # the value of x = 5 will do
+    if g.kind == "relation":  # the value alone is accepted for x = 5
         return _any(_same(pred, value) for value in values_of(g))
-    if p.kind == "relation":  # x = 5 may answer for 5, 2x = 10 may not answer for 10
+    if p.kind == "relation":  # x = 5 is accepted for 5, but 2x = 10 is not for 10
         values = values_of(exact_part(p))
         return bool(values) and _all(_same(value, gold) for value in values)
     if kinds == {"set"}:
@@ -233,7 +233,7 @@ def _same_relations(pred: Answer, gold: Answer) -> bool | None:
         return bool(p and g) and _all(_same(x, g[-1]) for x in p)
     if g_signs[0] not in (p_signs[0], FLIP.get(p_signs[0])):
         return False
-    names = [squeeze(side[0]) for side in (p, g)]  # y = ... may answer for f(x) = ...
+    names = [squeeze(side[0]) for side in (p, g)]  # y = ... is accepted for f(x) = ...
     functions = all(NAME.fullmatch(n) for n in names) and "(" in names[0] + names[1] and {"y", "f(x)"} & set(names)
     worded = any(has_words(side) for side in p + g)
     if (names[0] == names[1] or functions) and g_signs == p_signs == ["="]:
@@ -357,8 +357,8 @@ def _same_expression(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
 def _same_rounded(p_value, g_value, pred: str, gold: str, digits: int) -> bool:
     """Whether one of the two is a decimal that the other one rounds to.
 
-    A decimal gold is met at its own precision, of two decimals or more; by a prediction that is itself a decimal
-    only from three significant digits on, for 0.254 is not 0.25. An exact gold is met by a decimal of `digits`.
+    A decimal gold counts at its own precision, of two decimals or more, and for a prediction that is itself a decimal
+    of three significant digits or more: 0.254 is not 0.25. A decimal of `digits` significant digits counts as exact.
     """
     p_decimal, g_decimal = _DECIMAL.fullmatch(pred), _DECIMAL.fullmatch(gold)
     if g_decimal:

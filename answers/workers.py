@@ -4,8 +4,8 @@
 
 sympy, under math-verify, may hang in C code or take all memory over a short text of a model; no alarm
 inside the process stops that for certain. So it runs in processes with a limit of time and memory,
-started when first needed, kept, and replaced when they die. They speak lines of JSON over pipes, see
-no GPU and import no torch.
+started when first needed, kept, and replaced when they die. They send and receive JSON over a socket,
+see no GPU and import no torch.
 """
 
 import atexit
@@ -15,13 +15,12 @@ import os
 import queue
 import re
 import resource
-import selectors
 import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import deque
+from multiprocessing.connection import Connection, Pipe
 
 from answers import rules
 from answers.calculator import TooBig
@@ -102,23 +101,23 @@ def _compare(pred: str, gold: str, limit: float) -> Result:
 
 
 def worker_main(search_path: list[str]) -> None:
-    """Read {pred, gold, limit} lines of JSON from stdin, write {verdict, reason} lines to stdout.
+    """Receive {pred, gold, limit} and send {verdict, reason}, as JSON, over the socket that is stdin.
 
-    It ends by itself when stdin closes: a thread waits for that, also while sympy is busy.
+    It ends by itself when the other end closes: a thread waits for that, also while sympy is busy.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever a library prints must not reach the protocol
+    connection = Connection(os.dup(0))
     questions: queue.SimpleQueue = queue.SimpleQueue()
 
-    def read() -> None:
-        for line in sys.stdin:
-            questions.put(json.loads(line))
-        os._exit(0)
+    def receive() -> None:
+        try:
+            while True:
+                questions.put(json.loads(connection.recv_bytes()))
+        except (EOFError, OSError):
+            os._exit(0)
 
-    def answer(**message) -> None:
-        out.write(json.dumps(message) + "\n")
-        out.flush()
+    def send(**message) -> None:
+        connection.send_bytes(json.dumps(message).encode())
 
     del sys.path[0]  # the project's folder: a library must not find a file of ours instead of its own
     sys.path += [path for path in search_path if path not in sys.path]
@@ -130,14 +129,14 @@ def worker_main(search_path: list[str]) -> None:
     except (ValueError, OSError) as error:  # macOS has no such limit
         print(f"verify worker: no memory limit ({error})", file=sys.stderr)
     sys.setrecursionlimit(4000)
-    threading.Thread(target=read, daemon=True).start()
-    answer(ready=True)
+    threading.Thread(target=receive, daemon=True).start()
+    send(ready=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGALRM, _interrupt)
     maxrss_unit = 1 if sys.platform == "darwin" else 1024  # bytes
     while True:
         result = _compare(**questions.get())
-        answer(verdict=result.verdict, reason=result.reason)
+        send(verdict=result.verdict, reason=result.reason)
         if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * maxrss_unit > MEMORY // 2:
             os._exit(0)  # a fresh one will take over
 
@@ -151,8 +150,9 @@ class _Worker:
     def __init__(self):
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": ""}
         command = [sys.executable, *_PROGRAM, json.dumps([os.path.abspath(path) for path in sys.path])]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, bufsize=0, env=env, cwd=_ROOT)
+        self.connection, other_end = Pipe()
+        with other_end:
+            self.process = subprocess.Popen(command, stdin=other_end, stdout=subprocess.DEVNULL, env=env, cwd=_ROOT)
         self.started = False
 
     def start(self) -> None:
@@ -161,30 +161,19 @@ class _Worker:
             self.started = True
 
     def ask(self, pred: str, gold: str, limit: float) -> Result:
-        self.process.stdin.write((json.dumps({"pred": pred, "gold": gold, "limit": limit}) + "\n").encode())
+        self.connection.send_bytes(json.dumps({"pred": pred, "gold": gold, "limit": limit}).encode())
         return Result(**self.receive(limit + GRACE))
 
     def receive(self, limit: float) -> dict:
-        """Its next message; TimeoutError if it is late, EOFError if it is dead."""
-        deadline, line = time.monotonic() + limit, b""
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                if not selector.select(max(0.0, deadline - time.monotonic())):
-                    raise TimeoutError
-                if not (data := os.read(self.process.stdout.fileno(), 65536)):
-                    raise EOFError
-                line += data
-        return json.loads(line)
+        """Its next message; TimeoutError if it is late, EOFError or OSError if it is dead."""
+        if not self.connection.poll(limit):
+            raise TimeoutError
+        return json.loads(self.connection.recv_bytes())
 
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self.close()
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.connection.close()
 
 
 class Pool:
@@ -274,10 +263,10 @@ pool = Pool()
 
 
 def _after_fork() -> None:
-    """A forked child must not share pipes with its parent, nor keep the parent's workers alive."""
+    """A forked child must not share sockets with its parent, nor keep the parent's workers alive."""
     global pool
     for worker in pool.workers:
-        worker.close()
+        worker.connection.close()
         worker.process.returncode = 0  # so that Popen does not wait for it: it is not our child
     pool = Pool()
 

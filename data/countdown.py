@@ -3,15 +3,14 @@ r"""Countdown: make a target from a few numbers, each used exactly once, with + 
     python -m data.countdown --split train --n 2700 --output runs/countdown/train.json
     python -m data.countdown --split test --n 250 --output runs/countdown/test.json
 
-Both write questions in evaluate.py's format, which can be trained on as well. For dev and test there are two files more
-for the judge, test_pairs.json and test_points.json: one right and one wrong answer to each question, by no model.
+Both write questions in evaluate.py's format, which training reads too. For dev and test there are two more files for
+the judge, test_pairs.json and test_points.json: one right and one wrong answer to each question, written by no model.
 
     Use 9, 3 and 12, each exactly once, with + - * to make 45.
     12+9=21, 21-3=18, wanted:45: no. 12*3=36, 36+9=45, wanted:45: yes. \boxed{(12*3)+9}
 
-Splits: the numbers of a question (which ones and how often, in any order) put it into train, dev or test, by a hash. So
-no two splits share a set of numbers, nor a combination of numbers and target. Targets alone are shared. Within a
-split, no combination of numbers and target comes twice.
+Splits: a hash of a question's numbers, in any order, puts it into train, dev or test, so no two splits share a set of
+numbers. Within a split, no combination of numbers and target comes twice.
 
 The reward needs no gold answer: the column `solution` states the task, and the boxed expression is read by a small
 grammar, never run as code.
@@ -20,10 +19,8 @@ grammar, never run as code.
     [1.0, 0.0]
 """
 
-import argparse
 import hashlib
 import json
-import logging
 import operator
 import random
 import re
@@ -33,11 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data.cli import Parser, refuse
 from data.rows import BadInput
-from recycle import PROMPT_SUFFIX
-from verify import extract_boxed
-
-logger = logging.getLogger(__name__)
+from prompts import PROMPT_SUFFIX
+from verify import extract_boxed, last_text, log_unscorable
 
 Split = Literal["train", "dev", "test"]
 SPLITS: dict[Split, float] = {"test": 0.2, "dev": 0.1, "train": 0.7}  # shares of the sets of numbers
@@ -59,12 +55,12 @@ _TOKEN = re.compile(r"\s*([0-9]+|[-+*()])")
 _TASK = re.compile(r"\s*(-?[0-9]{1,9})\s+from\s+([0-9]{1,9}(?:\s*,\s*[0-9]{1,9}){1,15})\s*")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2}
 
-Terms = tuple[tuple[str, tuple[str, ...]], ...]  # of a sum: its terms, each a sign and a product's factors
+Terms = tuple[tuple[str, tuple[str, ...]], ...]  # of a sum: a sign and the factors of a product each
 
 
 @dataclass(frozen=True)
 class Expression:
-    """A parsed expression: its value, the numbers in it in order, and its terms, which say when two are the same."""
+    """A parsed expression: its value, its numbers in order, and its terms, by which two expressions are compared."""
 
     value: int
     numbers: tuple[int, ...]
@@ -79,7 +75,7 @@ class Expression:
 def parse(text: str) -> Expression | None:
     r"""Numbers with + - * and parentheses, at most MAX_CHARS long; `\times`, `\cdot` and the like are read as well.
 
-    None for anything else, a sign before a number included. No recursion: operands and operators are on two stacks.
+    None for anything else, a sign before a number included. Operands and operators are on two stacks: no recursion.
     """
     if len(text) > MAX_CHARS:
         return None
@@ -153,25 +149,20 @@ def solves(answer: str | None, solution: Any) -> bool | None:
     return expression is not None and expression.value == target and sorted(expression.numbers) == sorted(numbers)
 
 
-_logged: set[str] = set()
-
-
 def countdown_reward(prompts, completions, solution, **columns) -> list[float | None]:
     """1.0 where the boxed expression solves the task in `solution`, else 0.0; None where that states no task."""
     rewards: list[float | None] = []
-    for completion, task in zip(completions, solution, strict=True):
-        text = completion if isinstance(completion, str) else completion[-1]["content"]
-        solved = solves(extract_boxed(text), task)
-        if solved is None and (stated := repr(task)[:300]) not in _logged and len(_logged) < 10_000:
-            _logged.add(stated)
-            logger.warning("unscorable: expected a solution like '45 from 9, 3, 12', got %s", stated)
+    for row, (completion, task) in enumerate(zip(completions, solution, strict=True)):
+        solved = solves(extract_boxed(last_text(completion)), task)
+        if solved is None:
+            log_unscorable(row, task, "expected a solution like '45 from 9, 3, 12'")
         rewards.append(None if solved is None else float(solved))
     return rewards
 
 
 def same(pairs: Sequence[tuple[str | None, str | None]]) -> list[bool | None]:
     """Which pairs are one answer: the same expression but for spaces, needless parentheses and the order of terms and
-    factors. Never by value: with that, a vote would check for free. None where there is no answer."""
+    factors. Not by value, or a vote among answers would verify them. None where there is no answer."""
 
     def key(answer: str) -> str:
         expression = parse(answer)
@@ -186,7 +177,7 @@ countdown_reward.equal = same
 # ---------------------------------------------------------------------------------------------------------------------
 # Questions
 
-DRAWS = 200  # random tries before something is taken not to exist
+DRAWS = 200  # random tries before something counts as impossible
 
 
 @dataclass(frozen=True)
@@ -218,7 +209,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Game:
-    """What questions are drawn from: how many numbers, from 1 to `largest`; results of steps are from 1 to `most`."""
+    """Bounds of questions: how many numbers, from 1 to `largest`; the result of each step is from 1 to `most`."""
 
     counts: tuple[int, ...] = (3,)
     largest: int = 12
@@ -264,7 +255,7 @@ def misses(question: Question, n: int, most: int, rng: random.Random) -> list[Wa
 
 
 def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
-    """A random question of the split that has a solution, and a way to get it wrong."""
+    """A random question of the split that can be solved and missed. Raises BadInput where DRAWS tries find none."""
     for _ in range(DRAWS):
         numbers = tuple(rng.randint(1, game.largest) for _ in range(rng.choice(game.counts)))
         if split_of(numbers) != split or (way := random_way(numbers, game.most, rng)) is None:
@@ -309,14 +300,14 @@ def countdown_rows(split: Split, n: int, seed: int = 0, game: Game | None = None
 # Answers as the small model writes them
 
 MAX_TRIES = 3
-SLIP = 0.5  # of the wrong answers: the last result is called what it should be
+SLIP = 0.5  # share of wrong answers that write the target as the result of their last step
 
 
 def attempt(question: Question, right: bool, rng: random.Random, most: int, slip: float = SLIP) -> tuple[str, Way]:
-    """(an answer with its search, the way that it boxes): up to MAX_TRIES different tries, the last claimed to hit.
+    """(an answer with its search, the way that it boxes): up to MAX_TRIES tries, the last one said to be the target.
 
-    A wrong answer claims that as much as a right one does, and half of the wrong ones also write the target as their
-    last result: neither says to a judge which it is.
+    A wrong answer says so too, and a share `slip` of them also writes the target as its last result, so that a judge
+    has to compute.
     """
     *tries, last = misses(question, rng.randint(1, MAX_TRIES), most, rng)
     if right:
@@ -329,20 +320,20 @@ def attempt(question: Question, right: bool, rng: random.Random, most: int, slip
 
 
 def checked(work: str, target: int, hit: bool) -> str:
-    """A try beside what is wanted: "3+4=7, 7*2=14, wanted:14: yes."."""
+    """A try compared with the target: "3+4=7, 7*2=14, wanted:14: yes."."""
     return f"{work}, wanted:{target}: {'yes' if hit else 'no'}."
 
 
 def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> dict[str, list[dict[str, Any]]]:
     """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
-    `pairs` and `points`. Half of the answers are shown with their search."""
+    `pairs` and `points`. Half of the questions have the answers with their search."""
     game = game or Game()
     rng = random.Random(f"countdown/held-out/{split}/{seed}")
     answers, pairs, points = [], [], []
     for question in draw_questions(split, n, game, rng):
-        both = [attempt(question, right, rng, game.most) for right in (True, False)]
-        whole = rng.random() < 0.5
-        right, wrong = (text if whole else way.expression for text, way in both)
+        attempts = [attempt(question, right, rng, game.most) for right in (True, False)]
+        with_search = rng.random() < 0.5
+        right, wrong = (text if with_search else way.expression for text, way in attempts)
         row = {"dataset": f"countdown-{len(question.numbers)}", "problem": question.text, "image_path": None}
         answers.append({**row, "answer": question.solution})
         pairs.append({**row, "chosen": right, "rejected": wrong})
@@ -351,34 +342,31 @@ def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> d
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
     parser.add_argument("--n", type=int, default=250)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--numbers", type=int, nargs="+", default=[3], help="how many, drawn from these for each row")
     parser.add_argument("--largest", type=int, default=Game.largest, help="numbers are from 1 to this")
-    parser.add_argument("--most", type=int, default=Game.most, help="the target, and each step of a way to it, at most")
+    parser.add_argument("--most", type=int, default=Game.most, help="the largest target and result of a step")
     args = parser.parse_args(arguments)
     try:
-        least = {"n": 1, "largest": 1, "most": 1}
-        for name, bound in least.items():
-            if getattr(args, name) < bound:
-                raise BadInput(f"--{name}: expected {bound} or more, got {getattr(args, name)}")
+        for name in ("n", "largest", "most"):
+            if getattr(args, name) < 1:
+                raise BadInput(f"--{name}: expected 1 or more, got {getattr(args, name)}")
         if not all(2 <= count <= 6 for count in args.numbers):
             raise BadInput(f"--numbers: expected 2 to 6, got {' '.join(map(str, args.numbers))}")
-        game = Game(tuple(args.numbers), args.largest, args.most)
-        rows = held_out(args.split, args.n, args.seed, game)
+        files = held_out(args.split, args.n, args.seed, Game(tuple(args.numbers), args.largest, args.most))
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        files = {args.output: rows["answers"]}
-        if args.split != "train":
-            files |= {args.output.with_stem(f"{args.output.stem}_{kind}"): rows[kind] for kind in ("pairs", "points")}
-        for path, its in files.items():
-            path.write_text(json.dumps(its, indent=1), encoding="utf-8")
-            print(f"{path}: {len(its):,} rows")
+        for kind, rows in files.items():
+            if kind == "answers" or args.split != "train":
+                name = args.output.stem + ("" if kind == "answers" else f"_{kind}")
+                path = args.output.with_stem(name)
+                path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+                print(f"{path}: {len(rows):,} rows")
     except (BadInput, OSError) as error:
-        print(f"data.countdown: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("data.countdown", error)
     return 0
 
 

@@ -29,7 +29,6 @@ LAUNCHES = {
     "fsdp2": plan.Launch(8, "fsdp2"),
     "two_nodes": plan.Launch(16, "zero3"),
 }
-GIB = 2**30
 
 
 def qwen2(hidden, intermediate, layers, heads, kv_heads, vocab, tied):
@@ -100,7 +99,7 @@ def test_every_recipe_has_its_model():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_parses_and_says_how_it_is_run(path):
+def test_a_recipe_parses_and_says_how_to_run_it(path):
     data, args, _ = parse(["--config", str(path)], plan.Launch(16 if "32b" in path.stem else 8))
     assert data.dataset and args.output_dir.startswith("runs/")
     comment = path.read_text().split("model_name_or_path")[0]
@@ -113,7 +112,7 @@ def test_recipe_parses_and_says_how_it_is_run(path):
         assert value != defaults[name] or name == "use_vllm", f"{name}: {value} is the default"
 
 
-def test_the_paper_in_its_recipe():
+def test_the_papers_recipe_has_its_hyperparameters():
     launch = plan.Launch(8, "zero3")
     data, args, model = parse(["--config", "recipes/spark_vl_7b.yaml"], launch)
     counts = plan.steps(plan.settings(data, args, model, launch, None, 38_870))
@@ -138,7 +137,7 @@ def test_the_paper_in_its_recipe():
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_accelerate_config(name):
+def test_accelerate_and_plan_read_the_same_launch(name):
     """By accelerate's own loader and launcher, and by --plan."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
@@ -153,32 +152,32 @@ def test_accelerate_config(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_real_architecture(name):
+def test_a_recipes_model_has_its_published_number_of_parameters(name):
     from transformers import AutoConfig
 
     make, published = MODELS[name]
     config = make()
     if isinstance(config, str):
         config = AutoConfig.from_pretrained(config)
-    found = plan.architecture(config)
-    assert found.parameters == found.trained == published
-    assert found.sees == ("vl" in name or name in ("demo", "spark_paper"))
+    model = plan.architecture(config)
+    assert model.parameters == model.trained == published
+    assert model.sees == ("vl" in name or name in ("demo", "spark_paper"))
 
 
-def test_adapter_is_counted():
+def test_an_adapter_is_what_is_trained():
     """LoRA of r = 16 on every linear layer of the small model: r x (in + out) each."""
     from transformers import AutoConfig
 
     _, _, model = parse(["--config", "recipes/vl_3b_lora_1gpu.yaml"])
-    found = plan.architecture(AutoConfig.from_pretrained("models/digits"), get_peft_config(model))
+    counted = plan.architecture(AutoConfig.from_pretrained("models/digits"), get_peft_config(model))
     text = 4 * ((128 + 128) * 2 + (128 + 64) * 2 + 3 * (128 + 384))  # q, o; k, v; gate, up, down
     vision = 2 * ((64 + 192) + (64 + 64) + 3 * (64 + 128)) + (256 + 256) + (256 + 128)  # qkv, proj, mlp; merger
-    assert found.trained == 16 * (text + vision)
-    assert found.parameters == 1_170_624 + found.trained
+    assert counted.trained == 16 * (text + vision)
+    assert counted.parameters == 1_170_624 + counted.trained
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_recipe_runs_a_step(path, tmp_path, monkeypatch):
+def test_a_recipe_trains_a_step(path, tmp_path, monkeypatch):
     """All of the recipe but what needs a GPU or the hub: a small model, small batches, short rows."""
     monkeypatch.setattr("data.read.EMBEDDED_ROWS", 32)
     trained = []
@@ -200,7 +199,7 @@ def test_recipe_runs_a_step(path, tmp_path, monkeypatch):
         "bf16": "false",
         "fp16": "false",
         "use_vllm": "false",
-        "per_device_train_batch_size": 8,
+        "per_device_train_batch_size": 2 if "steps_per_generation" in path.read_text() else 8,
         "gradient_accumulation_steps": 2,
         "max_completion_length": 16,
         "max_steps": 1,
@@ -222,7 +221,7 @@ def test_recipe_runs_a_step(path, tmp_path, monkeypatch):
     assert ("adapter_config.json" if "lora" in path.stem else "config.json") in saved
 
 
-def test_plan_by_hand(tmp_path, monkeypatch, capsys):
+def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     """spark_vl_7b on eight GPUs under ZeRO-3, with 200 questions instead of the 38,870."""
     MODELS["spark_vl_7b"][0]().save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
@@ -263,14 +262,14 @@ def test_plan_by_hand(tmp_path, monkeypatch, capsys):
         ("zero2", 4, (2000, 500, 3000, 2000)),
     ],
 )
-def test_states_by_hand(sharding, processes, expected):
+def test_sharding_divides_weights_gradients_moments_and_reference(sharding, processes, expected):
     data, args, model = parse(["--dataset", "digits", "--output_dir", "x", "--beta", "0.1"])
     run = plan.settings(data, args, model, plan.Launch(processes, sharding), None, None)
     parts = plan.memory(run, plan.Architecture("x", 1000, 1000, 1, 1, 1, 1, 1))
     assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
 
 
-def test_seconds_by_hand():
+def test_a_steps_seconds_are_those_worked_out_by_hand():
     """A model of a million parameters on one and on two cards that do 1e9 operations and read 1e6 bytes a second."""
     card = Card("x", 1e9, 1e6, links=1e6, network=1e3, per_node=8, training=0.5, prefill=1.0, decoding=0.5)
     model = plan.Architecture("x", 1_000_000, 1_000_000, 1, 1, 1, 1, 1)
@@ -295,7 +294,7 @@ def test_seconds_by_hand():
         assert parts["weight sync"] == 2e6 / 1e6 * processes  # gathered by two, and written
 
 
-def test_plan_without_model_and_data(monkeypatch, capsys):
+def test_a_plan_says_what_is_unknown_without_model_and_data(monkeypatch, capsys):
     """The hub is out of reach here: what depends on it is said to be unknown, the rest is there."""
     for name, value in {"WORLD_SIZE": "8", "RANK": "0", "ACCELERATE_USE_FSDP": "true"}.items():
         monkeypatch.setenv(name, value)
@@ -311,9 +310,11 @@ def test_plan_without_model_and_data(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_plan_fetches_config_and_processor_but_no_weights(tmp_path):
+def test_a_plan_fetches_config_and_processor_but_no_weights(tmp_path):
     """On a machine that has nothing of the model yet: the real hub client, against a server with the small model."""
-    asked = []
+    requests = []
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "What is 1+1?", "solution": "2"}\n' * 200)
 
     class Hub(BaseHTTPRequestHandler):
         def do_HEAD(self):
@@ -323,13 +324,13 @@ def test_plan_fetches_config_and_processor_but_no_weights(tmp_path):
             self.reply(None)
 
         def reply(self, body):
-            asked.append(self.path)
+            requests.append(self.path)
             path = OUTPUT / self.path.rpartition("/")[2]
-            found = "/resolve/" in self.path and path.is_file()
-            content = path.read_bytes() if found else b"[]"
-            self.send_response(200 if found or self.path.startswith("/api/") else 404)
+            exists = "/resolve/" in self.path and path.is_file()
+            content = path.read_bytes() if exists else b"[]"
+            self.send_response(200 if exists or self.path.startswith("/api/") else 404)
             headers = {"Content-Length": len(content), "ETag": f'"{path.name}"', "X-Repo-Commit": "0" * 40}
-            for name, value in (headers if found else {"Content-Length": 2, "X-Error-Code": "EntryNotFound"}).items():
+            for name, value in (headers if exists else {"Content-Length": 2, "X-Error-Code": "EntryNotFound"}).items():
                 self.send_header(name, str(value))
             self.end_headers()
             self.wfile.write(content if body is None else b"")
@@ -343,28 +344,29 @@ def test_plan_fetches_config_and_processor_but_no_weights(tmp_path):
         env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--plan"]
         command += ["--model_name_or_path", "someone/tiny", "--output_dir", str(tmp_path / "run")]
+        command += ["--dataset", str(rows)]
         run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
         hub.shutdown()
     assert run.returncode == 0, run.stderr
     assert "someone/tiny: fetching its config and its processor's files from the hub, not its weights" in run.stderr
     assert "Qwen2_5_VLForConditionalGeneration, 1,170,624 parameters" in run.stdout
-    assert "8,000 rows" in run.stdout
-    assert any(path.endswith("/config.json") for path in asked)
-    assert not any("safetensors" in path or path.endswith(".bin") for path in asked)
+    assert "200 rows" in run.stdout
+    assert any(path.endswith("/config.json") for path in requests)
+    assert not any("safetensors" in path or path.endswith(".bin") for path in requests)
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--per_device_train_batch_size", "16384"], "dataset: 8000 rows, expected at least the 16384"),
+        (["--per_device_train_batch_size", "16384"], "dataset: 64 rows, expected at least the 16384"),
         (["--num_generations", "3"], "divisible by num_generations"),
         (["--use_vllm", "true", "--vllm_tensor_parallel_size", "3"], "vllm_tensor_parallel_size: 3"),
         (["--recycle_ration", "1"], "recycle_ration"),
         (["--plan", "no.yaml"], "no.yaml"),
     ],
 )
-def test_plan_refuses(arguments, expected, monkeypatch, capsys):
-    monkeypatch.setattr("data.lengths.too_long", lambda *_: None)  # lengths are looked at elsewhere
+def test_what_a_plan_refuses_is_one_line(arguments, expected, monkeypatch, capsys):
+    monkeypatch.setattr("data.read.EMBEDDED_ROWS", 64)
     launch = "recipes/accelerate/ddp.yaml"
     with pytest.raises(SystemExit) as ended:
         command(monkeypatch, "--config", "recipes/demo.yaml", "--plan", launch, *arguments)
@@ -373,7 +375,7 @@ def test_plan_refuses(arguments, expected, monkeypatch, capsys):
     assert expected in error and "\n" not in error
 
 
-def test_unknown_key_in_a_recipe(tmp_path, monkeypatch, capsys):
+def test_an_unknown_key_in_a_recipe_is_one_line(tmp_path, monkeypatch, capsys):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(Path("recipes/spark_7b.yaml").read_text() + "num_generation: 8\n")
     with pytest.raises(SystemExit) as ended:

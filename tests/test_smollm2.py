@@ -5,6 +5,7 @@ import re
 import pytest
 from helpers import coin, config, history, save_text_model
 
+from benchmarks import smollm2_start
 from data.arithmetic import EXAMPLES, arithmetic_rows, examples
 from data.read import read_dataset
 from models import smollm2
@@ -78,7 +79,7 @@ def test_what_is_missing_is_one_line_without_dependencies_to_compile(monkeypatch
 
 def test_looking_prints_samples_and_accuracies_of_every_role(tmp_path, processor, text_model, capsys):
     save_text_model(text_model, processor.tokenizer, tmp_path)
-    smollm2.look(str(tmp_path), questions=3, digits=1)
+    smollm2_start.look(str(tmp_path), questions=3, digits=1)
     printed = capsys.readouterr().out
     for role in (
         "temperature 0",

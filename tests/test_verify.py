@@ -47,7 +47,7 @@ PAIRS = [json.loads(line) for line in _FILE.read_text(encoding="utf-8").splitlin
         ("", None),
     ],
 )
-def test_extract_boxed(text, content):
+def test_the_last_balanced_box_is_the_answer(text, content):
     assert verify.extract_boxed(text) == content
 
 
@@ -70,7 +70,7 @@ FORMS = [
 
 @pytest.mark.parametrize("verdict", ["Yes", "No", "A", "B"])
 @pytest.mark.parametrize("form", FORMS)
-def test_decorated_verdicts(verdict, form):
+def test_a_decorated_verdict_is_read(verdict, form):
     for word in (verdict, verdict.lower(), verdict.upper()):
         assert verify.parse_verdict(form.format(word)) == verdict
         assert verify.parse_verdict(rf"I think so. Final: \boxed{{{form.format(word)}}} .") == verdict
@@ -104,7 +104,7 @@ def test_decorated_verdicts(verdict, form):
         "true",
     ],
 )
-def test_anything_else_is_unparsed(text):
+def test_anything_else_is_no_verdict(text):
     assert verify.parse_verdict(text) is None
 
 
@@ -115,7 +115,7 @@ def test_the_last_box_is_the_verdict():
 # --------------------------------------------------------------------------- equality
 
 
-def test_labelled_pairs():
+def test_every_labelled_pair_gets_its_verdict():
     """Every pair as labelled, but for those marked as missed, which are equal and refused."""
     results = verify.explain_many([(row["pred"], row["gold"]) for row in PAIRS], timeout=60)
     wrong = [(row, r) for row, r in zip(PAIRS, results, strict=True) if r.verdict is not row["equal"]]
@@ -152,7 +152,7 @@ def test_most_pairs_never_reach_a_worker():
         ("X", "x", False),
     ],
 )
-def test_where_math_verify_is_guarded(pred, gold, equal):
+def test_pairs_that_math_verify_alone_gets_wrong(pred, gold, equal):
     assert verify.is_equal(pred, gold) is equal
 
 
@@ -170,7 +170,7 @@ def test_where_math_verify_is_guarded(pred, gold, equal):
         ("2.0000001", "2", False),
     ],
 )
-def test_tolerance_is_the_golds_own(pred, gold, equal):
+def test_a_decimal_gold_is_compared_at_its_own_precision(pred, gold, equal):
     assert verify.is_equal(pred, gold) is equal
 
 
@@ -200,7 +200,7 @@ def test_a_rounded_decimal_may_stand_for_an_exact_gold(pred, gold, equal):
 
 
 @pytest.mark.parametrize("gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"])
-def test_unusable_gold_is_none(gold):
+def test_a_pair_without_a_usable_gold_is_unscorable(gold):
     assert verify.is_equal("5", gold) is None
     assert verify.is_equal(None, gold) is None
 
@@ -210,7 +210,7 @@ def test_no_box_is_wrong_if_the_gold_is_usable():
     assert verify.explain_many([(None, "5")])[0].reason == "no answer"
 
 
-def test_numbers_and_lists_as_golds():
+def test_a_gold_may_be_a_number_or_a_list():
     assert verify.is_equal("5", 5) is True
     assert verify.is_equal("0.5", 0.5) is True
     assert verify.is_equal("six", ["5", "6"]) is True
@@ -248,7 +248,7 @@ def chat(text):
 
 
 @pytest.mark.parametrize("wrap", [str, chat])
-def test_answer_reward(wrap):
+def test_an_answer_is_rewarded_by_its_box(wrap):
     completions = [wrap(r"so \boxed{42}"), wrap("so 42"), wrap(r"\boxed{41}"), wrap(r"\boxed{42}")]
     assert verify.answer_reward(["q"] * 4, completions, solution=["42", "42", "42", None], extra=[1] * 4) == [
         1.0,
@@ -259,7 +259,7 @@ def test_answer_reward(wrap):
 
 
 @pytest.mark.parametrize("wrap", [str, chat])
-def test_verdict_reward(wrap):
+def test_a_verdict_is_rewarded_by_its_label(wrap):
     completions = [wrap(r"\boxed{Yes}"), wrap(r"\boxed{yes}"), wrap("Hm."), wrap(r"\boxed{(B)}"), wrap(r"\boxed{A}")]
     assert verify.verdict_reward(["q"] * 5, completions, label=["Yes", "No", "Yes", "B", None]) == [
         1.0,

@@ -152,7 +152,7 @@ def test_hostile_text_does_not_hold_up_the_rules(name):
 @pytest.mark.parametrize(
     "text", [r"\boxed{" * 25_000, "{" * 200_000, r"\boxed{5}" * 25_000, "\\" * 100_000, r"\boxed" * 25_000]
 )
-def test_extraction_is_linear(text):
+def test_extraction_takes_linear_time(text):
     start = time.process_time()
     verify.extract_boxed(text)
     verify.parse_verdict(text)
@@ -280,7 +280,7 @@ def test_killed_workers_are_replaced():
     assert len(workers_of(os.getpid())) <= workers.pool.size
 
 
-def test_threads_share_the_pool():
+def test_threads_share_the_pool_and_get_their_own_verdicts():
     answers = [None] * 8
 
     def ask(i):
@@ -320,10 +320,11 @@ from answers import workers
 mode = sys.argv[1]
 if mode == "deaf":
     workers._PROGRAM = ["-c", sys.argv[2]]
+workers.pool.size = 1
 verify.warm_up()
 if mode != "exit":
     print("ready", flush=True)
-    verify.verify_many({{"busy": [({BUSY!r}, "1")], "deaf": [{DEAF!r}]}}.get(mode, []), timeout=5)
+    verify.verify_many({{"busy": [({BUSY!r}, "1")], "deaf": [{DEAF!r}]}}.get(mode, []), timeout=3)
     threading.Event().wait()
 """
 
@@ -401,7 +402,7 @@ def test_a_worker_imports_the_rules_and_nothing_else_of_ours():
     ]
 
 
-def test_import_is_light():
+def test_verify_imports_no_sympy_torch_or_numpy():
     code = f"""if True:
         import sys
         sys.path.insert(0, {str(ROOT)!r})
@@ -455,8 +456,8 @@ def fuzzed(count: int, seed: int) -> list[tuple[str, str]]:
     return strings
 
 
-def test_twenty_thousand_seeded_strings():
-    """No hang, no crash, no worker more than the pool's, and the parent's memory stays flat."""
+def test_fuzzed_text_neither_hangs_nor_leaks():
+    """Every pair is decided in time, by no more workers than the pool has, and the parent's memory stays flat."""
     pairs = fuzzed(20_000, seed=1)
     process = psutil.Process()
     verify.verify_many(pairs[:300], timeout=0.1)
@@ -465,7 +466,7 @@ def test_twenty_thousand_seeded_strings():
     assert {r.verdict for r in results if r} <= {True, False, None}
     unreadable = [pair for pair, r in zip(pairs, results, strict=True) if r is None]
     assert len(unreadable) > 1000
-    decided = verify.explain_many(unreadable[:500], timeout=0.1)  # ten milliseconds each for the grammar
+    decided = verify.explain_many(unreadable[:200], timeout=0.1)  # ten milliseconds each for the grammar
     assert all(r.reason for r in decided)
     grown = process.memory_info().rss - before
     print(f"fuzz: {len(unreadable)} of {len(pairs)} unreadable, parent grew {grown / 2**20:.1f} MiB")
@@ -478,7 +479,7 @@ def test_twenty_thousand_seeded_strings():
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.text(max_size=200), st.sampled_from(GOLDS))
-def test_any_text(text, gold):
+def test_any_text_gets_a_verdict_or_none(text, gold):
     assert verify.explain_many([(text, gold)], timeout=0.5)[0].verdict in (True, False, None)
     verify.parse_verdict(text)
 
