@@ -5,6 +5,7 @@
 
 import ast
 import logging
+import signal
 import sys
 import textwrap
 import time
@@ -33,6 +34,7 @@ def start(arguments: list[str], source: str) -> None:
         print(NOTHING_GIVEN, file=sys.stderr)
         raise SystemExit(2)
     if "-h" in arguments or "--help" in arguments:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager may take a part of it
         print("\n".join(help_lines(Path(source))))
         raise SystemExit
     for name, beginning in NOISE.items():
