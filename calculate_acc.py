@@ -419,6 +419,9 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
         lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
         interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
+        price = tokens[way, n] / (tokens[majority] or 1)
+        if winner == WAYS[way] and price > 1.1:  # there is no majority of so many tokens
+            winner += f", at {price:.1f} x"
         line = {"way": "first answer" if (way, n) == ("vote", 1) else WAYS[way], "n": n, "tokens": tokens[way, n],
                 "answered": len(rows), "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
         if way != "vote":

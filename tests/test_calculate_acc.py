@@ -495,7 +495,7 @@ def test_the_price_of_test_time_scaling_by_hand(tmp_path):
     assert (weighted["difference"], weighted["winner"]) == (-0.1, "majority")
     assert weighted["difference_interval"] == pytest.approx([-0.16, -0.05], abs=0.015)
     assert (best["majority_n"], best["majority_tokens"]) == (4, 40)  # there is none of 90
-    assert (best["difference"], best["winner"]) == (pytest.approx(0.18), "best of n")
+    assert (best["difference"], best["winner"]) == (pytest.approx(0.18), "best of n, at 2.2 x")
     assert "winner" not in found["first answer", 1]
     path = write(tmp_path / "f.json", rows)
     done = command("--result_path", path, "--figure", tmp_path / "f.png")
