@@ -101,15 +101,18 @@ class Verifier:
     equal: Callable[[list[tuple]], list[bool | None]]
 
     def is_right(self, row: "Row", completion: str) -> bool | None:
-        """Raises BadInput for another reward than 0, 1 or None."""
+        """The columns are those of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
+        columns = {name: [row[name]] for name in ("solution", "task", "source")}
         message = [{"role": "assistant", "content": completion}]
-        (value,) = self.reward(prompts=[row["prompt"]], completions=[message], solution=[row["solution"]])
-        if value not in (0, 1, None):
+        (value,) = self.reward(prompts=[row["prompt"]], completions=[message], **columns)
+        if value is None or value != value:
+            return None
+        if value not in (0, 1):
             raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
-        return None if value is None else bool(value)
+        return bool(value)
 
 
-def _boxed_answers(prompts, completions, solution) -> list[bool | None]:
+def _boxed_answers(prompts, completions, solution, **columns) -> list[bool | None]:
     """Whether the boxed answers equal their golds."""
     answers = [verify.extract_boxed(verify.last_text(completion)) for completion in completions]
     return verify.verify_many(list(zip(answers, solution, strict=True)))

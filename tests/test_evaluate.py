@@ -689,12 +689,16 @@ def test_a_verifier_of_one_s_own_scores_votes_and_tables(tmp_path, monkeypatch, 
 
 
 def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
-    (tmp_path / "half.py").write_text("def half(prompts, completions, **columns):\n    return [0.5] * len(prompts)\n")
+    reward = "def {}(prompts, completions, solution, task, source):\n    return [{}]\n"
+    (tmp_path / "half.py").write_text(reward.format("half", 0.5) + reward.format("none", "float('nan')"))
     (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
     name = f"{tmp_path}/half.py:half"
     engine = Scripted(lambda text: "\\boxed{1}")
     assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, "--reward_funcs", name) == 2
     assert "expected 0 or 1 (None: no opinion), got 0.5" in capsys.readouterr().err
+    flags = ["--reward_funcs", name.replace(":half", ":none")]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "n.json", engine, *flags) == 0
+    assert json.loads((tmp_path / "n.json").read_text())[0]["is_correct"] is None
 
 
 def spelled(*tokens):
