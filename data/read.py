@@ -436,13 +436,13 @@ class Layout:
         """The letter of the right option, or the letters where there are several. Raises RowError."""
         answer, _ = extracted(record.solution)
         labels = list(record.options.texts)
-        several = [letter.strip() for letter in answer.split(",")]
-        if len(several) > 1 and set(several) <= set(labels):  # LogicVista: "A, C"
-            return ", ".join(sorted(set(several)))
+        named = {label for kind in readings(answer, record.options).values() for label in kind}
+        several = {letter.strip() for letter in answer.split(",")}
+        if not named and len(several) > 1 and several <= set(labels):  # LogicVista: "A, C"
+            return ", ".join(sorted(several))
         if record.letter in (None, ""):
             return right_label(answer, record.options, self.source.settings.answer_kind, self.common)
         letter = str(record.letter).strip()
-        named = {label for kind in readings(answer, record.options).values() for label in kind}
         if letter not in labels or (answer and letter not in named):
             raise RowError("answer_option", f"expected the letter of the option {answer!r:.60}, got {letter!r:.60}")
         return letter

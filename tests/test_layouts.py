@@ -329,6 +329,18 @@ def test_categories_and_groups_are_kept_with_the_results(folder):
     assert "group" not in result
 
 
+def test_columns_that_only_look_like_a_group_or_a_list_are_left_alone():
+    """An ID with a key that names no step; a response that is a list in text."""
+    record = {"question": "x?", "answer": "1", "ID": "7", "key": "abc", "qid": "8"}
+    ((_, _, row),) = Reader(Source([record]), "answer")
+    assert row["group"] is None
+    pair = {"problem": "Two primes?", "chosen": "[2, 3]", "rejected": "['2', '4']"}
+    ((_, _, row),) = Reader(Source([pair]), "judge")
+    assert (row["chosen"], row["rejected"]) == ("[2, 3]", ["['2', '4']"])
+    options = {"question": "Which?", "options": ["A, B", "C"], "answer": "A, B"}
+    assert [row["solution"] for _, _, row in Reader(Source([options]))] == ["A"]
+
+
 def test_several_right_responses_are_each_compared_with_each_wrong_one(folder):
     rows = evaluate.read_benchmark(Source(str(folder / "reward-bench-2.parquet")), "judge")[:2]
     results = [result for done in evaluate.run(enumerate(rows), Scripted(), evaluate.Settings("x", "judge", ()))

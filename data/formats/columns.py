@@ -29,7 +29,6 @@ CATEGORIES = (
     "category", "subset", "subject", "question_type", "answer_type", "task", "skills", "skill", "problem_version",
     "knowledge_level", "level", "query_source", "source", "generator",
 )  # fmt: skip
-GROUPS = (("ID", "key"), ("qid", "varid"))  # We-Math: a problem and its steps; DynaMath: a question and its variants
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
@@ -118,7 +117,7 @@ def for_judge(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
         raise RowError("chosen", "expected a pair of chosen and rejected, or a response with its label")
     sides = {}
     for name in PAIR:
-        value = literal(fields[name]) if str(fields[name]).lstrip().startswith("[") else fields[name]
+        value = fields[name]
         several = list(value) if isinstance(value, (list, tuple)) and value else [value]
         sides[name] = [_response(name, response) for response in several]
     chosen = sides["chosen"]
@@ -151,6 +150,12 @@ def _category(value: Any) -> str | list[str] | None:
 
 
 def group_of(raw: dict[str, Any]) -> list[str] | None:
-    """(the question, which part of it this row is) of a record that is one of several of its question."""
-    names = next((names for names in GROUPS if all(raw.get(name) is not None for name in names)), None)
-    return [replace_surrogates(str(raw[name])) for name in names] if names else None
+    """(the question, which part of it this row is) of a record that is one of several of its question: a variant, as in
+    DynaMath, or a step, as in We-Math."""
+    if raw.get("qid") is not None and raw.get("varid") is not None:
+        names = ("qid", "varid")
+    elif raw.get("ID") is not None and "steps_" in str(raw.get("key")):
+        names = ("ID", "key")
+    else:
+        return None
+    return [replace_surrogates(str(raw[name])) for name in names]

@@ -18,4 +18,4 @@ def record(raw: dict) -> Record:
     reward = literal(raw.get("reward_model"))
     if not isinstance(reward, dict) or reward.get("ground_truth") is None:
         raise RowError("reward_model", f"expected an object with ground_truth, got {reward!r:.60}")
-    return Record(literal(raw.get("prompt")), reward["ground_truth"], task=raw.get("data_source"))
+    return Record(raw.get("prompt"), reward["ground_truth"], task=raw.get("data_source"))
