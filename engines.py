@@ -156,7 +156,8 @@ class TransformersEngine(BatchEngine):
         if self.tokenizer.pad_token is None:  # Llama's
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
-    def batch(self, requests: list[Request], sampling: Sampling) -> list[Output]:
+    def batch(self, requests: list[Request], sampling: Sampling, **more: Any) -> list[Output]:
+        """`more` is what else `generate` is given: a logits processor, for one."""
         import torch
 
         outputs: list[Output | None] = [None] * len(requests)
@@ -191,6 +192,7 @@ class TransformersEngine(BatchEngine):
                 repetition_penalty=sampling.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_token_id,
                 **drawn,
+                **more,
             )[:, inputs["input_ids"].size(1) :]  # (b, T)
         kept = (ids != self.tokenizer.pad_token_id).sum(dim=1).tolist()
         prompts = inputs["attention_mask"].sum(dim=1).tolist()

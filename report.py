@@ -154,13 +154,13 @@ def read_json(path: Path) -> Row:
 
 def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
     """The rollouts of one step as rows, each with its item's images and the rewards of the item's other rollouts."""
-    import pandas as pd
+    import pyarrow.parquet as pq
 
     try:
-        rows = pd.read_parquet(path).to_dict("records")
+        rows = pq.read_table(path).to_pylist()
         items: list[list[Row]] = []
         for row in rows:
-            images = list(row.get("images") if row.get("images") is not None else [])
+            images = list(row.get("images") or [])
             row["task"] = str(row.get("task") or task)
             row["prompt"], row["completion"] = verify.last_text(row["prompt"]), verify.last_text(row["completion"])
             same = items and (row["task"], row["prompt"]) == (items[-1][0]["task"], items[-1][0]["prompt"])

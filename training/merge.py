@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 
-def merge(adapter: str, output: str) -> None:
-    """Save the merged weights (safetensors, in the base model's precision) and the processor in `output`.
+def merged(adapter: str, dtype: str = "auto"):
+    """(model, processor), the adapter's weights added to the base model's.
 
     Raises OSError, ValueError where the adapter, or the model that it names, can't be loaded.
     """
@@ -18,9 +18,14 @@ def merge(adapter: str, output: str) -> None:
 
     base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     model_class = getattr(transformers, transformers.AutoConfig.from_pretrained(base).architectures[0])
-    model = PeftModel.from_pretrained(model_class.from_pretrained(base, dtype="auto"), adapter)
-    model.merge_and_unload().save_pretrained(output)
-    transformers.AutoProcessor.from_pretrained(adapter).save_pretrained(output)
+    model = PeftModel.from_pretrained(model_class.from_pretrained(base, dtype=dtype), adapter)
+    return model.merge_and_unload(), transformers.AutoProcessor.from_pretrained(adapter)
+
+
+def merge(adapter: str, output: str) -> None:
+    """Save the merged weights (safetensors, in the base model's precision) and the processor in `output`."""
+    for part in merged(adapter):
+        part.save_pretrained(output)
 
 
 def main() -> None:

@@ -1,0 +1,496 @@
+"""A page to talk to a model: it answers, judges its own answer, and thinks again where the verdict is no.
+
+    make app                                                     runs/demo/spark, or the shipped start without it
+    python app.py MODEL [--run RUN_DIR]                          a checkpoint, or what LoRA training saved
+    python app.py NAME --server http://host:8000                 an OpenAI-compatible server (key in OPENAI_API_KEY)
+
+Three tabs: the rounds of one answer as they are written (evaluate.py's `tts reflect`), n answers with their votes and
+the knock-out between them (`tts best_of_n`), and what a training run rolled out and recycled.
+
+Listens on this machine alone; another --host, or --share, is refused without --auth. What users and models write is
+shown as text: of all markup only maths is rendered.
+"""
+
+import json
+import math
+import os
+import queue
+import re
+import string
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import verify
+from data.cli import Parser, refuse
+from data.rows import BadInput
+from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, api_url, complete
+from evaluate import Settings, reflect_row, sampled_row, verdict_probability
+from prompts import PROMPT_SUFFIX, strip_suffix
+from report import TASKS, image, read_table, visible
+from training.merge import merged
+
+DEMO, START = "runs/demo/spark", "models/digits"
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+REFRESH = 0.1  # seconds between two states of a text that is being written
+EXAMPLES = 4
+CSS = """.picture img { image-rendering: pixelated; min-height: 120px; object-fit: contain }
+.or, [role=tab] { color: var(--body-text-color) !important }"""
+MAX_QUESTION = 20_000  # characters
+RANGES = {  # setting -> (from, to, step, default, label)
+    "temperature": (0, 2, 0.1, 1.0, "Temperature"),
+    "max_tokens": (16, 4096, 16, 512, "Tokens at most, each time"),
+    "max_rounds": (0, 5, 1, 2, "Reflections at most"),
+    "n": (2, 16, 1, 8, "Answers to choose from"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where completions come from: `stream` yields the text while it is written, and the output at the end
+
+
+class Local:
+    """A model in this process. It writes one completion at a time, for whichever user is next."""
+
+    def __init__(self, model: str):
+        import torch
+
+        if (Path(model) / "adapter_config.json").is_file():
+            device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "float32")
+            whole, processor = merged(model, dtype)
+            self.engine = TransformersEngine(whole.to(device), processor)
+        else:
+            self.engine = TransformersEngine(model)
+        self.lock = threading.Lock()
+
+    def write(self, requests: list[Request], sampling: Sampling, **more: Any) -> list[Output]:
+        with self.lock:
+            return self.engine.batch(requests, sampling, **more)
+
+    def stream(self, request: Request, sampling: Sampling) -> Iterator[str | Output]:
+        import torch
+
+        states: queue.Queue[Any] = queue.Queue()  # the tokens after each new one, then the output or an error
+        gone = threading.Event()  # the user has left
+
+        def tap(ids, scores, **kwargs):  # a stopping criterion
+            states.put(ids[0].tolist())
+            return torch.full((1,), gone.is_set(), device=ids.device)
+
+        def write():
+            try:
+                states.put(self.write([request], sampling, stopping_criteria=[tap])[0])
+            except Exception as error:  # raised in the user's thread
+                states.put(error)
+
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        prompt, told = None, 0.0
+        try:
+            while isinstance(state := states.get(), list):
+                prompt = prompt or len(state) - 1
+                if time.monotonic() - told > REFRESH:
+                    told = time.monotonic()
+                    yield self.engine.tokenizer.decode(state[prompt:], skip_special_tokens=True)
+        finally:
+            gone.set()
+            thread.join()
+        if isinstance(state, Exception):
+            raise state
+        yield state
+
+
+class Remote:
+    """An OpenAI-compatible server."""
+
+    def __init__(self, url: str, model: str):
+        self.url, self.model, self.address = url, model, f"{api_url(url)}/chat/completions"
+        self.engine = self._connect()
+
+    def _connect(self) -> ServerEngine:
+        return ServerEngine([self.url], self.model, retries=2)
+
+    def write(self, requests: list[Request], sampling: Sampling) -> list[Output]:
+        with closing(self._connect()) as engine:  # its own, so that no other user's outputs are in it
+            return complete(engine, requests, sampling)
+
+    def stream(self, request: Request, sampling: Sampling) -> Iterator[str | Output]:
+        import httpx
+
+        body = self.engine._body(request, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        text, tokens, usage, told = "", [], {}, 0.0
+        with httpx.stream("POST", self.address, json=body, headers=headers, timeout=600) as response:
+            if response.status_code != 200:
+                raise BadInput(f"the server answered {response.status_code}: {response.read()[:300].decode()}")
+            for line in response.iter_lines():
+                if not line.startswith("data:") or line.endswith("[DONE]"):
+                    continue
+                event = json.loads(line[5:])
+                if "choices" not in event:
+                    raise BadInput(f"the server answered: {line[5:300]}")
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    text += choice["delta"].get("content") or ""
+                    tokens += (choice.get("logprobs") or {}).get("content") or []
+                if time.monotonic() - told > REFRESH:
+                    told = time.monotonic()
+                    yield text
+        counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        yield Output(text, *counts, logprobs=tuple((each["token"], each["logprob"]) for each in tokens) or None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text that a user or a model wrote
+
+_MATHS = re.compile(
+    r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})",
+    re.DOTALL,
+)
+DELIMITERS = [  # none that a text may have: in the page, a text's own dollar is no different from one written here
+    {"left": "\ue000", "right": "\ue001", "display": True},
+    {"left": "\ue002", "right": "\ue003", "display": False},
+]
+
+
+def inert(text: str) -> str:
+    """Markdown that shows `text` as it is, but for its maths: whatever Markdown or HTML could obey is an entity."""
+    text = re.sub("[\ue000-\ue003]", "\ufffd", visible(text))
+    parts, end = [], 0
+    for match in _MATHS.finditer(text):
+        maths = next(group for group in match.groups() if group is not None).replace("\n", " ")
+        maths = re.sub(r"^\\boxed\{([A-Za-z ]+)\}$", r"\\boxed{\\text{\1}}", maths)
+        marks = DELIMITERS[not (match[1] or match[2])]
+        parts += [_entities(text[end : match.start()]), marks["left"], _entities(maths), marks["right"]]
+        end = match.end()
+    return "".join([*parts, _entities(text[end:])])
+
+
+def _entities(text: str) -> str:
+    return "".join("<br>" if c == "\n" else f"&#{ord(c)};" if c in string.punctuation else c for c in text)
+
+
+def told(error: Exception) -> str:
+    """A failure as a line of the page."""
+    print(f"app.py: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+    return f"**Not answered:** {inert(' '.join(str(error).split())[:500] or type(error).__name__)}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the tabs do: generators of Markdown
+
+
+class Page:
+    """The functions behind the tabs. They keep nothing between two calls, so users can't see each other's."""
+
+    def __init__(self, backend, suffix: str):
+        self.backend, self.suffix = backend, suffix
+
+    def talk(self, question, picture, gold, rounds, temperature, length) -> Iterator[str]:
+        """Answer, verdict, reflection, verdict, ... while they are written."""
+        parts: list[str] = []
+        try:
+            settings = self._settings(temperature=temperature, max_tokens=length, max_rounds=rounds)
+            solver = reflect_row(self._row(question, picture), settings)
+            (request,) = next(solver)
+            while True:
+                judging, start = len(parts) % 2 == 1, time.monotonic()
+                name = "Verdict" if judging else "Reflection" if parts else "Answer"
+                for state in self.backend.stream(request._replace(with_logprobs=judging), settings.sampling):
+                    if isinstance(state, str):
+                        yield "\n\n".join([*parts, f"### {name} …\n\n{inert(state)}"])
+                if state.error:
+                    raise BadInput(state.error)
+                heading = f"### {name}{told_verdict(state) if judging else correctness(state.text, gold)}"
+                counts = f"{state.completion_tokens} tokens, {time.monotonic() - start:.1f} s"
+                parts.append(f"{heading}\n\n{inert(state.text)}\n\n<small>{counts}</small>")
+                yield "\n\n".join(parts)
+                (request,) = solver.send([state])
+        except StopIteration as finished:
+            result = finished.value
+            answer = result["extracted_answer"]
+            parts.append(f"### Final answer: {'none in a box' if answer is None else inert(answer)}")
+        except Exception as error:
+            parts.append(told(error))
+        yield "\n\n".join(parts)
+
+    def vote(self, question, picture, gold, n, temperature, length) -> Iterator[str]:
+        """n answers, what they vote for, and the knock-out between their different answers."""
+        try:
+            settings = replace(self._settings(temperature=temperature, max_tokens=length, n=n), tts="best_of_n")
+            if temperature == 0:
+                raise BadInput("temperature: expected more than 0, or all answers are the same")
+            solver = sampled_row(self._row(question, picture), settings)
+            requests, start = next(solver), time.monotonic()
+            yield f"{len(requests)} answers are being drawn …"
+            while True:
+                outputs = self.backend.write(requests, settings.sampling)
+                if failed := next((output.error for output in outputs if output.error), None):
+                    raise BadInput(failed)
+                requests = solver.send(outputs)
+                yield f"{len(requests) // 2} pairs are being judged, each in both orders …"
+        except StopIteration as finished:
+            yield election(finished.value, gold) + f"\n\n<small>{time.monotonic() - start:.1f} s</small>"
+        except Exception as error:
+            yield told(error)
+
+    def _row(self, question: str, picture: dict[str, Any] | None) -> dict[str, Any]:
+        if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
+            raise BadInput(f"expected a question of 1 to {MAX_QUESTION:,} characters")
+        content = [{"type": "image"}] * bool(picture) + [{"type": "text", "text": question + self.suffix}]
+        return {
+            "dataset": "app", "problem": question, "prompt": [{"role": "user", "content": content}],
+            "images": [picture["path"]] if picture else [], "image_path": None, "solution": None, "categories": {},
+            "group": None,
+        }  # fmt: skip
+
+    def _settings(self, **values: Any) -> Settings:
+        for name, value in values.items():
+            low, high, step, *_ = RANGES[name]
+            if not low <= value <= high:
+                raise BadInput(f"{name}: expected {low} to {high}, got {value}")
+            values[name] = int(value) if step >= 1 else value
+        return Settings("app", "tts", prompt_suffix=self.suffix, **values)
+
+
+def told_verdict(output: Output) -> str:
+    """What a verdict says, and how probable it was."""
+    verdict = verify.parse_verdict(output.text)
+    chance = verdict and verdict_probability(output, verdict)
+    sure = "" if chance is None else f", probability {chance:.2f}"
+    return {"Yes": f": ✓ correct{sure}", "No": f": ✗ not correct{sure}"}.get(verdict, ": none that can be read")
+
+
+def correctness(text: str, gold: str) -> str:
+    """Whether an answer is right, where the right one is given."""
+    right = verify.is_equal(verify.extract_boxed(text), gold) if gold.strip() else None
+    return {True: " (right)", False: " (wrong)", None: ""}[right]
+
+
+def election(result: dict[str, Any], gold: str) -> str:
+    """The votes, the matches and all answers."""
+    rounds, matches, chosen = result["rounds"], result["matches"], result["chosen"]
+    answers = [each["answer"] for each in rounds]
+    groups: list[list[int]] = []  # answers that are the same to the verifier, by their numbers
+    for i, answer in enumerate(answers):
+        same = (g for g in groups if answer == answers[g[0]] or (answer and verify.is_equal(answer, answers[g[0]])))
+        group = next(same, None)
+        groups.append([i]) if group is None else group.append(i)
+
+    def name(i: int) -> str:
+        return "no box" if answers[i] is None else inert(answers[i])
+
+    lines = [f"### Chosen: {name(chosen)}{correctness(rounds[chosen]['output'], gold)}", "### Votes"]
+    for group in sorted(groups, key=len, reverse=True):
+        lines.append(f"- **{name(group[0])}**: {len(group)} of {len(answers)} {'●' * len(group)}")
+    lines.append("### Knock-out, each pair judged in both orders")
+    for match in matches:
+        agree = {match["verdict"], match["verdict_swapped"]} == {"A", "B"}
+        how = "both orders agree" if agree else "the two orders disagree, so the votes decide"
+        lines.append(f"- {name(match['a'])} against {name(match['b'])}: **{name(match['winner'])}** ({how})")
+    lines += [] if matches else ["- all answers are the same, so there is nothing to judge"]
+    lines.append("### Answers")
+    lines += [f"{i + 1}. {inert(each['output'])}" for i, each in enumerate(rounds)]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training run
+
+
+def logged_steps(run: Path) -> list[int]:
+    return sorted(int(path.stem.split("_")[1]) for path in (run / "completions").glob("completions_*.parquet"))
+
+
+def table(run: Path, kind: str, step: int) -> list[dict[str, Any]]:
+    """A step's rollouts; none where there is no such table. Raises BadInput where it can't be read."""
+    path, notes = run / "completions" / f"{kind}_{step:05d}.parquet", []
+    rows = read_table(path, "answer" if kind == "completions" else None, notes) if path.exists() else []
+    if notes:
+        raise BadInput(notes[0])
+    return rows
+
+
+def by_question(run: Path, step: int) -> list[list[dict[str, Any]]]:
+    """A step's policy rollouts, a list a question."""
+    groups: list[list[dict[str, Any]]] = []
+    for row in table(run, "completions", step):
+        if not groups or groups[-1][0]["prompt"] != row["prompt"]:
+            groups.append([])
+        groups[-1].append(row)
+    size = min(map(len, groups), default=1)  # two questions in a row may have the same words, and other images
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+def family(run: Path, step: int, number: int, suffix: str) -> str:
+    """The rollouts of a step's question, and what was recycled from them, as Markdown."""
+    groups = by_question(run, step)
+    if not (isinstance(number, int) and 0 <= number < len(groups)):
+        raise BadInput(f"expected a question from 0 to {len(groups) - 1}, got {number}")
+    question, asked, lines = strip_suffix(groups[number][0]["prompt"], suffix), None, []
+    marks = {True: "✓", False: "✗", None: "–"}
+
+    def line(row: dict[str, Any]) -> str:
+        return f"- {marks[None if math.isnan(row['reward']) else row['reward'] >= 1]} {inert(row['completion'])}"
+
+    for row in table(run, "recycled", step):
+        if not row["prompt"].startswith(question + "\n\n"):
+            continue
+        if row["prompt"] != asked:
+            asked = row["prompt"]
+            sources = (image(data).get("source") for data in row["images"])
+            lines += [f"#### Recycled: {TASKS.get(row['task'], inert(row['task']))}",
+                      *(f"![The image of the question]({source})" for source in sources if source),
+                      f"> {inert(asked[len(question) :].strip())}\n",
+                      f"Label: **{inert(row['label'])}**\n" if isinstance(row["label"], str) else ""]  # fmt: skip
+        lines.append(line(row))
+    return "\n".join([
+        f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number]),
+        *(lines or ["#### Nothing was recycled from them"]),
+    ])  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def examples(folder: Path) -> list[list[Any]]:
+    """[question, image file, answer] of held-out digits, those with an image first."""
+    from demo import held_out
+
+    rows = sorted(held_out(4 * EXAMPLES)["answers"], key=lambda row: row["image_path"] is None)[:EXAMPLES]
+    for i, row in enumerate(rows):
+        if row["image_path"] is not None:
+            file = folder / f"{i}.png"
+            row["image_path"].save(file)
+            row["image_path"] = str(file)
+    return [[row["problem"], row["image_path"], row["answer"]] for row in rows]
+
+
+def build(page: Page, name: str, run: Path | None, folder: Path):
+    """The Gradio app. `folder` keeps the examples' images."""
+    import gradio as gr
+
+    def written(label: str):
+        return gr.Markdown(label=label, latex_delimiters=DELIMITERS, elem_classes="written", min_height=80)
+
+    with gr.Blocks(title=f"SPARK: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gr.Markdown(
+            f"# Talk to {inert(name)}\nIt answers, judges its own answer, and thinks again if the verdict is no."
+        )
+        with gr.Row():
+            with gr.Column(scale=2):
+                question = gr.Textbox(label="Question", lines=3, max_length=MAX_QUESTION)
+                picture = gr.Image(label="Image (optional)", height=180, elem_classes="picture", sources=["upload"])
+                gold = gr.Textbox(label="Right answer (optional)", max_lines=1)
+                with gr.Accordion("Settings", open=False):
+                    temperature, length, rounds, n = (
+                        gr.Slider(low, high, default, step=step, label=label)
+                        for low, high, step, default, label in RANGES.values()
+                    )
+            with gr.Column(scale=3), gr.Tabs():
+                with gr.Tab("Answer, judge, reflect"):
+                    ask = gr.Button("Ask", variant="primary")
+                    rounds_out = written("Rounds")
+                with gr.Tab("Several answers"):
+                    draw = gr.Button("Draw answers", variant="primary")
+                    votes_out = written("Votes")
+                with gr.Tab("Training rollouts"):
+                    browse(gr, run, page.suffix, written)
+        gr.Examples(examples(folder), [question, picture, gold], label="Held-out digits")
+        given, how = [question, picture, gold], {"preprocess": False, "concurrency_limit": 8}  # Page checks its input
+        talk = ([*given, rounds, temperature, length], rounds_out)
+        ask.click(page.talk, *talk, api_name="talk", **how)
+        question.submit(page.talk, *talk, api_visibility="private", **how)
+        draw.click(page.vote, [*given, n, temperature, length], votes_out, api_name="vote", **how)
+    return blocks
+
+
+def browse(gr, run: Path | None, suffix: str, written) -> None:
+    """The third tab."""
+    steps = logged_steps(run) if run else []
+    if not steps:
+        gr.Markdown("No rollouts here: give a run's folder by `--run`, one that was trained with `log_completions`.")
+        return
+
+    def choices(step: int) -> list[tuple[str, int]]:
+        names = []
+        for i, group in enumerate(by_question(run, step)):
+            right = sum(row["reward"] >= 1 for row in group)
+            words = visible(strip_suffix(group[0]["prompt"], suffix))[:80]
+            names.append((f"{i + 1}. {words} ({right} of {len(group)} right)", i))
+        return names
+
+    def show(step: int, number: int) -> str:
+        try:
+            return family(run, step, number, suffix)
+        except Exception as error:
+            return told(error)
+
+    step = gr.Dropdown([(str(step), step) for step in steps], value=steps[-1], label="Step")
+    question = gr.Dropdown(choices(steps[-1]), value=0, label="Question")
+    text = written("Rollouts")
+    text.value = show(steps[-1], 0)
+    step.change(lambda step: gr.Dropdown(choices(step), value=0), step, question, api_visibility="private").then(
+        show, [step, question], text, api_visibility="private"
+    )
+    question.change(show, [step, question], text, api_name="rollouts")
+
+
+def launch(blocks, folder: Path, **how: Any) -> None:
+    """Serve the page, on this machine alone unless `how` says otherwise."""
+    import gradio as gr
+
+    button = {"background_fill": "*primary_700", "background_fill_hover": "*primary_800", "text_color": "white"}
+    button = {f"button_primary_{name}{mode}": colour for name, colour in button.items() for mode in ("", "_dark")}
+    blocks.queue(max_size=64).launch(
+        **{"server_name": "127.0.0.1", **how}, quiet=True, prevent_thread_lock=True, max_file_size="32mb",
+        footer_links=[], allowed_paths=[str(folder)], css=CSS,
+        theme=gr.themes.Default(primary_hue="blue").set(**button),
+    )  # fmt: skip
+
+
+def main() -> int:
+    parser = Parser(__doc__)
+    default = DEMO if (Path(DEMO) / "model.safetensors").is_file() else START
+    parser.add_argument("model", nargs="?", default=default, help=f"a folder, or a name (default here: {default})")
+    parser.add_argument("--server", help="URL of an OpenAI-compatible server, which knows the model by that name")
+    parser.add_argument("--run", help="folder of the training run to show; default: the model's, if it is one")
+    parser.add_argument("--prompt_suffix", default=PROMPT_SUFFIX, help="what questions end with; as in training")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    parser.add_argument("--share", action="store_true", help="a public address, by a tunnel of Gradio's")
+    parser.add_argument("--auth", help="USER:PASSWORD, which the page then asks for")
+    args = parser.parse_args()
+    user, _, password = (args.auth or "").partition(":")
+    if args.auth is not None and not (user and password):
+        parser.error("--auth: expected USER:PASSWORD")
+    if (args.share or args.host not in LOCAL_HOSTS) and not args.auth:
+        parser.error("--share and another --host need --auth USER:PASSWORD: anybody could use the page")
+    run = Path(args.run or args.model)
+    if args.run and not logged_steps(run):
+        parser.error(f"--run: {run} has no completions/completions_*.parquet; expected a run with log_completions")
+    try:
+        backend = Remote(args.server, args.model) if args.server else Local(args.model)
+        with tempfile.TemporaryDirectory() as folder:
+            blocks = build(Page(backend, args.prompt_suffix), args.model, run, Path(folder))
+            launch(
+                blocks, Path(folder), server_name=args.host, server_port=args.port, share=args.share,
+                auth=(user, password) if args.auth else None,
+            )  # fmt: skip
+            print(f"{args.model}: {blocks.share_url or blocks.local_url}   (Ctrl-C ends)", flush=True)
+            blocks.block_thread()
+    except (BadInput, OSError, ValueError) as error:
+        return refuse("app.py", error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
