@@ -1,10 +1,12 @@
 """One web page about one run or several: what was learned, as curves, and what was written, as rollouts.
 
-    python report.py RUN_DIR [RUN_DIR ...] --output report.html
+    python report.py RUN_DIR [RUN_DIR ...] [--results results.json ...] --output report.html
 
-A run is what train_spark.py leaves in its output_dir: trainer_state.json (of an interrupted run, the one in its newest
-checkpoint) and completions/*.parquet. A metrics.json (demo.py's before/after table) is shown where there is one. What
-a run has not logged is said to be absent.
+A run is what train_spark.py leaves in its output_dir: metrics.jsonl or trainer_state.json (of an interrupted run, the
+one in its newest checkpoint), settings.json and completions/*.parquet. A metrics.json (demo.py's before/after table) is
+shown where there is one, and of evaluate.py's results how far verdicts can be believed and what accuracy costs. Runs
+that differ in nothing but their seeds are one curve, with a band from the lowest to the highest. What a run has not
+logged is said to be absent.
 
 The page (report.html.jinja) is one file without scripts or links to anything; REPORT_curves.png holds its curves.
 Whatever a model wrote is hostile: text is escaped and its invisible characters are made visible, images are decoded and
@@ -29,8 +31,11 @@ from data.rows import BadInput
 
 Row = dict[str, Any]
 STATES = ("trainer_state.json", "checkpoint-*/trainer_state.json")
-LATE, EARLY = 4, 1  # cards of each task from the end of a run, and from its start
+LATE, EARLY = 12, 4  # cards of each task from the end of a run, and from its start
 MAX_CHARS = 1500  # of one text on a card
+MAX_POINTS = 400  # of one curve
+# Settings in which repetitions of a run differ.
+SEEDS = {"seed", "data_seed", "recycle_seed", "output_dir", "run_name", "logging_dir", "hub_model_id"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ TILES = (  # what a run is summed up by
     ("judge/pairwise/accuracy", "pairs judged"),
     ("reflection/fix_rate", "wrong answers fixed"),
 )
+JUDGED = (("judge/pointwise/balanced_accuracy", "one answer, balanced"), ("judge/pairwise/accuracy", "pairs"))
 TASKS = {
     "answer": "Answer",
     "pointwise": "Judge one answer",
@@ -88,11 +94,16 @@ TASKS = {
 
 @dataclass
 class Run:
-    """What one run left behind. `series` is metric -> (steps, values), `tables` the rollouts by (kind, step)."""
+    """What one run left behind. `series` is metric -> (steps, values), `tables` the files of rollouts by their kind.
+
+    Of several seeds, `series` holds means, and `spread` metric -> (lowest, highest) values.
+    """
 
     name: str
     state: Row = field(default_factory=dict)
     series: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    spread: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    settings: Row = field(default_factory=dict)
     tables: dict[str, list[Path]] = field(default_factory=dict)
     metrics: Row | None = None
     notes: list[str] = field(default_factory=list)
@@ -129,7 +140,7 @@ def is_run(path: Path) -> bool:
 def read_run(path: Path, name: str) -> Run:
     states = [read_json(p) for glob in STATES for p in path.glob(glob)]
     run = Run(name, max(states, key=lambda state: state.get("global_step", 0), default={}))
-    for entry in run.state.get("log_history", []):
+    for entry in read_log(path) or run.state.get("log_history", []):
         for key, value in entry.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
                 steps, values = run.series.setdefault(key, ([], []))
@@ -139,7 +150,48 @@ def read_run(path: Path, name: str) -> Run:
         run.tables[kind] = sorted((path / "completions").glob(f"{kind}_*.parquet"))
     if (path / "metrics.json").exists():
         run.metrics = read_json(path / "metrics.json")
+    if (path / "settings.json").exists():
+        run.settings = read_json(path / "settings.json")
     return run
+
+
+def read_log(path: Path) -> list[Row]:
+    """The lines of metrics.jsonl, which has every step; none without it. A line that a crash cut off is left out."""
+    file = path / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise BadInput(f"{file}: expected a JSON object a line: {error}") from None
+
+
+def by_seed(runs: list[Run]) -> list[Run]:
+    """Runs whose settings differ in their seeds alone as one, which has their means and their spread."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {name: value for name, value in run.settings.items() if name not in SEEDS}
+        groups.setdefault(json.dumps(same, sort_keys=True) if run.settings else run.name, []).append(run)
+    return [seeds[0] if len(seeds) == 1 else together(seeds) for seeds in groups.values()]
+
+
+def together(seeds: list[Run]) -> Run:
+    """Means and spread at the steps that all seeds have logged."""
+    merged = Run(f"{seeds[0].name} and {len(seeds) - 1} more seed{'s' * (len(seeds) > 2)}", settings=seeds[0].settings)
+    for metric in seeds[0].series:
+        logged = [dict(zip(*run.series.get(metric, ((), ())), strict=True)) for run in seeds]
+        steps = sorted(set.intersection(*map(set, logged)))
+        columns = [[values[step] for values in logged] for step in steps]
+        if steps:
+            merged.series[metric] = steps, [sum(column) / len(column) for column in columns]
+            merged.spread[metric] = list(map(min, columns)), list(map(max, columns))
+    return merged
+
+
+def differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
+    """(setting, its value in each run), of the settings that differ."""
+    names = sorted({name for run in runs for name in run.settings} - {"output_dir", "logging_dir"})
+    values = [(name, [run.settings.get(name, "default") for run in runs]) for name in names if len(runs) > 1]
+    return [(name, each) for name, each in values if any(value != each[0] for value in each)]
 
 
 def read_json(path: Path) -> Row:
@@ -181,20 +233,20 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
 
 def draw_rollouts(run: Run, late: bool, count: int) -> list[Row]:
     """`count` rollouts of each task, each of another item: a random draw, always the same one, not a selection."""
-    kind = "recycled" if run.tables["recycled"] else "completions"
-    files = run.tables[kind]
-    if not late and len(files) < 2:
-        return []
     rows: dict[str, list[Row]] = {}
-    for path in (files[::-1] if late else files)[:4]:
-        table = read_table(path, "answer" if kind == "completions" else None, run.notes)
-        random.Random(path.name).shuffle(table)
-        for row in table:
-            drawn = rows.setdefault(row["task"], [])
-            if len(drawn) < count and all(row["prompt"] != other["prompt"] for other in drawn):
-                drawn.append(row)
-        if rows and all(len(drawn) == count for drawn in rows.values()):
-            break
+    for kind, files in run.tables.items():
+        if not late and len(files) < 2:
+            continue
+        task = "answer" if kind == "completions" else None
+        for path in (files[::-1] if late else files)[:4]:
+            table = read_table(path, task, run.notes)
+            random.Random(path.name).shuffle(table)
+            for row in table:
+                drawn = rows.setdefault(row["task"], [])
+                if len(drawn) < count and all(row["prompt"] != other["prompt"] for other in drawn):
+                    drawn.append(row)
+            if rows and all(len(drawn) == count for drawn in rows.values()):
+                break
     return [row for task in sorted(rows, key=lambda t: [*TASKS, t].index(t)) for row in rows[task]]
 
 
@@ -226,8 +278,9 @@ def smooth(values: list[float]) -> list[float]:
 def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
     """Raw points faint, a smoothed line over them. Several runs: a colour and a marker each, a dash for each metric."""
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
-    (paper, ink, grid), colours, several = INK[theme], COLOURS[theme], len(runs) > 1
+    (_, ink, _), colours, several = INK[theme], COLOURS[theme], len(runs) > 1
     legend = {}
     for m, (metric, label) in enumerate(panel.lines):
         dash = DASHES[m % len(DASHES)]
@@ -235,16 +288,23 @@ def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
             if metric not in run.series:
                 continue
             steps, values = run.series[metric]
+            thin = slice(None, None, math.ceil(len(steps) / MAX_POINTS))
             look = {"color": colours[(r if several else m) % len(colours)], "linestyle": dash, "linewidth": 1.9}
             if several:
-                every = max(len(steps) // 4, 1)
+                every = max(len(steps[thin]) // 4, 1)
                 look |= {
                     "marker": MARKERS[r % len(MARKERS)],
                     "markersize": 4.5,
                     "markevery": (every * r // len(runs), every),
                 }
-            ax.plot(steps, values, ".", color=look["color"], alpha=0.28, markersize=3.5, rasterized=True)
-            ax.plot(steps, smooth(values), **look)
+            if metric in run.spread:
+                low, high = (smooth(edge)[thin] for edge in run.spread[metric])
+                ax.fill_between(steps[thin], low, high, color=look["color"], alpha=0.18, linewidth=0)
+            else:
+                ax.plot(
+                    steps[thin], values[thin], ".", color=look["color"], alpha=0.28, markersize=3.5, rasterized=True
+                )
+            ax.plot(steps[thin], smooth(values)[thin], **look)
             if len(panel.lines) > 1:
                 legend[label] = Line2D([], [], color=ink if several else look["color"], linestyle=dash, linewidth=1.9)
     for r, run in enumerate(runs if several and ax.lines else []):
@@ -256,9 +316,16 @@ def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
         ax.axhline(panel.chance, color=ink, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
         ax.annotate("chance", (1, panel.chance), (-2, 2), ("axes fraction", "data"), "offset points",
                     ha="right", va="bottom", fontsize=8, color=ink)  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_ylim(*((-0.03, 1.03) if panel.share else (min(0, ax.get_ylim()[0]), None)))
+    finish(ax, theme, "step", legend)
+
+
+def finish(ax, theme: str, label: str, legend: dict[str, Any]) -> None:
+    """The looks that all plots share."""
+    paper, ink, grid = INK[theme]
     ax.set_facecolor(paper)
-    ax.set_xlabel("step", fontsize=8, color=ink, loc="right", labelpad=1)
+    ax.set_xlabel(label, fontsize=8, color=ink, loc="right", labelpad=1)
     ax.tick_params(labelsize=8, colors=ink, length=0)
     ax.grid(color=grid, linewidth=0.7)
     ax.spines[:].set_visible(False)
@@ -269,30 +336,97 @@ def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
             text.set_parse_math(False)  # a run may be called $x$
 
 
-def draw(panels: Sequence[Panel], runs: list[Run], theme: str, file, kind: str) -> None:
-    """`panels` in up to three columns, written to `file`; one panel alone has its title in the page."""
+def draw_coevolution(ax, runs: list[Run], theme: str) -> None:
+    """Judging against answering: each run a path from its start (hollow) to its end (full)."""
+    legend = {}
+    for r, run in enumerate(runs):
+        colour, marker = COLOURS[theme][r % len(COLOURS[theme])], MARKERS[r % len(MARKERS)]
+        for m, (metric, name) in enumerate(JUDGED):
+            path = co_evolution(run, metric)
+            if not path:
+                continue
+            colour = COLOURS[theme][(r if len(runs) > 1 else m) % len(COLOURS[theme])]
+            (line,) = ax.plot(*zip(*path, strict=True), color=colour, linestyle=DASHES[m], linewidth=1.6)
+            ax.plot(*path[0], marker, color=colour, markerfacecolor=INK[theme][0], markersize=6)
+            ax.plot(*path[-1], marker, color=colour, markersize=7)
+            legend[name if len(runs) == 1 else f" {visible(run.name)[-28:]}, {name}"] = line
+    ax.plot([0, 1], [0.5, 0.5], color=INK[theme][1], linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.set_ylabel("judging", fontsize=8, color=INK[theme][1])
+    finish(ax, theme, "answering: policy accuracy", legend)
+
+
+def co_evolution(run: Run, metric: str) -> list[tuple[float, float]]:
+    """(policy accuracy, judge's accuracy) along a run, both smoothed, where both are logged."""
+    if not {"policy/accuracy", metric} <= run.series.keys():
+        return []
+    policy, judge = (
+        dict(zip(steps, smooth(values), strict=True))
+        for steps, values in (run.series["policy/accuracy"], run.series[metric])
+    )
+    shared = sorted(policy.keys() & judge.keys())
+    return [(policy[step], judge[step]) for step in shared[:: max(math.ceil(len(shared) / MAX_POINTS), 1)]]
+
+
+def draw_reliability(ax, rows: list[Row], theme: str) -> None:
+    """How often verdicts are right, by their probability."""
+    legend = {}
+    for r, (name, bins) in enumerate((row["name"], row["calibration"]["bins"]) for row in rows):
+        bars = [[abs(b["interval"][i] - b["accuracy"]) for b in bins] for i in (0, 1)]
+        look = {"color": COLOURS[theme][r % len(COLOURS[theme])], "marker": MARKERS[r % len(MARKERS)], "linewidth": 1.4}
+        legend[visible(name)[-40:]] = ax.errorbar(
+            [b["probability"] for b in bins], [b["accuracy"] for b in bins], bars, capsize=2, **look
+        )
+    ax.plot([0, 1], [0, 1], color=INK[theme][1], linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
+    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    finish(ax, theme, "probability of the verdict", legend)
+
+
+def draw_price(ax, rows: list[Row], theme: str) -> None:
+    """Accuracy against the tokens generated, a curve for each way of test-time scaling."""
+    legend: dict[str, Any] = {}
+    for r, row in enumerate(rows):
+        for w, way in enumerate(dict.fromkeys(each["way"] for each in row["price"])):
+            points = [
+                each for each in row["price"] if each["way"] in (way, "first answer" if way == "majority" else way)
+            ]
+            bars = [[abs(each["interval"][i] - each["accuracy"]) for each in points] for i in (0, 1)]
+            look = {"color": COLOURS[theme][w % len(COLOURS[theme])], "linestyle": DASHES[r % len(DASHES)]}
+            name = way if len(rows) == 1 else f"{visible(row['name'])[-28:]}, {way}"
+            legend[name] = ax.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points], bars,
+                                       marker=MARKERS[w % len(MARKERS)], markersize=4.5, capsize=2, **look)  # fmt: skip
+    ax.set_xscale("log")
+    finish(ax, theme, "tokens generated a question", legend)
+
+
+def grid_of_axes(count: int, entries: int, theme: str):
+    """(figure, axes) in up to three columns, all axes of one size, whatever the room below them for legends."""
     from matplotlib.figure import Figure
 
-    columns = min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    # In inches, so that all axes are of one size, whatever the room below them for legends.
-    names = max(len(panel.lines) for panel in panels)
-    entries = names * (names > 1) + len(runs) * (len(runs) > 1)
-    title, legend = 0.3 * (len(panels) > 1) + 0.08, 0.4 + 0.17 * math.ceil(entries / 2) + 0.1 * (entries > 0)
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    title, legend = 0.3 * (count > 1) + 0.08, 0.4 + 0.17 * math.ceil(entries / 2) + 0.1 * (entries > 0)  # inches
     wide, high, gap = 4.2 * columns, rows * (2.2 + title + legend), 0.5
-    fig = Figure(figsize=(wide, high), facecolor=INK[theme][0])
-    axes = fig.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(wide, high), facecolor=INK[theme][0])
+    axes = figure.subplots(rows, columns, squeeze=False)
     inner = (wide - 0.1 - gap * columns) / columns
-    fig.subplots_adjust(
+    figure.subplots_adjust(
         gap / wide, legend / high, 1 - 0.1 / wide, 1 - title / high, gap / inner, (title + legend) / 2.2
     )
-    for ax, panel in zip(axes.flat, panels, strict=False):
-        draw_panel(ax, panel, runs, theme)
+    return figure, list(axes.flat)
+
+
+def draw(panels: Sequence[Panel], runs: list[Run], file) -> None:
+    """All panels as one PNG."""
+    names = max(len(panel.lines) for panel in panels)
+    figure, axes = grid_of_axes(len(panels), names * (names > 1) + len(runs) * (len(runs) > 1), "light")
+    for ax, panel in zip(axes, panels, strict=False):
+        draw_panel(ax, panel, runs, "light")
         if len(panels) > 1:
             ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
-    for ax in axes.flat[len(panels) :]:
+    for ax in axes[len(panels) :]:
         ax.axis("off")
-    fig.savefig(file, format=kind, dpi=150)
+    figure.savefig(file, format="png", dpi=150)
 
 
 def start_and_end(run: Run, metric: str) -> tuple[float, float] | None:
@@ -339,7 +473,11 @@ def image(data) -> dict[str, str]:
         pixels.thumbnail((320, 320))
         with io.BytesIO() as file:
             pixels.save(file, format="PNG", optimize=True)
-            return {"source": data_uri(file.getvalue(), "png")}
+            if file.tell() < 20_000:
+                return {"source": data_uri(file.getvalue(), "png")}
+        with io.BytesIO() as file:  # a photograph
+            pixels.save(file, format="WEBP", quality=75)
+            return {"source": data_uri(file.getvalue(), "webp")}
     except Exception as error:  # whatever a decoder may raise on bytes made to break it
         return {"error": type(error).__name__}
 
@@ -357,22 +495,80 @@ def number(value: float) -> str:
 # What the page (report.html.jinja) shows
 
 
-def picture(panel: Panel, runs: list[Run]) -> Row:
-    """A panel for light and for dark pages, and what it shows in words; neither where nothing was logged."""
-    if not any(metric in run.series for run in runs for metric, _ in panel.lines):
-        return {"panel": panel}
+def pictures(runs: list[Run]) -> list[Row]:
+    """The panels for light and for dark pages, and what they show in words; neither where nothing was logged."""
+    shown = []
+    for panel in PANELS:
+        logged = any(metric in run.series for run in runs for metric, _ in panel.lines)
+        words = [
+            f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
+            for run in runs
+            for metric, label in panel.lines
+            if (ends := start_and_end(run, metric))
+        ]
+        entries = len(panel.lines) * (len(panel.lines) > 1) + len(runs) * (len(runs) > 1)
+        sources = plotted(lambda ax, theme, panel=panel: draw_panel(ax, panel, runs, theme), entries) if logged else {}
+        shown.append({"title": panel.title, "about": panel.about, "words": "; ".join(words), **sources})
+    paths = [(run, name, path) for run in runs for metric, name in JUDGED if (path := co_evolution(run, metric))]
+    if paths:
+        words = (
+            f"{run.name} {name} from {number(path[0][1])} at {number(path[0][0])} to {number(path[-1][1])} at "
+            f"{number(path[-1][0])}"
+            for run, name, path in paths
+        )
+        about = "Judging against answering over the steps, from the hollow mark to the full one. Dotted: a coin."
+        sources = plotted(lambda ax, theme: draw_coevolution(ax, runs, theme), len(paths))
+        shown.insert(0, {"title": "Co-evolution", "about": about, "words": "; ".join(words), **sources})
+    return shown
+
+
+def plotted(draw_on, entries: int) -> dict[str, str]:
+    """What `draw_on(axes, theme)` draws, as pictures for light and for dark pages."""
     sources = {}
     for theme in ("light", "dark"):
+        figure, (ax,) = grid_of_axes(1, entries, theme)
+        draw_on(ax, theme)
         with io.BytesIO() as file:
-            draw([panel], runs, theme, file, "svg")
+            figure.savefig(file, format="svg", dpi=150)
             sources[theme] = data_uri(file.getvalue(), "svg+xml")
-    words = [
-        f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
-        for run in runs
-        for metric, label in panel.lines
-        if (ends := start_and_end(run, metric))
+    return sources
+
+
+def results_pictures(files: Sequence[str | Path]) -> list[Row]:
+    """How far verdicts can be believed, and what accuracy costs, of evaluate.py's results. Raises BadInput."""
+    from calculate_acc import summarise, tally
+
+    benchmarks = [
+        {"name": f"{Path(file['path']).stem}: {benchmark['dataset']}", **benchmark}
+        for file in summarise([tally(str(path)) for path in files])["files"]
+        for benchmark in file["benchmarks"]
     ]
-    return {"panel": panel, **sources, "words": "; ".join(words)}
+    judged = [row for row in benchmarks if row.get("calibration")]
+    priced = [row for row in benchmarks if row.get("price")]
+    shown = []
+    if judged:
+        words = (
+            f"{row['name']}: Brier score {number(row['calibration']['brier'])}, expected calibration error "
+            f"{number(row['calibration']['calibration_error'])}, {row['calibration']['verdicts']:,} verdicts"
+            for row in judged
+        )
+        about = "How often verdicts are right, by their probability, with 95 % intervals. Dotted: calibrated."
+        sources = plotted(lambda ax, theme: draw_reliability(ax, judged, theme), len(judged))
+        shown.append({"title": "Calibration of the judge", "about": about, "words": "; ".join(words), **sources})
+    if priced:
+        words = (
+            f"{row['name']}, {each['way']}, n = {each['n']}: {number(each['accuracy'])}, {each['tokens']:,.0f} tokens"
+            for row in priced
+            for each in row["price"]
+        )
+        entries = sum(len({each["way"] for each in row["price"]}) for row in priced)
+        sources = plotted(lambda ax, theme: draw_price(ax, priced, theme), entries)
+        about = "Each way of test-time scaling with 1, 2, 4, ... answers, with 95 % intervals."
+        shown.append({"title": "Accuracy against tokens", "about": about, "words": "; ".join(words), **sources})
+    if not shown:
+        names = ", ".join(map(str, files))
+        raise BadInput(f"{names}: expected results of --mode judge, or of --mode tts --tts compare")
+    return shown
 
 
 def card(row: Row) -> Row:
@@ -388,6 +584,7 @@ def card(row: Row) -> Row:
     scored = [reward for reward in row["group"] if not math.isnan(reward)]
     label = row.get("label")
     return {
+        "kind": row["task"] if row["task"] in TASKS else "other",
         "task": TASKS.get(row["task"], row["task"]),
         "step": row.get("step", "?"),
         "right": None if math.isnan(row["reward"]) else row["reward"] >= 1,
@@ -444,13 +641,11 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     return [(label, number(pair[0]), number(pair[1])) for label, pair in ends.items() if pair]
 
 
-def rollouts(run: Run, late: int) -> list[tuple[str, list[Row]]]:
-    """(when, cards) of the last steps and of the first ones."""
-    drawn = {
-        "Late in training": draw_rollouts(run, True, late),
-        "At the start, for contrast": draw_rollouts(run, False, EARLY),
-    }
-    return [(when, list(map(card, rows))) for when, rows in drawn.items() if rows]
+def rollouts(run: Run, late: int) -> list[Row]:
+    """Cards of the last steps and of the first ones."""
+    drawn = [("late", row) for row in draw_rollouts(run, True, late)]
+    drawn += [("early", row) for row in draw_rollouts(run, False, max(late // 3, 1))]
+    return [{"when": when, **card(row)} for when, row in drawn]
 
 
 def before_after(metrics: Row) -> Row:
@@ -466,7 +661,7 @@ def before_after(metrics: Row) -> Row:
     return {"columns": columns, "rows": rows, "settings": settings}
 
 
-def page(runs: list[Run], tables: list[tuple[str, Row]]) -> str:
+def page(runs: list[Run], tables: list[tuple[str, Row]], results: list[Row]) -> str:
     """The page. Whatever goes into the template has its invisible characters written out and is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -482,38 +677,51 @@ def page(runs: list[Run], tables: list[tuple[str, Row]]) -> str:
     environment.filters["shorten"] = shorten
     late = LATE if len(runs) == 1 else max(LATE // 2, 1)
     sections = [
-        {"name": run.name, "facts": facts(run), "tiles": tiles(run), "rollouts": rollouts(run, late)} for run in runs
-    ]
+        {"name": run.name, "facts": facts(run), "tiles": tiles(run), "rollouts": rollouts(run, late),
+         "settings": sorted(run.settings.items())} for run in runs
+    ]  # fmt: skip
+    curves = by_seed(runs)
     return environment.get_template("report.html.jinja").render(
         runs=sections,
+        tasks=TASKS,
+        differences=differences(runs),
         tables=[{"name": name, **before_after(metrics)} for name, metrics in tables],
-        pictures=[picture(panel, runs) for panel in PANELS] if any(run.series for run in runs) else [],
+        pictures=pictures(curves) if any(run.series for run in curves) else [],
+        results=results,
         notes=[f"{run.name}: {note}" for run in runs for note in dict.fromkeys(run.notes)],
     )
 
 
-def write_report(run_dirs: list[str | Path], output: str | Path, metrics: Row | None = None) -> Path:
-    """Write `output` and OUTPUT_curves.png for the runs; `metrics` is a before/after table instead of the runs' own.
+def write_report(
+    run_dirs: Sequence[str | Path], output: str | Path, metrics: Row | None = None, results: Sequence[str | Path] = ()
+) -> Path:
+    """Write `output` and OUTPUT_curves.png for the runs.
 
-    Raises BadInput for a folder that is no run.
+    Args:
+        metrics: a before/after table instead of the runs' own.
+        results: files of evaluate.py.
+
+    Raises BadInput for a folder that is no run, and a file that has no such results.
     """
     runs, output = read_runs(list(run_dirs)), Path(output)
     tables = [("", metrics)] if metrics else [(f": {r.name}" * (len(runs) > 1), r.metrics) for r in runs if r.metrics]
+    written = page(runs, tables, results_pictures(results) if results else [])
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page(runs, tables), encoding="utf-8")
+    output.write_text(written, encoding="utf-8")
     if any(run.series for run in runs):
-        draw(PANELS, runs, "light", output.with_name(f"{output.stem}_curves.png"), "png")
+        draw(PANELS, by_seed(runs), output.with_name(f"{output.stem}_curves.png"))
     return output
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a train_spark.py output_dir")
+    parser.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of evaluate.py")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
-        print(write_report(args.run_dirs, args.output))
+        print(write_report(args.run_dirs, args.output, results=args.results))
     except (BadInput, OSError) as error:
         print(f"report.py: {' '.join(visible(error).split())}", file=sys.stderr)
         return 2

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import TrainingArguments
 
 from training.callbacks import WINDOW, MetricsFile, Progress, Watch, troubles
 
@@ -80,7 +81,8 @@ def test_metrics_jsonl_has_a_line_for_every_step_also_between_logs(tmp_path):
     state.is_world_process_zero, state.global_step, state.epoch = True, 2, 0.5
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "reward": 0.5}\n{"step": 3, "reward": 0.9}\n{"step": 4, "rew')  # killed in step 4
-    callback.on_train_begin(SimpleNamespace(output_dir=tmp_path), state, control)
+    args = TrainingArguments(str(tmp_path), learning_rate=0.5, hub_token="hf_secret", use_cpu=True)
+    callback.on_train_begin(args, state, control, model=SimpleNamespace(config=SimpleNamespace(name_or_path="m")))
     lists["reward"] += [0.0, 1.0]
     lists["num_tokens"] = [10.0]
     step_of(callback, state, control)
@@ -99,6 +101,9 @@ def test_metrics_jsonl_has_a_line_for_every_step_also_between_logs(tmp_path):
         {"step": 4, "epoch": 0.5, "eval_reward": 0.75},
         {"step": 5, "epoch": 0.5, "reward": 0.25},
     ]
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    expected = {"model": "m", "output_dir": str(tmp_path), "learning_rate": 0.5, "hub_token": "<HUB_TOKEN>"}
+    assert expected.items() <= settings.items() and len(settings) < 12  # not the defaults
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_every_so_many_steps(capsys):

@@ -5,20 +5,21 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from browser import CHROMIUM, browser
 from PIL import Image
 
 import report
 from recycle import pairwise_instruction, pointwise_instruction, reflection_instruction
-from report import BadInput, draw_rollouts, read_runs, smooth, write_report
+from report import BadInput, by_seed, co_evolution, draw_rollouts, read_runs, smooth, write_report
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 HOSTILE = (
     "<script>document.title='PWNED'</script></style></title></div><img src=x onerror=\"document.title='PWNED'\">"
     "\" onmouseover='alert(1)' &lt;b&gt; \u202eevil\u202c \x00 \x1b[2J javascript:alert(1) \\boxed{Yes}"
@@ -123,17 +124,19 @@ def few_panels(monkeypatch):
 def whole(tmp_path_factory):
     """One run's page with every part it can have."""
     folder = tmp_path_factory.mktemp("whole")
-    return write_report([make_run(folder / "mine", per_task=6)], folder / "out" / "report.html", metrics=METRICS)
+    run = make_run(folder / "mine", per_task=6)
+    (run / "settings.json").write_text(json.dumps({"model": "models/digits", "learning_rate": 1e-4}))
+    return write_report([run], folder / "out" / "report.html", metrics=METRICS)
 
 
 def cards(path):
-    return re.findall(r"<article class=card>.*?</article>", path.read_text(encoding="utf-8"), re.DOTALL)
+    return re.findall(r"<article class=\"card.*?</article>", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_one_file_with_everything_in_it(whole):
     page = Page(whole)
     for words in ("mine", "20 steps", "12 policy rollouts", "144 recycled rollouts",
-                  "200 tokens", "1.5 minutes", "0.50 → 0.70", "questions 300"):  # fmt: skip
+                  "200 tokens", "1.5 minutes", "0.50 → 0.70", "questions 300", "learning_rate 0.0001"):  # fmt: skip
         assert words in page.text
     addresses = [(value[:11]) for _, name, value in page.attributes if name in ("src", "srcset", "href")]
     assert set(addresses) == {"data:image/"}
@@ -174,12 +177,14 @@ def test_before_and_after_shows_every_column(whole):
 
 def test_cards_are_spread_over_tasks_late_and_early(whole):
     found = cards(whole)
-    assert len(found) == 3 * report.LATE + 3 * report.EARLY
-    late, early = found[: 3 * report.LATE], found[3 * report.LATE :]
-    assert all("step 20" in card for card in late)
-    assert all("step 1<" in card for card in early)
-    for task in ("Judge one answer", "Judge a pair", "Look again"):
-        assert sum(f"<b>{task}</b>" in card for card in late) == report.LATE
+    late, early = ([card for card in found if f' {when}">' in card] for when in ("late", "early"))
+    assert len(late) + len(early) == len(found)
+    assert all("step 20" in card or "step 1<" in card for card in late)
+    assert all("step 1<" in card or "step 20" in card for card in early)
+    for kind, task in report.TASKS.items():
+        for cards_then, count in ((late, report.LATE), (early, report.EARLY)):
+            there = [card for card in cards_then if f"<b>{task}</b>" in card]
+            assert len(there) == min(count, 6) and all(f'class="card {kind} ' in card for card in there)
 
 
 def test_a_card_shows_what_the_model_saw(whole):
@@ -212,7 +217,7 @@ def test_images_go_to_every_rollout_of_their_item_and_to_no_other(tmp_path):
 
 def test_rollouts_are_drawn_not_selected(tmp_path):
     run = read_runs([make_run(tmp_path / "mine", per_task=30, group=2)])[0]
-    rewards = [row["reward"] for row in draw_rollouts(run, True, 30)]
+    rewards = [row["reward"] for row in draw_rollouts(run, True, 30) if row["task"] != "answer"]
     assert 25 < sum(rewards) < 65  # half of the 90 were right
     again = [[row["completion"] for row in draw_rollouts(run, True, 4)] for _ in range(2)]
     assert again[0] == again[1]
@@ -319,20 +324,162 @@ def test_hostile_text_stays_text(tmp_path):
     assert not re.search(r"[\u202e\x00\x1b]", path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on PATH (apt-get install chromium)")
-def test_a_browser_runs_nothing_and_shows_the_text(tmp_path):
-    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-             "--disable-component-update --disable-sync --dump-dom").split()  # fmt: skip
-    path = hostile_run(tmp_path)
-    done = subprocess.run([CHROMIUM, *flags, f"--user-data-dir={tmp_path / 'profile'}", path.as_uri()],
-                          capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
-    (tmp_path / "dom.html").write_text(done.stdout, encoding="utf-8")
+def test_policy_rollouts_with_images_are_shown_too(tmp_path):
+    """TRL's table of prompts with parts, as a run on images writes it."""
+    run = make_run(tmp_path / "mine", tables=())
+    content = [{"type": "image", "text": None}, {"type": "text", "text": "Which digit?"}]
+    row = {"step": 1, "prompt": [{"role": "user", "content": content}], "completion": "7", "r": 0.0, "advantage": 0.0}
+    pd.DataFrame([row]).to_parquet(run / "completions" / "completions_00001.parquet")
+    page = Page(write_report([run], tmp_path / "r.html"))
+    assert "Which digit?" in page.text and "could not be read" not in page.text
+
+
+def test_metrics_jsonl_has_the_steps_that_were_not_logged(tmp_path):
+    run = make_run(tmp_path / "mine", tables=())
+    lines = [json.dumps({"step": step, "policy/accuracy": step / 40}) for step in range(1, 31)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "pol')
+    (read,) = read_runs([run])
+    assert read.series["policy/accuracy"] == (list(range(1, 31)), [step / 40 for step in range(1, 31)])
+    (run / "metrics.jsonl").write_text("no JSON\n")
+    with pytest.raises(BadInput, match=r"metrics.jsonl: expected a JSON object a line"):
+        read_runs([run])
+
+
+def test_runs_that_differ_in_seeds_alone_are_a_band(tmp_path):
+    for name, seed, rate in (("a", 1, 0.1), ("b", 2, 0.1), ("c", 1, 0.2)):
+        run = make_run(tmp_path / name, tables=())
+        accuracy = [{"step": step, "policy/accuracy": rate * seed} for step in range(1, 6 + seed)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in accuracy))
+        (run / "settings.json").write_text(json.dumps({"seed": seed, "output_dir": name, "learning_rate": rate}))
+    runs = read_runs([tmp_path / name for name in "abc"])
+    both, other = by_seed(runs)
+    assert (both.name, other.name) == ("a and 1 more seed", "c")
+    steps, values = both.series["policy/accuracy"]
+    assert steps == [1, 2, 3, 4, 5, 6] and values == pytest.approx([0.15] * 6)
+    assert both.spread["policy/accuracy"] == ([0.1] * 6, [0.2] * 6)
+    page = Page(write_report([tmp_path / name for name in "abc"], tmp_path / "r.html"))
+    assert "What the runs differ in setting a b c learning_rate 0.1 0.1 0.2 seed 1 2 1" in page.text
+    alt = next(v for t, n, v in page.attributes if n == "alt" and v.startswith("Answering"))
+    assert "a and 1 more seed accuracy from 0.15 to 0.15" in alt
+
+
+def test_co_evolution_goes_through_the_steps_that_both_have():
+    run = report.Run("x")
+    run.series = {"policy/accuracy": ([1, 2, 3], [0.5] * 3), "j": ([2, 3, 4], [0.7] * 3)}
+    assert co_evolution(run, "j") == [pytest.approx((0.5, 0.7))] * 2
+    assert co_evolution(run, "not logged") == []
+
+
+def test_steps_are_whole_numbers_on_the_axis_of_a_short_run(tmp_path):
+    figure, (ax,) = report.grid_of_axes(1, 0, "light")
+    run = report.Run("x", series={"policy/accuracy": ([1, 2, 3], [0.1, 0.2, 0.3])})
+    report.draw_panel(ax, report.PANELS[0], [run], "light")
+    figure.canvas.draw()
+    assert [tick for tick in ax.get_xticks() if tick % 1] == []
+
+
+def test_results_show_calibration_and_what_accuracy_costs(tmp_path):
+    row = {"dataset": "d", "problem": "p", "image_path": None, "error": None, "extracted_answer": "Yes",
+           "vlm_output": "", "ground_truth": None, "prompt_tokens": 5, "completion_tokens": 3}  # fmt: skip
+    judged = {**row, "task": "pointwise", "label": "Yes", "verdict_swapped": None}
+    rows = [{**judged, "verdict": v, "is_correct": v == "Yes", "verdict_probability": p}
+            for v, p in (("Yes", 0.9), ("Yes", 0.8), ("No", 0.6), ("Yes", 0.55))]  # fmt: skip
+    (tmp_path / "judged.json").write_text(json.dumps(rows))
+    shown = report.results_pictures([tmp_path / "judged.json"])
+    assert [picture["title"] for picture in shown] == ["Calibration of the judge"]
+    assert "judged: d: Brier score 0.15" in shown[0]["words"] and "4 verdicts" in shown[0]["words"]
+    page = Page(
+        write_report([make_run(tmp_path / "r", tables=())], tmp_path / "r.html", None, [tmp_path / "judged.json"])
+    )
+    assert "Evaluation Calibration of the judge" in page.text
+    (tmp_path / "other.json").write_text(json.dumps([{**row, "ground_truth": "1", "is_correct": False}]))
+    with pytest.raises(BadInput, match="expected results of --mode judge"):
+        report.results_pictures([tmp_path / "other.json"])
+
+
+def test_accuracy_against_tokens_is_drawn_from_a_price_table(monkeypatch):
+    price = [{"way": way, "n": n, "tokens": 10.0 * n, "accuracy": 0.5, "interval": (0.4, 0.6)}
+             for way, n in (("first answer", 1), ("majority", 2), ("knock-out", 2))]  # fmt: skip
+    file = {"path": "x.json", "benchmarks": [{"dataset": "d", "price": price}]}
+    monkeypatch.setattr("calculate_acc.tally", lambda path: None)
+    monkeypatch.setattr("calculate_acc.summarise", lambda tallies: {"files": [file]})
+    (picture,) = report.results_pictures(["x.json"])
+    assert (
+        picture["title"] == "Accuracy against tokens" and "x: d, knock-out, n = 2: 0.50, 20 tokens" in picture["words"]
+    )
+    assert picture["light"].startswith("data:image/svg")
+
+
+def test_a_long_run_makes_a_page_of_bounded_size(tmp_path):
+    """2,000 steps; of the tables of all steps it reads a few."""
+    run = make_run(tmp_path / "long", 2000, tables=(), per_task=12)
+    for step in (*range(1, 30), *range(1980, 2001)):
+        rollouts(step, 4, 4, image=png()).to_parquet(run / "completions" / f"recycled_{step:05d}.parquet")
+    start = time.monotonic()
+    path = write_report([run], tmp_path / "r.html")
+    assert time.monotonic() - start < 60
+    assert path.stat().st_size < 1_000_000
+
+
+# ---- in a browser ----------------------------------------------------------------------------------------------------
+
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium binary on PATH (apt-get install chromium)")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    with browser(tmp_path_factory.mktemp("profile")) as page:
+        yield page
+
+
+@needs_chromium
+def test_a_browser_runs_nothing_and_shows_the_text(opened, tmp_path):
+    opened.open(hostile_run(tmp_path).as_uri())
+    (tmp_path / "dom.html").write_text(opened.js("document.documentElement.outerHTML"), encoding="utf-8")
     dom = Page(tmp_path / "dom.html")
-    assert "<title>PWNED" not in done.stdout
+    assert opened.js("document.title") != "PWNED"
     assert "script" not in dom.tags
     assert not [a for a in dom.attributes if a[1].startswith("on")]
-    for words in ("Before and after", "Curves", "Rollouts", "Late in training",
+    for words in ("Before and after", "Curves", "Rollouts", "late in training",
                   "<script>document.title='PWNED'</script>",
                   "The model wrote", "Answering", "✗ wrong"):  # fmt: skip
         assert words in dom.text
     assert dom.text.endswith("tries right ●○○○")
+    assert all(url.startswith(("file:", "data:")) for url in opened.requests)
+
+
+@needs_chromium
+def test_rollouts_are_filtered_by_mouse_and_by_keyboard(opened, whole):
+    opened.look(1280)
+    opened.open(whole.as_uri())
+    shown = "[...document.querySelectorAll('.card')].filter(e => e.offsetParent).map(e => e.className)"
+    everything = opened.js(shown)
+    assert len(everything) == len(cards(whole)) > 30
+    opened.click("label", "Judge a pair")
+    assert set(opened.js(shown)) < {name for name in everything if " pairwise " in name} | {None}
+    opened.click("label", "wrong")
+    assert opened.js(shown) == [name for name in everything if " pairwise wrong " in name]
+    opened.js("document.querySelector('input[value=all]').focus()")
+    for key, code, kind in (
+        ("ArrowRight", 39, "answer"),
+        ("ArrowRight", 39, "pairwise"),
+        ("ArrowRight", 39, "pointwise"),
+    ):
+        opened.press(key, code)
+        assert opened.js(shown) == [name for name in everything if f" {kind} wrong " in name]
+    assert opened.js("getComputedStyle(document.activeElement).outlineStyle") != "none"
+
+
+@needs_chromium
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_it_fits_and_has_no_serious_axe_findings(opened, whole, width, dark):
+    from axe_core_python import sync_playwright
+
+    opened.look(width, 900, dark)
+    opened.open(whole.as_uri())
+    assert opened.js("document.documentElement.scrollWidth") <= width
+    opened.js(Path(sync_playwright.__file__).with_name("axe.min.js").read_text() + "; 1")
+    found = opened.js("axe.run().then(r => r.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
+                      ".map(v => v.id + ' ' + v.nodes[0].html))")  # fmt: skip
+    assert found == []

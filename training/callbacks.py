@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections import Counter, deque
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,16 @@ def show_progress(trainer) -> None:
     trainer.add_callback(Progress)
 
 
+def changed_settings(args) -> dict[str, Any]:
+    """The settings that are not the defaults; tokens are masked."""
+    values = args.to_dict()
+    defaults = {each.name: each.default for each in fields(args) if each.default_factory is MISSING}
+    return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
+
+
 class MetricsFile(TrainerCallback):
-    """Writes metrics.jsonl, a line a step, however seldom there is a log; `loss`, `grad_norm` and what else only a log
-    has come with the steps that are logged. An evaluation has a line of its own.
+    """Writes settings.json, and metrics.jsonl: a line a step, however seldom there is a log. `loss`, `grad_norm` and
+    what else only a log has come with the steps that are logged. An evaluation has a line of its own.
 
     Args:
         metrics: the trainer's lists of values since the last log.
@@ -98,6 +106,8 @@ class MetricsFile(TrainerCallback):
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
             self._path.write_text("".join(kept), encoding="utf-8")  # a resumed run takes the later steps again
+            settings = {"model": kwargs["model"].config.name_or_path, **changed_settings(args)}
+            self._path.with_name("settings.json").write_text(json.dumps(settings, indent=1, default=str))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self._path is not None and not control.should_log:
