@@ -4,6 +4,7 @@ import random
 import time
 
 import pytest
+from helpers import config, history
 
 from data import countdown
 from data.countdown import (
@@ -305,20 +306,13 @@ def test_a_step_of_training_from_the_start(tmp_path):
     trainer = SparkTrainer(
         AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32),
         countdown_reward,
-        SparkConfig(
-            str(tmp_path),
+        config(
+            SparkConfig,
+            tmp_path,
             per_device_train_batch_size=32,
-            num_generations=4,
             max_completion_length=96,
             max_steps=1,
             learning_rate=1e-4,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
             log_completions=True,
             num_completions_to_print=0,
         ),
@@ -327,7 +321,7 @@ def test_a_step_of_training_from_the_start(tmp_path):
     )
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     trainer.train()
-    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    (logged,) = history(trainer)
     assert 0 < logged["policy/accuracy"] < 1 and logged["policy/unboxed"] < 0.2
     assert logged["recycle/rows"] > 0 and logged["judge/unparsed"] < 0.2 and "reflection/fix_rate" in logged
     assert logged["rewards/countdown_reward/mean"] == pytest.approx(logged["policy/accuracy"])
