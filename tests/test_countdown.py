@@ -20,7 +20,8 @@ from data.countdown import (
     solves,
     split_of,
 )
-from recycle import PAIRWISE, POINTWISE_A_B, POINTWISE_YES_NO, PROMPT_SUFFIX, REFLECT_ON_ANSWER, REFLECT_ON_COT
+from models import make_countdown, warm_start
+from prompts import PROMPT_SUFFIX, TEMPLATES
 from verify import extract_boxed
 
 START = "models/countdown"
@@ -273,12 +274,21 @@ def test_the_tokenizer_covers_every_template(tokenizer):
         "12 - ( 7 - 3 ) = 8 :Ġ yes .Ġ \\boxed{ 12 - ( 7 - 3 ) }".split()
     )
     assert all(len(tokenizer.tokenize(str(n))) == 1 for n in range(100))
-    for template in (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER):
+    for template in TEMPLATES:
         ids = tokenizer(template)["input_ids"]
         assert tokenizer.decode(ids) == template
         words = tokenizer.tokenize(template)
         assert not any(len(word) == 1 and word.isalpha() and word not in "ABabsĊĠ" for word in words), words
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_a_warm_start_that_has_not_learnt_to_compare_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(warm_start, "WINDOW", 2)
+    steps = make_countdown.train(make_countdown.make_model(tokenizer, 0), tokenizer, 0, clean_steps=2, noisy_steps=2)
+    step, loss, comparing = next(steps)
+    assert step == 2 and 6 < loss < 8 and 6 < comparing < 9  # 6.9 is chance among 955 tokens
+    with pytest.raises(RuntimeError, match="after 2 steps without noise comparing has loss"):
+        next(steps)
 
 
 def test_the_start_is_able_and_far_from_done():
