@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.countdown import Game, Question, Way, attempt, checked, draw_question
-from models import warm_start as shared
+from models import warm_start
 from prompts import PROMPT_SUFFIX, TEMPLATES, ask
 
 OUTPUT = Path(__file__).parent / "countdown"
@@ -78,12 +78,12 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     flipped = rng.random() < noise.flip
 
     if task == "reflection":
-        instruction, shows_right = shared.reflection_example(right_text, wrong_text, form, rng)
+        instruction, shows_right = warm_start.reflection_example(right_text, wrong_text, form, rng)
         if rng.random() >= noise.forget:  # the shown expression is tried first, and boxed where it makes the target
             way = right if shows_right else wrong
             answer = f"{check(way, question)} " + (f"\\boxed{{{way.expression}}}" if shows_right else answer)
     elif task == "pointwise":
-        instruction, shows_right, yes, no = shared.pointwise_example(right_text, wrong_text, rng)
+        instruction, shows_right, yes, no = warm_start.pointwise_example(right_text, wrong_text, rng)
         verdict = yes if shows_right != flipped else no
         answer = f"{check(right if shows_right else wrong, question)} \\boxed{{{verdict}}}"
     else:
@@ -91,7 +91,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
         texts, ways = (right_text, wrong_text), (right, wrong)
         if best == 1:
             texts, ways = texts[::-1], ways[::-1]
-        instruction = shared.pairwise_example(*texts, rng)
+        instruction = warm_start.pairwise_example(*texts, rng)
         work = " ".join(f"{name}: {check(way, question)}" for name, way in zip("AB", ways, strict=True))
         answer = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
     return ask(prompt, instruction), [], answer
@@ -103,7 +103,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
 
 def make_tokenizer(seed: int):
     rng = random.Random(f"tokenizer/{seed}")
-    return shared.make_tokenizer(
+    return warm_start.make_tokenizer(
         [part for _ in range(5000) for part in example(rng, Noise())[::2]]
         + [f"{n}" for n in range(100)] * 50
         + [*TEMPLATES, "user\n", "assistant\n", "system\n"] * 20,
@@ -148,24 +148,24 @@ CLEAN = Noise(miss=0.0, flip=0.0)
 LEARNT = 0.1  # loss of the comparisons; a coin has 0.69
 
 
-def warm_start(model, tokenizer, seed: int, clean_steps: int = 1200, noisy_steps: int = 200):
+def train(model, tokenizer, seed: int, clean_steps: int = 1200, noisy_steps: int = 200):
     """Supervised training, first without noise, then with it. Yields (step, loss, loss of the comparisons alone), means
     of 50 steps. Raises RuntimeError where the steps without noise were too few to learn to compare.
     """
-    training = shared.WarmStart(model, seed, comparison_weight=5)
+    training = warm_start.WarmStart(model, seed, comparison_weight=5)
     rng = random.Random(f"warm-start/{seed}")
 
     def batches(noise: Noise):
-        return shared.batches(lambda: example(rng, noise), tokenizer, ["no", "yes"], rng)
+        return warm_start.batches(lambda: example(rng, noise), tokenizer, ["no", "yes"], rng)
 
     steps = clean_steps + noisy_steps
     cosine = [0.05 + 0.95 * (1 + math.cos(math.pi * i / steps)) / 2 for i in range(1, steps + 1)]
     rates = [2e-3 * share * min(1, i / 100) for i, share in enumerate(cosine, 1)]
     for progress in training.phase(batches(CLEAN), rates[:clean_steps]):
         yield progress
-    shared.expect_learnt(training.step, progress[2], LEARNT)
+    warm_start.expect_learnt(training.step, progress[2], LEARNT)
     yield from training.phase(batches(Noise()), rates[clean_steps:])
 
 
 if __name__ == "__main__":
-    shared.main(__doc__, OUTPUT, make_tokenizer, make_model, warm_start)
+    warm_start.main(__doc__, OUTPUT, make_tokenizer, make_model, train)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.digits import IMAGE_KINDS, TEXT_KINDS, draw, question, solve
-from models import warm_start as shared
+from models import warm_start
 from prompts import PROMPT_SUFFIX, TEMPLATES
 
 OUTPUT = Path(__file__).parent / "digits"
@@ -115,9 +115,9 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     flipped = rng.random() < noise.flip
 
     if task == "reflection":
-        instruction, _ = shared.reflection_example(right_text, wrong_text, form, rng)
+        instruction, _ = warm_start.reflection_example(right_text, wrong_text, form, rng)
     elif task == "pointwise":
-        instruction, shows_right, yes, no = shared.pointwise_example(right_text, wrong_text, rng)
+        instruction, shows_right, yes, no = warm_start.pointwise_example(right_text, wrong_text, rng)
         shown = gold if shows_right else wrong_result
         same = result == shown
         says_yes = same != flipped
@@ -130,7 +130,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
         texts, shown = (right_text, wrong_text), (gold, wrong_result)
         if not a_right:
             texts, shown = texts[::-1], shown[::-1]
-        instruction = shared.pairwise_example(*texts, rng)
+        instruction = warm_start.pairwise_example(*texts, rng)
         best = shown.index(result) if result in shown else rng.randrange(2)
         compared = ["same" if each == result else "differs" for each in shown]
         reasoning += f" Mine:{result}, A:{shown[0]} {compared[0]}, B:{shown[1]} {compared[1]}."
@@ -144,7 +144,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
 
 def make_tokenizer(seed: int):
     rng = random.Random(f"tokenizer/{seed}")
-    return shared.make_tokenizer(
+    return warm_start.make_tokenizer(
         [part for _ in range(20_000) for part in example(rng, Noise())[::2]]
         + [f"{n}" for n in range(100)] * 200
         + [*TEMPLATES, "user\n", "assistant\n", "system\nYou are a helpful assistant."] * 50,
@@ -224,17 +224,17 @@ CLEAN = Noise(0.0, 0.0, 0.0)
 COMPARISONS = ["same", "differs", "Ġsame", "Ġdiffers"]
 
 
-def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss: float = 0.05, noisy_steps: int = 800):
+def train(model, processor, seed: int, clean_steps: int = 2000, clean_loss: float = 0.05, noisy_steps: int = 800):
     """Supervised training. Yields (step, loss, loss of the comparisons alone), means of 50 steps.
 
     The part without noise lasts until the loss of the comparisons is under `clean_loss`, `noisy_steps` with noise
     follow. Raises RuntimeError when `clean_steps` were not enough.
     """
-    training = shared.WarmStart(model, seed, comparison_weight=10)
+    training = warm_start.WarmStart(model, seed, comparison_weight=10)
     rng = random.Random(f"warm-start/{seed}")
 
     def batches(noise: Noise):
-        return shared.batches(lambda: example(rng, noise), processor, COMPARISONS, rng)
+        return warm_start.batches(lambda: example(rng, noise), processor, COMPARISONS, rng)
 
     peak, floor = 2e-3, 3e-4
     cosine = [floor + (peak - floor) * (1 + math.cos(math.pi * i / clean_steps)) / 2 for i in range(clean_steps)]
@@ -242,9 +242,9 @@ def warm_start(model, processor, seed: int, clean_steps: int = 2000, clean_loss:
         yield progress
         if progress[2] < clean_loss:
             break
-    shared.expect_learnt(training.step, progress[2], clean_loss)
+    warm_start.expect_learnt(training.step, progress[2], clean_loss)
     yield from training.phase(batches(Noise()), [peak / 2 * (1 - i / noisy_steps) for i in range(noisy_steps)])
 
 
 if __name__ == "__main__":
-    shared.main(__doc__, OUTPUT, make_processor, make_model, warm_start)
+    warm_start.main(__doc__, OUTPUT, make_processor, make_model, train)

@@ -178,7 +178,7 @@ def expect_learnt(step: int, loss: float, most: float) -> None:
         raise RuntimeError(f"after {step} steps without noise comparing has loss {loss:.2f}, expected at most {most}")
 
 
-def main(description: str, output: Path, make_processor: Callable, make_model: Callable, warm_start: Callable) -> None:
+def main(description: str, output: Path, make_processor: Callable, make_model: Callable, train: Callable) -> None:
     """The command: make a model, train it, save it."""
     parser = Parser(description)
     parser.add_argument("--output", type=Path, default=output)
@@ -193,7 +193,7 @@ def main(description: str, output: Path, make_processor: Callable, make_model: C
     model = make_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     with tqdm(desc="warm start") as bar:
-        for step, loss, comparing in warm_start(model, processor, args.seed):
+        for step, loss, comparing in train(model, processor, args.seed):
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", comparing=f"{comparing:.3f}")
     model.to(torch.bfloat16).save_pretrained(args.output)

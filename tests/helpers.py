@@ -1,9 +1,11 @@
-"""Shared by the tests: small data sets, a trainer's settings, and a verifier for a model that writes noise."""
+"""Shared by the tests: files, small data sets, a trainer's settings, and a verifier for a model that writes noise."""
 
+import io
 import json
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
 
 from data.digits import digit_rows
 from prompts import PROMPT_SUFFIX
@@ -11,6 +13,18 @@ from prompts import PROMPT_SUFFIX
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 IMAGE_KINDS = ("sum", "difference", "largest", "smallest")
 TEXT_KINDS = ("plus", "factor")
+
+
+def write(path, rows, lines=False) -> str:
+    """Rows as a file, one JSON list or one object a line; returns its path."""
+    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+def png(colour="white") -> bytes:
+    with io.BytesIO() as buffer:
+        PILImage.new("RGB", (56, 28), colour).save(buffer, format="PNG")
+        return buffer.getvalue()
 
 
 def digits(n, kinds=None, seed=0):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import write
 
 import calculate_acc as acc
 from calculate_acc import BadInput, mcnemar, read_rows, render, summarise, tally, wilson
@@ -24,11 +25,6 @@ def one(rows):
     """The only benchmark of these rows."""
     (benchmark,) = summarise([tally("f", rows=rows)])["files"][0]["benchmarks"]
     return benchmark
-
-
-def write(path, rows):
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return str(path)
 
 
 def command(*args):

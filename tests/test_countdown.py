@@ -4,6 +4,7 @@ import random
 import time
 
 import pytest
+from helpers import config, history
 
 from data import countdown
 from data.countdown import (
@@ -19,7 +20,8 @@ from data.countdown import (
     solves,
     split_of,
 )
-from recycle import PAIRWISE, POINTWISE_A_B, POINTWISE_YES_NO, PROMPT_SUFFIX, REFLECT_ON_ANSWER, REFLECT_ON_COT
+from models import make_countdown, warm_start
+from prompts import PROMPT_SUFFIX, TEMPLATES
 from verify import extract_boxed
 
 START = "models/countdown"
@@ -272,12 +274,21 @@ def test_the_tokenizer_covers_every_template(tokenizer):
         "12 - ( 7 - 3 ) = 8 :Ġ yes .Ġ \\boxed{ 12 - ( 7 - 3 ) }".split()
     )
     assert all(len(tokenizer.tokenize(str(n))) == 1 for n in range(100))
-    for template in (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER):
+    for template in TEMPLATES:
         ids = tokenizer(template)["input_ids"]
         assert tokenizer.decode(ids) == template
         words = tokenizer.tokenize(template)
         assert not any(len(word) == 1 and word.isalpha() and word not in "ABabsĊĠ" for word in words), words
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_a_warm_start_that_has_not_learnt_to_compare_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(warm_start, "WINDOW", 2)
+    steps = make_countdown.train(make_countdown.make_model(tokenizer, 0), tokenizer, 0, clean_steps=2, noisy_steps=2)
+    step, loss, comparing = next(steps)
+    assert step == 2 and 6 < loss < 8 and 6 < comparing < 9  # 6.9 is chance among 955 tokens
+    with pytest.raises(RuntimeError, match="after 2 steps without noise comparing has loss"):
+        next(steps)
 
 
 def test_the_start_is_able_and_far_from_done():
@@ -305,20 +316,13 @@ def test_a_step_of_training_from_the_start(tmp_path):
     trainer = SparkTrainer(
         AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32),
         countdown_reward,
-        SparkConfig(
-            str(tmp_path),
+        config(
+            SparkConfig,
+            tmp_path,
             per_device_train_batch_size=32,
-            num_generations=4,
             max_completion_length=96,
             max_steps=1,
             learning_rate=1e-4,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
             log_completions=True,
             num_completions_to_print=0,
         ),
@@ -327,7 +331,7 @@ def test_a_step_of_training_from_the_start(tmp_path):
     )
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     trainer.train()
-    (logged,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    (logged,) = history(trainer)
     assert 0 < logged["policy/accuracy"] < 1 and logged["policy/unboxed"] < 0.2
     assert logged["recycle/rows"] > 0 and logged["judge/unparsed"] < 0.2 and "reflection/fix_rate" in logged
     assert logged["rewards/countdown_reward/mean"] == pytest.approx(logged["policy/accuracy"])

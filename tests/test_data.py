@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from helpers import write
 from PIL import Image
 
 from data.arguments import DataSettings
@@ -101,11 +102,6 @@ def picture(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (56, 28), "white").save(path)
     return path
-
-
-def write(path, rows, lines=False):
-    path.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows), encoding="utf-8")
-    return str(path)
 
 
 def test_spark_data(tmp_path, picture):

@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from helpers import write
 from PIL import Image
 
 from data import check, filter
@@ -18,11 +19,6 @@ from models.make_digits import OUTPUT
 def save(path, colour="white", size=(56, 28)):
     Image.new("RGB", size, colour).save(path)
     return path.name
-
-
-def write(path, rows) -> str:
-    path.write_text(json.dumps(rows), encoding="utf-8")
-    return str(path)
 
 
 # ---- check ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import png
 from PIL import Image
 
 import evaluate
@@ -396,12 +397,6 @@ def test_benchmarks_as_they_come(tmp_path):
     assert [row["problem"] for row in found] == ["a\u2028b", "a", "a"]
     assert [row["image_path"] for row in found] == [None, None, "a.png"]
     assert [image["path"] for row in found for image in row["images"]] == [str(tmp_path / "a.png")]
-
-
-def png(colour) -> bytes:
-    with io.BytesIO() as buffer:
-        Image.new("RGB", (56, 28), colour).save(buffer, format="PNG")
-        return buffer.getvalue()
 
 
 RED, BLUE = png("red"), png("blue")

@@ -2,11 +2,10 @@
 
 import base64
 import csv
-import io
 import json
 
 import pytest
-from helpers import config
+from helpers import config, png
 from PIL import Image
 
 import evaluate
@@ -17,13 +16,6 @@ from data.read import Reader, read_dataset
 from data.rows import BadInput, BadRow, Source
 from engines import BatchEngine, Output
 from prompts import strip_suffix
-
-
-def png(colour) -> bytes:
-    with io.BytesIO() as buffer:
-        Image.new("RGB", (56, 28), colour).save(buffer, format="PNG")
-        return buffer.getvalue()
-
 
 RED, BLUE = png("red"), png("blue")
 RED_64, BLUE_64 = (base64.b64encode(content).decode() for content in (RED, BLUE))

@@ -1,7 +1,6 @@
 """Every format gives the documented row; what is wrong with a row is named."""
 
 import base64
-import io
 import json
 import re
 import subprocess
@@ -10,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from helpers import png, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -22,22 +22,11 @@ from data.rows import BadRow, Record, RowError, Source, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
 
 
-def png(width=56, height=28) -> bytes:
-    with io.BytesIO() as buffer:
-        Image.new("RGB", (width, height), "white").save(buffer, format="PNG")
-        return buffer.getvalue()
-
-
 @pytest.fixture
 def folder(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
     return tmp_path
-
-
-def write(path, found, lines=False) -> str:
-    path.write_text("\n".join(map(json.dumps, found)) if lines else json.dumps(found), encoding="utf-8")
-    return str(path)
 
 
 def read(path, **options) -> list:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from browser import CHROMIUM, browser
+from helpers import png
 from PIL import Image
 
 import report
@@ -24,12 +25,6 @@ HOSTILE = (
     "<script>document.title='PWNED'</script></style></title></div><img src=x onerror=\"document.title='PWNED'\">"
     "\" onmouseover='alert(1)' &lt;b&gt; \u202eevil\u202c \x00 \x1b[2J javascript:alert(1) \\boxed{Yes}"
 )
-
-
-def png(colour="red"):
-    with io.BytesIO() as file:
-        Image.new("RGB", (24, 12), colour).save(file, "PNG")
-        return file.getvalue()
 
 
 def rollouts(step, per_task=3, group=4, text=None, image=None):
