@@ -11,8 +11,9 @@ import pytest
 from helpers import write
 
 import calculate_acc as acc
-from calculate_acc import BadInput, mcnemar, read_rows, render, summarise, tally, wilson
+from calculate_acc import BadInput, read_rows, render, summarise, tally
 from data.table import list_text
+from scoring.rates import mcnemar, wilson
 
 
 def row(answer, gold="4", dataset="m", problem="2+2?", **more):

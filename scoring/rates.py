@@ -1,0 +1,223 @@
+"""Counts into rates: accuracies with their intervals, calibration, scores of sets, and accuracy against tokens."""
+
+import math
+from collections import Counter
+
+from data.rows import BadInput
+from scoring.rows import WAYS, Row
+
+BINS = 10  # of a verdict's probability, for its calibration
+
+
+def wilson(right: int, n: int) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share."""
+    from scipy.stats import binomtest
+
+    if n == 0:
+        return None
+    interval = binomtest(right, n).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def rate(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def rates(dataset: str, kind: str, n: Counter) -> Row:
+    """One benchmark's counts as rates. A rate over nothing is None."""
+    total = n["answered"]
+    common = {
+        "dataset": dataset,
+        "kind": kind,
+        "rows": total + n["unscorable"] + n["failed"],
+        "answered": total,
+        "right": n["right"],
+        "accuracy": rate(n["right"], total),
+        "interval": wilson(n["right"], total),
+        "unscorable": n["unscorable"],
+        "failed": n["failed"],
+        "tokens": rate(n["tokens"], n["with_tokens"]),
+        "prompt_tokens": rate(n["prompt_tokens"], n["with_tokens"]),
+        "first_tokens": rate(n["first_tokens"], n["with_tokens"]) if n["first_tokens"] else None,
+    }
+    if kind in ("answer", "tts"):
+        common["unboxed"] = n["unboxed"]
+    if kind == "tts":
+        return common | {
+            "first_accuracy": rate(n["first_right"], total),
+            "first_interval": wilson(n["first_right"], total),
+            "right_to_wrong": n["right_to_wrong"],
+            "wrong_to_right": n["wrong_to_right"],
+            "flip_p": mcnemar(n["wrong_to_right"], n["right_to_wrong"]),
+            "reflections": rate(n["reflections"], total),
+        }
+    if n["with_probability"]:
+        common["calibration"] = calibration(n)
+    if kind == "pointwise":
+        sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+        return common | {
+            "balanced_accuracy": None if None in sides else sum(sides) / 2,
+            "says_yes": rate(n["says_yes"], n["parsed"]),
+            "is_yes": rate(n["label_Yes"], total),
+            "verdict_rate": rate(n["parsed"], n["verdicts"]),
+        }
+    if kind in ("pairwise", "best_of_n"):
+        orders = [rate(n[f"chosen_{place}_right"], total) for place in ("first", "second")]
+        return common | {
+            "accuracy_chosen_first": orders[0],
+            "accuracy_chosen_second": orders[1],
+            "accuracy_both_orders_mean": None if None in orders else sum(orders) / 2,
+            "consistency": rate(n["consistent"], n["both_parsed"]),
+            "position_bias": None if not n["parsed"] else n["picks_first"] / n["parsed"] - 0.5,
+            "verdict_rate": rate(n["parsed"], n["verdicts"]),
+        }
+    return common
+
+
+def calibration(n: Counter) -> Row:
+    """Whether verdicts are as often right as they are probable: Brier score, expected calibration error over the bins,
+    and the bins themselves (a reliability diagram in numbers)."""
+    bins = []
+    for place in range(BINS):
+        if count := n[f"bin {place}"]:
+            right = n[f"bin {place} right"]
+            bins.append({"from": place / BINS, "to": (place + 1) / BINS, "verdicts": count, "accuracy": right / count,
+                         "probability": n[f"bin {place} sum"] / count, "interval": wilson(right, count)})  # fmt: skip
+    total = n["with_probability"]
+    calibration_error = sum(b["verdicts"] * abs(b["probability"] - b["accuracy"]) for b in bins)
+    return {
+        "verdicts": total,
+        "brier": n["brier"] / total,
+        "calibration_error": calibration_error / total,
+        "bins": bins,
+    }
+
+
+def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
+    """How a judge of single responses does by the share of the question's responses that are right.
+
+    Where all of them are right, or none is, whoever knows the question knows the label; in between only the response
+    tells, and `question_only`, always the question's more frequent label, is what to beat.
+    """
+    bands: dict[str, Counter] = {}
+    for n in questions.values():
+        share = n["label_Yes"] / (n["label_Yes"] + n["label_No"])
+        band = {0.0: "0", 1.0: "1"}.get(share) or ("up to 1/2" if share <= 0.5 else "over 1/2")
+        bands[band] = bands.get(band, Counter()) + n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
+    rows = []
+    for band in ("0", "up to 1/2", "over 1/2", "1"):
+        if n := bands.get(band):
+            answered, right = n["label_Yes"] + n["label_No"], n["right_Yes"] + n["right_No"]
+            sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+            rows.append({"pass_rate": band, "questions": n["questions"], "answered": answered,
+                         "accuracy": right / answered, "interval": wilson(right, answered),
+                         "balanced_accuracy": None if None in sides else sum(sides) / 2,
+                         "says_yes": n["says_yes"] / answered, "question_only": n["majority"] / answered})  # fmt: skip
+    return rows if any(n["questions"] < n["label_Yes"] + n["label_No"] for n in bands.values()) else []
+
+
+def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row]:
+    """Accuracy against the tokens generated, of each way and number of answers, and its paired difference from the
+    majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line."""
+    import numpy as np
+
+    if not rows:
+        return []
+    rng, table = np.random.default_rng(0), []
+    ways = [way for way in rows[0] if all(way in row for row in rows)]
+    tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
+    for way, n in ways:
+        if way == "vote" and n & (n - 1):
+            continue
+        majority = min((w for w in ways if w[0] == "vote"), key=lambda w: abs(tokens[w] - tokens[way, n]))
+        right = sum(row[way, n][0] for row in rows)
+        gained = sum(row[way, n][0] and not row[majority][0] for row in rows)
+        lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
+        interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
+        winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
+        price = tokens[way, n] / (tokens[majority] or 1)
+        if winner == WAYS[way] and price > 1.1:  # there is no majority of so many tokens
+            winner += f", at {price:.1f} x"
+        line = {"way": "first answer" if (way, n) == ("vote", 1) else WAYS[way], "n": n, "tokens": tokens[way, n],
+                "answered": len(rows), "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
+        if way != "vote":
+            line |= {"majority_n": majority[1], "majority_tokens": tokens[majority], "winner": winner,
+                     "difference": (gained - lost) / len(rows), "difference_interval": interval}  # fmt: skip
+        table.append(line)
+    return table
+
+
+def figure(files: list[Row], path: str) -> None:
+    """Draw the price tables: accuracy against tokens, a panel for each file. Raises BadInput where there is none."""
+    panels = [file for file in files if file["price"]]
+    if not panels:
+        raise BadInput("--figure: expected results of evaluate.py --mode tts --tts compare")
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    drawn, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    for axis, file in zip(axes[0], panels, strict=True):
+        for way in WAYS.values():
+            ways = (way, "first answer") if way == "majority" else (way,)
+            rows = [row for row in file["price"] if row["way"] in ways]
+            bars = [[abs(row["interval"][i] - row["accuracy"]) for row in rows] for i in (0, 1)]
+            axis.errorbar([row["tokens"] for row in rows], [row["accuracy"] for row in rows], bars, label=way,
+                          marker="o", capsize=2, linewidth=1)  # fmt: skip
+        axis.set(xscale="log", xlabel="tokens generated a question", ylabel="accuracy", title=file["path"])
+        axis.legend()
+    drawn.savefig(path, dpi=120)
+    pyplot.close(drawn)
+
+
+def by_category(values: dict[str, Counter]) -> Row:
+    """Accuracy for each value of a category, and their mean: RewardBench 2's score is the one over its subsets."""
+    rows = {value: {"answered": n["answered"], "accuracy": n["right"] / n["answered"],
+                    "interval": wilson(n["right"], n["answered"])} for value, n in sorted(values.items())}  # fmt: skip
+    shares = [row["accuracy"] for row in rows.values()]
+    mean = sum(shares) / len(shares)
+    variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["answered"] for row in rows.values())
+    half = 1.96 * math.sqrt(variance) / len(shares)
+    return {"values": rows, "mean": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}
+
+
+def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
+    """The scores of sets in which several rows are one question.
+
+    We-Math (parts 2steps_1, 2steps_2, 2steps_multi, ...): a problem counts 1 if it and its steps are right, 1/2 if the
+    steps alone are; loose, 1 also if it and one step are right. Problems of which a part is missing are left out.
+    DynaMath (variants): a question counts 1 if all its variants are right.
+    """
+    problems = {name: parts for name, parts in groups.items() if any("steps_" in part for part in parts)}
+    if not problems:
+        return {"worst case over variants": _mean([float(all(parts.values())) for parts in groups.values()])}
+    scores: dict[str, list[float]] = {"We-Math, strict": [], "We-Math, loose": []}
+    for parts in problems.values():
+        steps = [right for part, right in parts.items() if not part.endswith("_multi")]
+        whole = next((right for part, right in parts.items() if part.endswith("_multi")), None)
+        if whole is None or f"{len(steps)}steps_multi" not in parts:
+            continue
+        scores["We-Math, strict"].append(float(all(steps)) if whole else 0.5 * all(steps))
+        scores["We-Math, loose"].append(float(any(steps)) if whole else 0.5 * all(steps))
+    return {name: _mean(values) for name, values in scores.items() if values}
+
+
+def _mean(values: list[float]) -> Row:
+    n, mean = len(values), sum(values) / len(values)
+    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values)) / n
+    interval = wilson(int(sum(values)), n) if set(values) <= {0.0, 1.0} else (max(0, mean - half), min(1, mean + half))
+    return {"questions": n, "score": mean, "interval": interval}
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """McNemar's exact test, two-sided: the chance that a fair coin splits the changed rows at least as unevenly."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+
+
+def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
+    """Differences of a paired bootstrap. Drawing rows again is drawing how many gained, lost and stayed."""
+    draws = rng.multinomial(n, [gained / n, lost / n, max(n - gained - lost, 0) / n], resamples)
+    return (draws[:, 0] - draws[:, 1]) / n
