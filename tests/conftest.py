@@ -1,17 +1,23 @@
 """Small models for the tests: the real classes, a few thousand parameters, random weights."""
 
+import atexit
 import copy
 import os
+import shutil
 import signal
+import tempfile
 from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")  # read once, when TRL imports trackio
 
 import pytest
 
 from models.make_digits import OUTPUT
+
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 # A job that a script started in the background ignores Ctrl-C, and so would every process that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,8 @@
 """What a training run shows, writes and hears: its progress, metrics.jsonl, warnings where it goes wrong, and signals
 that end it."""
 
+import importlib
+import io
 import json
 import math
 import signal
@@ -16,10 +18,12 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+import verify
 from training import console
 
 WINDOW = 20  # logs
 LINES = 50  # of progress at most, where it goes into a file
+TABLE_ROWS = 32  # of a logger's table
 
 
 class Progress(TrainerCallback):
@@ -201,7 +205,8 @@ class Watch(TrainerCallback):
 
 
 class RecycledTable(TrainerCallback):
-    """Writes the recycled rollouts of the step last logged to completions/recycled_STEP.parquet. `rows` is theirs."""
+    """Writes the recycled rollouts of the step last logged to completions/recycled_STEP.parquet, and the first rollout
+    of each of some items to the loggers that have tables. `rows` is theirs."""
 
     def __init__(self):
         self.rows: list[dict[str, Any]] = []
@@ -212,7 +217,23 @@ class RecycledTable(TrainerCallback):
 
             table = pd.DataFrame([{"step": state.global_step, **row} for row in self.rows])
             table.to_parquet(Path(args.output_dir) / "completions" / f"recycled_{state.global_step:05d}.parquet")
+            for name in sorted({"trackio", "wandb"} & set(args.report_to)):
+                logger = importlib.import_module(name)
+                logger.log({"recycled": shown_table(logger, state.global_step, self.rows[:: args.num_generations])})
             self.rows = []
+
+
+def shown_table(logger, step: int, rows: list[dict[str, Any]]):
+    """Rollouts as a table of trackio or wandb."""
+    from PIL import Image
+
+    columns = ["step", "task", "shown", "completion", "label", "verdict", "reward", "image"]
+    data = []
+    for row in rows[:TABLE_ROWS]:
+        verdict = verify.parse_verdict(row["completion"]) if row["task"] != "reflection" else None
+        image = logger.Image(Image.open(io.BytesIO(row["images"][0]))) if row["images"] else None
+        data.append([step, row["task"], row["prompt"], row["completion"], row["label"], verdict, row["reward"], image])
+    return logger.Table(columns=columns, data=data)
 
 
 class StopOnSignal(TrainerCallback):

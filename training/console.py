@@ -29,7 +29,7 @@ NOISE = {
 
 
 def start(arguments: list[str], source: str) -> None:
-    """Answer a command line that has no arguments or asks for help, and end; else silence what is only noise."""
+    """Answer a command line that has no arguments or asks for help, and end."""
     if not arguments:
         print(NOTHING_GIVEN, file=sys.stderr)
         raise SystemExit(2)
@@ -37,6 +37,11 @@ def start(arguments: list[str], source: str) -> None:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager may take a part of it
         print("\n".join(help_lines(Path(source))))
         raise SystemExit
+    silence()
+
+
+def silence() -> None:
+    """Nothing of `NOISE` is said."""
     for name, beginning in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, start=beginning: not str(record.msg).startswith(start))
 
