@@ -165,11 +165,8 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
 
 
 def _ordered(pred: list[str], gold: list[str]) -> bool | None:
-    return len(pred) == len(gold) and _all(_same_part(p, g, gold) for p, g in zip(pred, gold, strict=True))
-
-
-def _same_part(pred: str, gold: str, parts: list[str]) -> bool | None:
-    return _same(pred, gold, DIGITS_OF_PART if len(parts) > 1 else DIGITS)
+    digits = DIGITS_OF_PART if len(gold) > 1 else DIGITS
+    return len(pred) == len(gold) and _all(_same(p, g, digits) for p, g in zip(pred, gold, strict=True))
 
 
 def _unordered(pred: list[str], gold: list[str]) -> bool | None:
@@ -177,8 +174,9 @@ def _unordered(pred: list[str], gold: list[str]) -> bool | None:
     if len(pred) != len(gold):
         return False
     left, undecided = list(pred), False
+    digits = DIGITS_OF_PART if len(gold) > 1 else DIGITS
     for g in gold:
-        verdicts = [_same_part(p, g, gold) for p in left]
+        verdicts = [_same(p, g, digits) for p in left]
         if True in verdicts:
             left.pop(verdicts.index(True))
         elif None in verdicts:

@@ -7,20 +7,17 @@ Groups of mixed difficulty, rollouts of so many tokens (four letters each), answ
 4,096 x 16. Writes benchmarks/results/recycle_speed.json.
 """
 
-import argparse
-import json
-import platform
 import random
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+from benchmarks import record
+from data.cli import Parser
 from recycle import Group, Limits, RecycleConfig, Rollout, recycle
 from verify import extract_boxed
 
-RESULTS = Path("benchmarks/results/recycle_speed.json")
+RESULTS = record.RESULTS / "recycle_speed.json"
 SIZES = ((64, 8), (256, 8), (1024, 16), (4096, 16))
 
 
@@ -39,7 +36,7 @@ def texts_of(n: int, size: int, tokens: int) -> list[tuple[str, bool]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tokens", type=int, default=700)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -64,13 +61,7 @@ def main() -> None:
         print(
             f"{n} x {size}: recycle {row['recycle_ms']:.1f} ms ({len(items)} prompts), boxes {row['boxes_ms']:.1f} ms"
         )
-    record = {
-        "command": "python -m benchmarks.recycle_speed " + " ".join(sys.argv[1:]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "machine": f"{platform.machine()}, Python {platform.python_version()}",
-        "rows": rows,
-    }
-    args.output.write_text(json.dumps(record, indent=1), encoding="utf-8")
+    record.write(args.output, packages=(), rows=rows)
 
 
 if __name__ == "__main__":

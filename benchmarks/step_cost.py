@@ -2,24 +2,25 @@
 
     python -m benchmarks.step_cost [--ratios 0 0.25 1 2] [--engines transformers vllm] [--steps 12]
 
-The demo's model and task; as many policy rollouts in all of them. The settings take turns, so that what else a machine
-does falls on all alike; medians over the steps after the first three. On a GPU the same command, there the seconds are
-the device's. Also of the rows that are trained on: padding, and what is left out.
+The demo's model and task, with the same number of policy rollouts in every setting. The settings take turns, so that
+other work on the machine slows all of them alike; medians over the steps after the first three. The same command runs
+on a GPU. Also says how much of the trained rows is padding and how many rows are left out.
 Writes benchmarks/results/step_cost.json, with every step's row.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
-RESULTS = Path("benchmarks/results/step_cost.json")
+from benchmarks import record
+from data.cli import Parser
+
+RESULTS = record.RESULTS / "step_cost.json"
 
 
 def work(engine: str, ratio: float, drop: bool, steps: int, batch: int, start: str) -> list[dict]:
@@ -98,7 +99,7 @@ def summary(engine: str, ratio: float, drop: bool, rows: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--ratios", type=float, nargs="+", default=[0, 0.25, 1, 2])
     parser.add_argument("--engines", nargs="+", default=["transformers", "vllm"], choices=("transformers", "vllm"))
     parser.add_argument("--steps", type=int, default=12)
@@ -133,17 +134,8 @@ def main() -> None:
         print(f"    trained on {row['trained_share']:.0%} of the rows{padding}")
         shares = sorted(row["parts"].items(), key=lambda part: -part[1])
         print("    " + ", ".join(f"{part} {share:.1%}" for part, share in shares if share > 0.0005))
-    record = {
-        "command": "python -m benchmarks.step_cost " + " ".join(sys.argv[1:]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "table": table,
-        "rows": [
-            {"engine": e, "recycle_ratio": r, "drop": d, **row} for (e, r, d), rows in runs.items() for row in rows
-        ],
-    }
-    args.output.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
+    rows = [{"engine": e, "recycle_ratio": r, "drop": d, **row} for (e, r, d), rows in runs.items() for row in rows]
+    record.write(args.output, indent=None, table=table, rows=rows)
 
 
 if __name__ == "__main__":
