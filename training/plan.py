@@ -261,7 +261,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
         return tokens * (8 * hidden + 4 * intermediate) * compute_bytes
 
     def activations(layers: int, tokens: float, hidden: int, intermediate: int) -> float:
-        one = layer(tokens, hidden, intermediate)
+        one = layer(tokens, hidden, intermediate)  # checkpointing keeps the inputs of all layers and one layer whole
         return layers * tokens * hidden * residual_bytes + one if args.gradient_checkpointing else layers * one
 
     tile = min(HEAD_TILE[0], tokens) * min(HEAD_TILE[1], model.vocab) * compute_bytes  # of logits
