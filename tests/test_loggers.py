@@ -70,3 +70,18 @@ def test_a_table_has_the_verdict_that_was_read():
     assert judged == {"step": 3, "task": "pointwise", "shown": "Is it?", "completion": "\\boxed{yes}", "label": "No",
                       "verdict": "Yes", "reward": 0.0, "image": None}  # fmt: skip
     assert reflected["verdict"] is None
+
+
+def test_wandbs_tables_of_policy_rollouts_hold_texts(tmp_path, processor, vision_model):
+    """Messages with and without images made wandb 0.31 raise TypeError in the first step."""
+    args = config(SparkConfig, tmp_path, log_completions=True)
+    trainer = SparkTrainer(vision_model, args=args, train_dataset=digits(16), processing_class=processor)
+    parts = [{"type": "image"}, {"type": "text", "text": "Which?"}]
+    prompts = [[{"role": "user", "content": content}] for content in (parts, "How many?")]
+    texts = [[{"role": "user", "content": content}] for content in ("Which?", "How many?")]
+    for report_to, expected in (([], prompts), (["wandb"], texts)):
+        trainer.args.report_to = report_to
+        trainer._logs["prompt"].clear()
+        trainer._logs["prompt"].extend(prompts)
+        trainer._log_images([])
+        assert list(trainer._logs["prompt"]) == expected

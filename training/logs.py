@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
+import verify
 from data.rows import images_of
 from recycle import Item
 from training.metrics import judge_metrics, recycled_table
@@ -56,3 +57,12 @@ class StepLogs:
         if self.args.log_multimodal and self.log_completions and loggers:
             images = gather_object([images_of(row) for row in inputs])
             self._logs["images"].extend(images if any(images) else [])
+        if "wandb" in self.args.report_to:  # whose tables end the run at messages of parts that differ
+            for rows in (self._logs["prompt"], self._logs["completion"]):
+                texts = [row if isinstance(row, str) else list(map(_as_text, row)) for row in rows]
+                rows.clear()
+                rows.extend(texts)
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, str]:
+    return {"role": message["role"], "content": verify.last_text([message])}
