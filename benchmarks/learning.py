@@ -9,20 +9,19 @@ cores; it takes a few minutes, is kept under runs/learning/ and goes on where it
 benchmarks/results/learning_TASK_SPLIT.json has the settings, seconds, tokens, measures and outcomes.
 """
 
-import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 
+from benchmarks import record
+from data.cli import Parser
+
 RUNS = Path("runs/learning")
-RESULTS = Path("benchmarks/results")
 RECIPES = {"digits": "recipes/demo.yaml", "countdown": "recipes/countdown.yaml"}
 STARTS = {"digits": "models/digits", "countdown": "models/countdown"}
 STEPS = {"digits": 42, "countdown": 60}
@@ -94,7 +93,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             logs = json.loads((folder / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             trained = {
                 "command": " ".join(["python", *command[1:]]),
-                "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+                "commit": record.commit(),
                 "seconds": time.perf_counter() - begun,
                 "tokens": max(row.get("num_tokens", 0) for row in logs),
                 "rollouts": sum(row["recycle/rows"] for row in logs if "recycle/rows" in row),
@@ -185,7 +184,7 @@ def print_table(cells: dict[str, dict[str, dict]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--task", choices=RECIPES, required=True)
     parser.add_argument("--variants", nargs="+", default=["grpo", "spark"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -201,15 +200,7 @@ def main() -> None:
             list(pool.map(lambda job: one_run(args.task, *job, args), jobs))
     runs = finished_runs(args.task, args.split)
     cells = table(runs)
-    record = {
-        "command": "python -m benchmarks.learning " + " ".join(sys.argv[1:]),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl")},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
-        "table": cells,
-        "runs": runs,
-    }
-    output = RESULTS / f"learning_{args.task}_{args.split}.json"
-    output.write_text(json.dumps(record, separators=(",", ":")), encoding="utf-8")
+    record.write(record.RESULTS / f"learning_{args.task}_{args.split}.json", indent=None, table=cells, runs=runs)
     print_table(cells)
 
 

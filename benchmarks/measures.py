@@ -6,7 +6,6 @@ Every prompt is worded and quoted as in training, by a template drawn at random.
 role. Intervals are 95 %, over questions: the samples of one question are one observation.
 """
 
-import argparse
 import json
 import random
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import verify
+from data.cli import Parser
 from demo import _balanced as balanced
 from demo import _mean as mean
 from engines import Request, Sampling, TransformersEngine, complete
@@ -255,7 +255,7 @@ def knock_out(model: Model, task: Task, rows: list[Row], texts: list[list[str]])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--split", default="test")
