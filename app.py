@@ -29,9 +29,9 @@ from typing import Any
 
 import verify
 from data.cli import Parser, refuse
-from data.rows import BadInput
+from data.rows import BadInput, Source
 from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, api_url, complete
-from evaluate import Settings, reflect_row, sampled_row, verdict_probability
+from evaluate import Settings, read_benchmark, reflect_row, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
 from report import TASKS, image, read_table, visible
 from training.merge import merged
@@ -242,14 +242,16 @@ class Page:
             yield told(error)
 
     def _row(self, question: str, picture: dict[str, Any] | None) -> dict[str, Any]:
+        from gradio.utils import get_upload_folder
+
         if not isinstance(question, str) or not 0 < len(question.strip()) <= MAX_QUESTION:
             raise BadInput(f"expected a question of 1 to {MAX_QUESTION:,} characters")
-        content = [{"type": "image"}] * bool(picture) + [{"type": "text", "text": question + self.suffix}]
-        return {
-            "dataset": "app", "problem": question, "prompt": [{"role": "user", "content": content}],
-            "images": [picture["path"]] if picture else [], "image_path": None, "solution": None, "categories": {},
-            "group": None,
-        }  # fmt: skip
+        if picture and not Path(picture["path"]).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
+            raise BadInput("expected an image that was uploaded")
+        record = {"dataset": "app", "problem": question, "image_path": picture["path"] if picture else None}
+        record["answer"] = "unknown"  # as a benchmark has one; `correctness` uses the user's
+        (row,) = read_benchmark(Source([record], suffix=self.suffix), "answer")
+        return row
 
     def _settings(self, **values: Any) -> Settings:
         for name, value in values.items():

@@ -9,6 +9,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import pandas as pd
 import pytest
 from browser import CHROMIUM, browser
@@ -68,14 +69,15 @@ def test_rounds_come_as_they_are_written():
     assert "<small>12 tokens, 0.0 s</small>" in states[-1]
 
 
-def test_it_is_asked_as_in_evaluation():
-    backend = Scripted("\\boxed{2}", "\\boxed{Yes}")
-    said(backend, picture={"path": "a.png"})
+def test_it_is_asked_as_in_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    backend, path = Scripted("\\boxed{2}", "\\boxed{Yes}"), str(tmp_path / "a.png")
+    Image.new("RGB", (28, 28)).save(path)
+    said(backend, picture={"path": path})
     answer, judge = backend.requests
-    assert answer.images == judge.images == ("a.png",)
-    text = answer.messages[0]["content"][-1]["text"]
-    assert text == "1+1?" + PROMPT_SUFFIX
-    assert judge.messages[0]["content"][-1]["text"] == "1+1?\n\n" + pointwise_instruction("\\boxed{2}")
+    assert answer.images == judge.images and path in str(answer.images)
+    assert verify.last_text(answer.messages) == "1+1?" + PROMPT_SUFFIX
+    assert verify.last_text(judge.messages) == "1+1?\n\n" + pointwise_instruction("\\boxed{2}")
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,8 @@ def test_a_user_who_leaves_ends_the_writing(local):
     assert local.write([request], Sampling(8, 0.0))[0].text  # and the next one is served
 
 
-def test_an_image_that_is_none_is_a_line(local, tmp_path):
+def test_an_image_that_is_none_is_a_line(local, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     (tmp_path / "x.png").write_text("<svg onload=alert(1)>")
     state = said(local, picture={"path": str(tmp_path / "x.png")})[-1]
     assert state.startswith("**Not answered:** ") and "as an image" in state
@@ -354,6 +357,17 @@ def test_the_page_listens_here_alone_and_is_called_by_its_client(address):
     assert client.predict(3, 1, api_name="/rollouts").startswith("### Step 3: Sum")
     with pytest.raises(AppError, match="not in the list of choices"):
         client.predict(3, 99, api_name="/rollouts")
+
+
+@pytest.mark.parametrize("meta", [{"meta": {"_type": "gradio.FileData"}}, {}])
+def test_only_what_was_uploaded_is_opened_as_an_image(address, tmp_path, meta):
+    """By plain HTTP: Gradio's client would upload the file."""
+    Image.new("RGB", (28, 28)).save(tmp_path / "private.png")
+    data = ["What is it?", {"path": str(tmp_path / "private.png"), **meta}, "", 0, 0, 16]
+    called = httpx.post(f"{address}gradio_api/call/talk", json={"data": data}, timeout=30).json()
+    answer = httpx.get(f"{address}gradio_api/call/talk/{called['event_id']}", timeout=30).text
+    assert "event: error" in answer or "expected an image that was uploaded" in answer
+    assert "### Answer" not in answer
 
 
 def test_a_person_asks_about_an_image_and_reads_verdict_and_reflection(page, tmp_path):

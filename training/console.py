@@ -20,11 +20,11 @@ NOTHING_GIVEN = """\
 train_spark.py: expected a recipe, or at least --model_name_or_path and --dataset
   python train_spark.py --config recipes/demo.yaml    runs one; --plan says before what it will do and need
   python train_spark.py --help                        lists the settings"""
-# Logger -> the beginning of a message that a user can do nothing about.
+# Logger -> beginnings of messages that a user can do nothing about.
 NOISE = {
-    "vllm.triton_utils.importing": "Triton is installed",
-    "DeepSpeed": "Setting accelerator to CPU",
-    "transformers.trainer_utils": "The tokenizer has new PAD/BOS/EOS tokens",
+    "vllm.triton_utils.importing": ("Triton is installed",),
+    "DeepSpeed": ("Setting accelerator to CPU",),
+    "transformers.trainer_utils": ("The tokenizer has new PAD/BOS/EOS tokens", "mtime may not be reliable"),
 }
 
 
@@ -42,8 +42,8 @@ def start(arguments: list[str], source: str) -> None:
 
 def silence() -> None:
     """Nothing of `NOISE` is said."""
-    for name, beginning in NOISE.items():
-        logging.getLogger(name).addFilter(lambda record, start=beginning: not str(record.msg).startswith(start))
+    for name, beginnings in NOISE.items():
+        logging.getLogger(name).addFilter(lambda record, starts=beginnings: not str(record.msg).startswith(starts))
 
 
 def quiet() -> None:
