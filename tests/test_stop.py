@@ -3,6 +3,7 @@
 import json
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,19 +98,19 @@ def test_a_run_says_what_it_will_do_and_what_came_out(whole_run):
     assert steps_written(folder) == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_happened(number, tmp_path, start, undisturbed):
-    process = start(tmp_path)
-    wait_for_step(tmp_path, 2, process)
-    process.send_signal(number)
-    _, errors = process.communicate()
-    assert process.returncode == 128 + number
-    assert f"{number.name}: stopping after this step" in errors
-    assert "Traceback" not in errors
-    saved = last_checkpoint(tmp_path)
-    assert f"stopped; saved in {saved}" in errors
-    assert int(Path(saved).name[11:]) < 6
-    assert not (tmp_path / "model.safetensors").exists()  # or the demo would take it for finished
+def test_signals_save_and_the_run_goes_on_as_if_nothing_happened(tmp_path, start, undisturbed):
+    for step, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
+        process = start(tmp_path)
+        wait_for_step(tmp_path, step, process)
+        process.send_signal(number)
+        _, errors = process.communicate()
+        assert process.returncode == 128 + number
+        assert f"{number.name}: stopping after this step" in errors
+        assert "Traceback" not in errors
+        saved = last_checkpoint(tmp_path)
+        assert f"stopped; saved in {saved}" in errors
+        assert int(Path(saved).name[11:]) < 6
+        assert not (tmp_path / "model.safetensors").exists()  # or the demo would take it for finished
     again = start(tmp_path)
     assert again.wait() == 0, again.stderr.read()
     assert_same(tmp_path, undisturbed)
@@ -181,24 +182,21 @@ def test_a_nan_stops_with_its_batch_saved(where, tmp_path, processor, text_model
     assert any("What is" in row["prompt"] for row in rows)
 
 
-def test_a_finished_run_that_is_resumed_has_nothing_to_do(tmp_path, start):
+def test_a_finished_run_that_is_resumed_has_nothing_to_do(tmp_path, start, whole_run, undisturbed):
     """As by a job that is queued again: no further step, the same weights, status 0."""
-    flags = ("--max_steps", "2")
-    first = start(tmp_path, *flags)
-    assert first.wait() == 0, first.stderr.read()
-    weights = load_file(tmp_path / "model.safetensors")
+    shutil.copytree(whole_run[0], tmp_path, dirs_exist_ok=True)
     for present in (True, False):  # the second time as if it had been killed before its result was saved
         if not present:
             (tmp_path / "model.safetensors").unlink()
-        again = start(tmp_path, *flags, stdout=subprocess.PIPE)
+        again = start(tmp_path, stdout=subprocess.PIPE)
         printed, errors = again.communicate()
         assert again.returncode == 0, errors
         assert f"{tmp_path}: finished before" in printed
-        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-        assert_same(tmp_path, weights)
-    further = start(tmp_path, "--max_steps", "3")
+        assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+        assert_same(tmp_path, undisturbed)
+    further = start(tmp_path, "--max_steps", "7")
     assert further.wait() == 0, further.stderr.read()
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-7")
 
 
 @pytest.mark.parametrize("trace", ["checkpoint-8/trainer_state.json", "completions/completions_00003.parquet"])
