@@ -192,20 +192,6 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     something verifiable, and an environment would add its own reward to the judge's.
     """
 
-    _tag_names = ("trl", "spark")
-    _name = "SPARK"
-    _paper = {  # noqa: RUF012 (TRL's own form)
-        "title": "SPARK: Synergistic Policy And Reward Co-Evolving Framework",
-        "id": "2509.22624",
-        "citation": "@article{liu2025spark,\n"
-        "    title   = {{SPARK: Synergistic Policy And Reward Co-Evolving Framework}},\n"
-        "    author  = {Ziyu Liu and Yuhang Zang and Shengyuan Ding and Yuhang Cao and Xiaoyi Dong and Haodong Duan "
-        "and Dahua Lin and Jiaqi Wang},\n"
-        "    year    = 2025,\n"
-        "    journal = {arXiv:2509.22624},\n"
-        "}",
-    }
-
     def __init__(self, model, reward_funcs=verify.answer_reward, args: SparkConfig | None = None, *rest, **kwargs):
         args = copy.copy(args if args is not None else SparkConfig("spark"))
         for name, dataset in zip(("train_dataset", "eval_dataset"), (*rest, None, None), strict=False):

@@ -21,6 +21,20 @@ FIGURES = {
 class SparkModelCard:
     """A mixin of GRPOTrainer: TRL's card tells of chats, and of a base model None where that is a folder."""
 
+    _tag_names = ("trl", "spark")
+    _name = "SPARK"
+    _paper = {  # noqa: RUF012 (TRL's own form)
+        "title": "SPARK: Synergistic Policy And Reward Co-Evolving Framework",
+        "id": "2509.22624",
+        "citation": "@article{liu2025spark,\n"
+        "    title   = {{SPARK: Synergistic Policy And Reward Co-Evolving Framework}},\n"
+        "    author  = {Ziyu Liu and Yuhang Zang and Shengyuan Ding and Yuhang Cao and Xiaoyi Dong and Haodong Duan "
+        "and Dahua Lin and Jiaqi Wang},\n"
+        "    year    = 2025,\n"
+        "    journal = {arXiv:2509.22624},\n"
+        "}",
+    }
+
     def save_model(self, output_dir=None, _internal_call=False):
         super().save_model(output_dir, _internal_call)
         if not _internal_call and self.is_world_process_zero():
