@@ -139,8 +139,11 @@ class TransformersEngine(BatchEngine):
             ProcessorMixin,
         )
 
+        from transformers.utils import logging
+
         from data.lengths import image_factor
 
+        logging.disable_progress_bar()  # of the weights' loading
         super().__init__(batch_size)
         if isinstance(model, str):
             processor = processor or AutoProcessor.from_pretrained(model, padding_side="left")
