@@ -138,7 +138,6 @@ class TransformersEngine(BatchEngine):
             AutoProcessor,
             ProcessorMixin,
         )
-
         from transformers.utils import logging
 
         from data.lengths import image_factor
