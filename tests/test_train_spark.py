@@ -444,6 +444,21 @@ def test_dropping_rows_is_refused_where_more_than_the_advantage_trains_them(tmp_
     assert trainer(recycle_ratio=0, drop_zero_advantage=True)._drop_rows
 
 
+def test_plain_grpo_can_leave_out_rows_too_where_some_have_images(tmp_path, processor, vision_model):
+    """The weights of two steps are those with every row trained on."""
+    ended = []
+    for drop in (False, True):
+        set_seed(0)
+        arguments = config(SparkConfig, tmp_path, recycle_ratio=0, drop_zero_advantage=drop, max_steps=2)
+        trainer = SparkTrainer(
+            copy.deepcopy(vision_model), coin, arguments, train_dataset=mixed(8), processing_class=processor
+        )
+        trainer.train()
+        ended.append(weights(trainer))
+    assert all("recycle/trained_share" in logs for logs in history(trainer))
+    assert all(torch.allclose(ended[0][name], ended[1][name], atol=2e-5) for name in ended[0])
+
+
 def test_trl_names_mean_the_policy(tmp_path, processor, vision_model):
     """A first step's metrics under TRL's names are plain GRPO's, whatever was recycled beside; those have their own."""
     logged = []

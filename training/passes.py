@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch.nn.parallel import DistributedDataParallel
+from trl.trainer.utils import split_pixel_values_by_grid
 
 from training.batch import Batch, cut_pass, merge_images
 
@@ -33,6 +34,8 @@ class InPasses:
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             self._buffered_inputs = None  # free the last generation before the next one is made
             union = self._generate_and_score_completions(generation_batch)
+            if self.args.recycle_ratio == 0:  # else its images are already one tensor a row (share_images)
+                union = split_pixel_values_by_grid(union)
             self._buffered_inputs = self._passes(union, n_policy=len(generation_batch))
         return self._buffered_inputs[self._step % steps]
 
