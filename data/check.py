@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from data.arguments import DataSettings
-from data.cli import Parser, refuse
+from data.cli import Parser, progress_bar, refuse
 from data.images import BadImage, check_image
 from data.read import Reader, Row
 from data.rows import BadInput, BadRow, Source, question_text
@@ -83,14 +83,15 @@ def _content(ref: dict[str, Any]) -> bytes:
 
 def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Entry, bytes]]:
     """`examine` of every row in order, images in `workers` processes, with a progress bar. Raises BadInput."""
-    from tqdm.auto import tqdm
-
     source = reader.source
     arguments = (source.suffix, source.settings.allow_remote_images)
-    stream = tqdm(reader, desc=str(source), unit=" rows", delay=1)
-    with ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool:
+    with (
+        ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool,
+        progress_bar(None, 0, str(source), unit=" rows", delay=1) as bar,
+    ):
         waiting: deque[Future | list] = deque()
-        for batch in batched(stream, 64):
+        for batch in batched(reader, 64):
+            bar.update(len(batch))
             has_images = any(isinstance(row, dict) and row["images"] for _, _, row in batch)
             waiting.append(pool.submit(examine, batch, *arguments) if has_images else examine(batch, *arguments))
             if len(waiting) > 4 * workers:

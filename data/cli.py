@@ -76,7 +76,7 @@ class Errors:
         return lines + ([f"  and {len(ordered) - most:,} other errors"] if len(ordered) > most else [])
 
 
-def progress_bar(total: int, initial: int, description: str):
+def progress_bar(total: int | None, initial: int, description: str, **options: Any):
     """tqdm on a terminal; where stderr is a file or a pipe, a line every half minute and at the end."""
     from tqdm.auto import tqdm
 
@@ -89,7 +89,7 @@ def progress_bar(total: int, initial: int, description: str):
             sys.stderr.flush()
 
     every = {} if sys.stderr.isatty() else {"file": Lines(), "mininterval": 30, "maxinterval": 60, "ascii": True}
-    return tqdm(total=total, initial=initial, desc=description, **every)
+    return tqdm(total=total, initial=initial, desc=description, **every, **options)
 
 
 def printable(text: str) -> str:
