@@ -52,8 +52,9 @@ class Panel:
 PANELS = (
     Panel("Answering", "Rollouts the verifier calls right; questions with at least one right among G.", (
         ("policy/accuracy", "accuracy"), ("policy/pass_at_g", "pass@G"))),
-    Panel("Judging one answer", "Balanced: right and wrong candidates count alike, so Yes to everything earns 0.5.", (
-        ("judge/pointwise/balanced_accuracy", "balanced accuracy"), ("judge/pointwise/accuracy", "accuracy")), 0.5),
+    Panel("Judging one answer", "Balanced, Yes to everything earns 0.5. By the question alone: without reading it.", (
+        ("judge/pointwise/balanced_accuracy", "balanced accuracy"), ("judge/pointwise/accuracy", "accuracy"),
+        ("judge/pointwise/question_only", "by the question alone")), 0.5),
     Panel("Judging a pair", "Which of two answers is right? One of them is.", (
         ("judge/pairwise/accuracy", "accuracy"),), 0.5),
     Panel("Leaning of the judge", "Unbiased, it says right as often as it is so and picks the first half the time.", (
