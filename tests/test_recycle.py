@@ -176,7 +176,7 @@ def test_the_question_says_nothing_about_the_label(a, b):
     rng = random.Random(0)
     n = {True: 0, False: 0}
     points = {True: [], False: []}
-    for step in range(100):
+    for step in range(300):
         difficulty = {f"{step}/{i}": rng.betavariate(a, b) for i in range(64)}
         groups = [group(key, [("1", rng.random() < p) for _ in range(8)]) for key, p in difficulty.items()]
         for matched in (True, False):

@@ -109,6 +109,9 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
+PANELS = report.PANELS
+
+
 @pytest.fixture(autouse=True)
 def few_panels(monkeypatch):
     """Drawing takes most of a page's time; all of it is drawn where `whole` is asked for."""
@@ -363,6 +366,16 @@ def test_co_evolution_goes_through_the_steps_that_both_have():
     run.series = {"policy/accuracy": ([1, 2, 3], [0.5] * 3), "j": ([2, 3, 4], [0.7] * 3)}
     assert co_evolution(run, "j") == [pytest.approx((0.5, 0.7))] * 2
     assert co_evolution(run, "not logged") == []
+
+
+def test_what_a_judge_could_get_by_the_question_alone_is_drawn_beside_its_accuracy():
+    (panel,) = (panel for panel in PANELS if panel.title == "Judging one answer")
+    metrics = ["judge/pointwise/balanced_accuracy", "judge/pointwise/question_only"]
+    run = report.Run("x", series={name: ([1, 2], [0.5, 0.75 + i / 4]) for i, name in enumerate(metrics)})
+    _, (ax,) = report.grid_of_axes(1, 0, "light")
+    report.draw_panel(ax, panel, [run], "light")
+    drawn = [list(line.get_ydata()) for line in ax.get_lines()]
+    assert [0.5, 0.75] in drawn and [0.5, 1.0] in drawn
 
 
 def test_steps_are_whole_numbers_on_the_axis_of_a_short_run(tmp_path):
