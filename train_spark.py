@@ -434,6 +434,7 @@ def main() -> None:
     trainer.save_model(args.output_dir)
     trainer.save_state()
     console.show_result(args, trainer.state, model.use_peft)
+    trainer.accelerator.end_training()  # process groups left to the interpreter's end can abort it
 
 
 if __name__ == "__main__":

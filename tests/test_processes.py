@@ -1,17 +1,17 @@
 """Two processes are one process with twice the batch: DDP, FSDP2 and DeepSpeed's ZeRO-3 over gloo, on the CPU.
 
-    torchrun --nproc_per_node N tests/test_processes.py OUT KIND DTYPE HOW      a run, as `launch` starts it
-
 Rollouts are drawn from the prompt and the place in the group, so that they do not depend on who generates them; all the
 rest is the trainer's own. In float64, so that what is left of a difference is the order of a sum.
 """
 
 import functools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+import traceback
 import zlib
 from pathlib import Path
 
@@ -22,28 +22,50 @@ from safetensors.torch import load_file
 
 ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
 
+# The 16 processes of these runs are forked from one that has imported everything, which takes longer than a run.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_spark"])
 
-def launch(folder: Path, kind: str, dtype: str, processes: int, how: str = "ddp") -> dict:
+
+def launch(folder: Path, kind: str, dtype: str, world: int, how: str = "ddp") -> dict:
     """What `work` saved in a run of so many processes."""
-    out = folder / f"{kind}_{dtype}_{processes}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += [__file__, str(out), kind, dtype, how]
-    env = {
-        **os.environ,
-        "PYTHONPATH": f".{os.pathsep}tests{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "OMP_NUM_THREADS": "1",
-    }
-    if how == "zero3":  # what `accelerate launch` makes of recipes/accelerate/zero3.yaml
-        env |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "DS_ACCELERATOR": "cpu"}
-        env |= {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true", "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stderr[-4000:]
+    out = folder / f"{kind}_{dtype}_{world}"
+    out.mkdir()
+    processes = [FORKS.Process(target=rank_of_a_run, args=(out, kind, dtype, how, i, world)) for i in range(world)]
+    for process in processes:
+        process.start()
+    until = time.monotonic() + 500
+    while any(process.is_alive() for process in processes):
+        if time.monotonic() > until or any(process.exitcode for process in processes):
+            for process in processes:  # the others wait for it in a collective
+                process.kill()
+        time.sleep(0.05)
+    logs = [(out / f"rank_{i}.txt").read_text(encoding="utf-8")[-4000:] for i in range(world)]
+    assert [process.exitcode for process in processes] == [0] * world, "\n".join(logs)
     weights = load_file(out / "weights.safetensors")
     return {"weights": weights, **json.loads((out / "seen.json").read_text(encoding="utf-8"))}
 
 
+def rank_of_a_run(out: Path, kind: str, dtype: str, how: str, rank: int, world: int) -> None:
+    """`work` with the environment that torchrun, or `accelerate launch` with ZeRO-3, makes."""
+    with open(out / f"rank_{rank}.txt", "w", encoding="utf-8") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    if how == "zero3":
+        deepspeed = {"ZERO_STAGE": "3", "ZERO3_INIT": "true", "ZERO3_SAVE_16BIT_MODEL": "true"}
+        os.environ |= {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in deepspeed.items()}
+        os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
+    try:
+        work(out, kind, getattr(torch, dtype), how)
+    except BaseException:
+        traceback.print_exc()  # multiprocessing would print it to the parent's stream
+        raise
+
+
 def work(out: Path, kind: str, dtype: torch.dtype, how: str) -> None:
-    import torch.distributed as dist
     from accelerate import PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object
     from datasets import Dataset
@@ -128,9 +150,7 @@ def work(out: Path, kind: str, dtype: torch.dtype, how: str) -> None:
         seen["processes"] = world
         (out / "model" / "model.safetensors").rename(out / "weights.safetensors")
         (out / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    torch.distributed.barrier()
 
 
 def assert_same_run(one: dict, two: dict) -> None:
@@ -214,7 +234,3 @@ def test_a_process_that_fails_alone_ends_the_run(tmp_path):
     assert run.returncode != 0
     assert time.monotonic() - start < 120
     assert rest.count("row 2: field image") == 0  # one line, by the process that met it
-
-
-if __name__ == "__main__":
-    work(Path(sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]), sys.argv[4])
