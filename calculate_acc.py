@@ -32,9 +32,9 @@ from data.cli import Errors, Parser, printable, refuse, text_table
 from data.rows import BadInput
 from data.table import batched
 from scoring.rates import (
-    BINS,
     by_category,
     by_pass_rate,
+    count_probability,
     figure,
     group_scores,
     mcnemar,
@@ -204,14 +204,6 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
     n["chosen_first_right"] += chosen_first
     n["chosen_second_right"] += chosen_second
     return chosen_first and chosen_second
-
-
-def count_probability(n: Counter, probability: float | None, right: bool) -> None:
-    """Add a verdict's probability to what its calibration is made of."""
-    if probability is not None:
-        place = min(int(probability * BINS), BINS - 1)
-        n.update({f"bin {place}": 1, f"bin {place} sum": probability, f"bin {place} right": int(right),
-                  "brier": (probability - right) ** 2, "with_probability": 1})  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, on two tasks, with seeds.
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
-    python -m benchmarks.learning --table
+    python -m benchmarks.learning --task digits --table [--figure FILE.png]
 
 Each run is a plain call of train_spark.py and of benchmarks.measures, in a process of its own with its share of the
 cores; it takes a few minutes, is kept under runs/learning/ and goes on where it was. Choices are made on the dev split;
@@ -39,6 +39,7 @@ def spark(prompts: int, recycled: float, **settings) -> dict:
 VARIANTS = {
     "grpo": {"per_device_train_batch_size": PROMPTS * G, "recycle_ratio": 0},
     "grpo_same_prompts": {"per_device_train_batch_size": 16 * G, "recycle_ratio": 0},
+    "grpo_same_tokens": {"per_device_train_batch_size": 47 * G, "recycle_ratio": 0},  # as SPARK's on Countdown
     "spark": spark(16, 24),
     "unmatched": spark(16, 24, recycle_matched=False),
     "paper_labels": spark(16, 24, recycle_balance=False),
@@ -60,16 +61,31 @@ VARIANTS = {
     "weight_0.25": spark(16, 24, recycle_weight=0.25),
     "weight_0.5": spark(16, 24, recycle_weight=0.5),
     "apart": spark(16, 24, recycle_apart=True, steps_per_generation=2, per_device_train_batch_size=8 * G),
+    # A third of the steps for judging and reflecting (as much as there is to judge), the rest for answering alone.
+    "judge_first": spark(8, 32),
 }
+# The verifier errs for so many percent of the answers (benchmarks/noisy.py).
+VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for variant in ("grpo", "spark")}
 
 
-def command_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[str]:
-    """The call of train_spark.py."""
-    settings = {"max_steps": steps, "seed": seed, "recycle_seed": seed, "log_completions": False, "save_total_limit": 1}
-    if variant == "apart":  # as many generations
-        settings["max_steps"] = 2 * steps
-    command = [sys.executable, "train_spark.py", "--config", RECIPES[task], "--output_dir", str(folder / "model")]
-    for name, value in (settings | VARIANTS[variant]).items():
+def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[list[str]]:
+    """The calls of train_spark.py; the last one makes `folder`/model."""
+    settings = {"seed": seed, "recycle_seed": seed, "log_completions": False, "save_total_limit": 1}
+    settings |= VARIANTS[variant]
+    if "noise" in variant:
+        settings["reward_funcs"] = f"benchmarks/noisy.py:{task}_{variant.rpartition('_')[2]}"
+    if variant == "apart":  # two optimizer steps for each generation
+        steps *= 2
+    if variant != "judge_first":
+        return [command_of(task, folder / "model", settings | {"max_steps": steps})]
+    first = command_of(task, folder / "first", settings | {"max_steps": steps // 3})
+    then = settings | VARIANTS["grpo"] | {"max_steps": steps - steps // 3, "model_name_or_path": folder / "first"}
+    return [first, command_of(task, folder / "model", then)]
+
+
+def command_of(task: str, output: Path, settings: dict) -> list[str]:
+    command = [sys.executable, "train_spark.py", "--config", RECIPES[task], "--output_dir", str(output)]
+    for name, value in settings.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return [*command, "--resume_from_checkpoint", "latest"]
 
@@ -88,14 +104,16 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
 
         if variant != "start" and not (folder / "trained.json").exists():
             begun = time.perf_counter()
-            command = command_of(task, variant, seed, folder, args.steps or STEPS[task])
-            call(command)
-            logs = json.loads((folder / "model" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+            commands = commands_of(task, variant, seed, folder, args.steps or STEPS[task])
+            for command in commands:
+                call(command)
+            phases = [log_history(Path(command[command.index("--output_dir") + 1])) for command in commands]
+            logs = [row for phase in phases for row in phase]
             trained = {
-                "command": " ".join(["python", *command[1:]]),
+                "command": " && ".join(" ".join(["python", *command[1:]]) for command in commands),
                 "commit": record.commit(),
                 "seconds": time.perf_counter() - begun,
-                "tokens": max(row.get("num_tokens", 0) for row in logs),
+                "tokens": sum(max(row.get("num_tokens", 0) for row in phase) for phase in phases),
                 "rollouts": sum(row["recycle/rows"] for row in logs if "recycle/rows" in row),
                 "trained_rows": sum(row.get("recycle/trained_rows", 0) for row in logs),
                 "curve": [
@@ -114,6 +132,10 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
     return {"variant": variant, "seed": seed, **trained, **json.loads(outcome.read_text(encoding="utf-8"))}
 
 
+def log_history(folder: Path) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+
+
 def finished_runs(task: str, split: str) -> list[dict]:
     """Everything that has been trained and measured so far."""
     runs = []
@@ -129,58 +151,113 @@ def finished_runs(task: str, split: str) -> list[dict]:
 
 
 def table(runs: list[dict]) -> dict[str, dict[str, dict]]:
-    """variant -> measure -> mean over seeds, its 95 % interval (t), and the seeds' values; greedy ones by that name."""
-    from scipy.stats import t
-
-    cells: dict[str, dict[str, dict]] = {}
-    for variant in dict.fromkeys(run["variant"] for run in runs):
-        seeds = [run for run in runs if run["variant"] == variant]
-        cells[variant] = {}
+    """variant -> measure -> mean over seeds with the half width of its 95 % interval (t), the same of its difference
+    from GRPO with the same seeds, and the seeds' values; greedy measures by that name."""
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        row = values.setdefault(run["variant"], {})
         for how, prefix in (("sampled", ""), ("greedy", "greedy: ")):
-            for name in seeds[0][how]["measures"]:
-                values = [run[how]["measures"][name]["mean"] for run in seeds]
-                values = [value for value in values if value is not None]
-                half = None
-                if len(values) > 1:
-                    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-                mean = statistics.fmean(values) if values else None
-                cells[variant][prefix + name] = {"mean": mean, "half": half, "values": values}
-        for name in ("seconds", "tokens"):
-            values = [run[name] for run in seeds if isinstance(run.get(name), (int, float))]
-            cells[variant][name] = {
-                "mean": statistics.fmean(values) if values else None,
-                "half": None,
-                "values": values,
+            for name, measure in run[how]["measures"].items():
+                if measure["mean"] is not None:
+                    row.setdefault(prefix + name, {})[run["seed"]] = measure["mean"]
+        for name, tokens in run["sampled"]["price"].items():
+            row.setdefault(f"tokens: {name}", {})[run["seed"]] = tokens
+        for name in ("seconds", "tokens", "trained_rows"):
+            if name in run:
+                row.setdefault(name, {})[run["seed"]] = run[name]
+    cells = {}
+    for variant, row in values.items():
+        cells[variant] = {}
+        for name, seeds in row.items():
+            plain = values.get("grpo", {}).get(name, {}) if variant != "grpo" else {}
+            cells[variant][name] = mean_of(list(seeds.values())) | {
+                "over_grpo": mean_of([value - plain[seed] for seed, value in seeds.items() if seed in plain]),
+                "seeds": seeds,
             }
     return cells
+
+
+def mean_of(values: list[float]) -> dict[str, float | None]:
+    from scipy.stats import t
+
+    half = None
+    if len(values) > 1:
+        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.fmean(values) if values else None, "half": half}
 
 
 SHOWN = (
     "greedy: first answer",
     "first answer",
-    "one of 4",
+    "one of 8",
     "judge, own answers",
     "judge, independent answers",
     "pairwise, both orders",
+    "Brier score of verdicts",
     "reflection fixes a wrong answer",
     "reflection harms a right answer",
     "final answer, reflecting on a No",
     "vote of 4",
+    "vote of 8",
     "vote of 4 weighed by verdicts",
+    "vote of 4 weighed by their probability",
     "best of 4 by pairs",
-    "seconds",
+    "tokens: first answer",
 )
 
 
 def print_table(cells: dict[str, dict[str, dict]]) -> None:
-    for variant, row in cells.items():
-        n = len(row["first answer"]["values"])
-        print(f"\n{variant} ({n} seed{'s' * (n > 1)})")
+    """As Markdown: means, and then the differences from GRPO with the same seeds."""
+    for of, variants in (("mean", list(cells)), ("over_grpo", [v for v in cells if v not in ("start", "grpo")])):
+        print("\n| " + " | ".join(["" if of == "mean" else "minus GRPO", *variants]) + " |")
+        print("| --- |" + " ---: |" * len(variants))
         for name in SHOWN:
-            cell = row[name]
-            if cell["mean"] is not None:
-                half = "" if cell["half"] is None else f" ± {cell['half']:.3f}"
-                print(f"  {name:36}{cell['mean']:.3f}{half}")
+            row = [written(cells[v].get(name, {}), of) for v in variants]
+            print("| " + " | ".join([name, *row]) + " |")
+
+
+def written(cell: dict, of: str) -> str:
+    value = cell.get("over_grpo", {}) if of == "over_grpo" else cell
+    if value.get("mean") is None:
+        return ""
+    sign = "+" if of == "over_grpo" else ""
+    places = 3 if abs(value["mean"]) < 2 else 1
+    half = "" if value["half"] is None else f" ± {value['half']:.{places}f}"
+    return f"{value['mean']:{sign}.{places}f}{half}"
+
+
+WAYS = {  # to a final answer, of `measures`, and their marks in the figure
+    "vote of 4 weighed by verdicts": "s",
+    "vote of 4 weighed by their probability": "D",
+    "best of 4 by pairs": "^",
+    "final answer, reflecting on a No": "v",
+}
+
+
+def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) -> None:
+    """Accuracy against tokens written a question: one answer, the majority of 4 and 8, and the ways with a judge."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    plot, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for variant in variants:
+        cell = cells[variant]
+        votes = [name for name in ("first answer", "vote of 4", "vote of 8") if name in cell]
+        tokens = [cell[f"tokens: {name}"]["mean"] for name in votes]
+        (line,) = axes.plot(tokens, [cell[name]["mean"] for name in votes], "o-", label=f"{variant}: majority")
+        for name, mark in WAYS.items():
+            x, y = cell[f"tokens: {name}"]["mean"], cell[name]
+            error = {} if y["half"] is None else {"yerr": y["half"], "elinewidth": 0.7}
+            axes.errorbar(x, y["mean"], fmt=mark, color=line.get_color(), **error)
+    for name, mark in WAYS.items():
+        axes.plot([], [], mark, color="grey", label=name)
+    axes.set(xscale="log", xlabel="tokens written a question", ylabel="right")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    plot.savefig(path, dpi=120)
 
 
 def main() -> None:
@@ -193,6 +270,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="of the runs there are; nothing is trained")
+    parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")
     args = parser.parse_args()
     if not args.table:
         jobs = [("start", 0), *((variant, seed) for seed in args.seeds for variant in args.variants)]
@@ -202,6 +280,8 @@ def main() -> None:
     cells = table(runs)
     record.write(record.RESULTS / f"learning_{args.task}_{args.split}.json", indent=None, table=cells, runs=runs)
     print_table(cells)
+    if args.figure:
+        figure(cells, [variant for variant in args.variants if variant in cells], args.figure)
 
 
 if __name__ == "__main__":

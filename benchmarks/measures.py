@@ -8,6 +8,7 @@ role. Intervals are 95 %, over questions: the samples of one question are one ob
 
 import json
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,8 @@ import verify
 from data.cli import Parser
 from demo import _balanced as balanced
 from demo import _mean as mean
-from engines import Request, Sampling, TransformersEngine, complete
+from engines import Output, Request, Sampling, TransformersEngine, complete
+from evaluate import verdict_probability
 from prompts import (
     PAIRWISE,
     POINTWISE_A_B,
@@ -30,8 +32,10 @@ from prompts import (
     pointwise_instruction,
     reflection_instruction,
 )
+from scoring.rates import calibration, count_probability
 
-SAMPLES = 4  # of each question, at temperature 1
+DRAWN = 8  # answers to each question, at temperature 1
+SAMPLES = 4  # of them judged and reflected on
 
 Row = dict[str, Any]
 
@@ -93,17 +97,23 @@ class Model:
         self.show = show
 
     def __call__(self, role: str, rows: list[Row], instructions: list[str] | None = None) -> list[str]:
+        return [output.text for output in self.outputs(role, rows, instructions)]
+
+    def outputs(
+        self, role: str, rows: list[Row], instructions: list[str] | None = None, logprobs: bool = False
+    ) -> list[Output]:
         requests = []
         for i, row in enumerate(rows):
             messages = [{"role": "user", "content": row["problem"] + PROMPT_SUFFIX}]
             images = (row["image_path"],) if row.get("image_path") is not None else ()
-            requests.append(Request(ask(messages, instructions[i]) if instructions else messages, images))
+            messages = ask(messages, instructions[i]) if instructions else messages
+            requests.append(Request(messages, images, with_logprobs=logprobs))
         outputs = complete(self.engine, requests, self.sampling)
         self.tokens[role] = self.tokens.get(role, 0) + sum(output.completion_tokens for output in outputs)
         for i in random.Random(role).sample(range(len(rows)), min(self.show, len(rows))):
             print(f"--- {role}, temperature {self.sampling.temperature:g}\n{requests[i].messages[-1]['content']}")
             print(f">>> {outputs[i].text}")
-        return [output.text for output in outputs]
+        return outputs
 
     def quoted(self, text: str) -> tuple[str, str]:
         """A response as recycling shows it: its box or all of it, at random."""
@@ -112,16 +122,21 @@ class Model:
             return neutralise(boxed), "answer"
         return neutralise(text.strip()), "cot"
 
-    def judge(self, role: str, rows: list[Row], responses: list[str]) -> list[bool | None]:
-        """Whether each response is called correct, by Yes, No or a letter; None for no readable verdict."""
+    def judge(self, role: str, rows: list[Row], responses: list[str]) -> list[tuple[bool | None, float | None]]:
+        """Whether each response is called correct, by Yes, No or a letter, and the verdict's probability; None for no
+        readable verdict."""
         instructions, verdicts_of = [], []
         for response in responses:
             letter = self.rng.choice((None, "A", "B"))
             template = self.rng.randrange(len(POINTWISE_A_B if letter else POINTWISE_YES_NO))
             instructions.append(pointwise_instruction(self.quoted(response)[0], template, letter))
             verdicts_of.append({None: ("Yes", "No"), "A": ("A", "B"), "B": ("B", "A")}[letter])
-        verdicts = map(verify.parse_verdict, self(role, rows, instructions))
-        return [{yes: True, no: False}.get(v) for v, (yes, no) in zip(verdicts, verdicts_of, strict=True)]
+        judged = []
+        for output, (yes, no) in zip(self.outputs(role, rows, instructions, logprobs=True), verdicts_of, strict=True):
+            said = verify.parse_verdict(output.text)
+            probability = verdict_probability(output, said) if said in (yes, no) else None
+            judged.append(({yes: True, no: False}.get(said), probability))
+        return judged
 
     def choose(self, role: str, rows: list[Row], pairs: list[tuple[str, str]]) -> list[int | None]:
         """Which response of each pair is called correct, 0 or 1; None for no readable verdict."""
@@ -144,38 +159,57 @@ class Model:
 
 
 def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
-    """Every measure at one temperature, {name: {mean, n, interval}}; tokens written a question; the raw outcomes."""
-    samples = SAMPLES if temperature > 0 else 1
+    """Every measure at one temperature, {name: {mean, n, interval}}; what each way to a final answer costs, in tokens
+    written a question; the raw outcomes."""
+    drawn, samples = (DRAWN, SAMPLES) if temperature > 0 else (1, 1)
     model = Model(folder, task, temperature, show=show)
     answers, points, pairs = (benchmark[name] for name in ("answers", "points", "pairs"))
-    rows = [row for row in answers for _ in range(samples)]  # (questions * samples,)
-    golds = [row["answer"] for row in rows]
 
     def grouped(values: list) -> list[list]:
-        return [values[i : i + samples] for i in range(0, len(values), samples)]
+        size = len(values) // len(answers)
+        return [values[i : i + size] for i in range(0, len(values), size)]
 
-    texts = model("answer", rows)
-    right = task.right(texts, golds)
-    judged = model.judge("pointwise, own answer", rows, texts)
-    reflected = task.right(model.reflect("reflection", rows, texts), golds)
+    rows = [row for row in answers for _ in range(drawn)]  # (questions * drawn,)
+    written = model("answer", rows)
+    all_right = grouped(task.right(written, [row["answer"] for row in rows]))
+
+    rows = [row for row in answers for _ in range(samples)]  # (questions * samples,)
+    texts = [text for group in grouped(written) for text in group[:samples]]
+    outcomes = [group[:samples] for group in all_right]
+    right = [outcome for group in outcomes for outcome in group]
+    judgements = model.judge("pointwise, own answer", rows, texts)
+    judged = [verdict for verdict, _ in judgements]
+    reflected = task.right(model.reflect("reflection", rows, texts), [row["answer"] for row in rows])
     final = [new if verdict is False else old for old, new, verdict in zip(right, reflected, judged, strict=True)]
-    verdicts = model.judge("pointwise, independent answer", points, [row["response"] for row in points])
+    verdicts = [v for v, _ in model.judge("pointwise, independent answer", points, [row["response"] for row in points])]
     point_hits = [[v is (row["label"] == "Yes")] for v, row in zip(verdicts, points, strict=True)]
     first = model.choose("pairwise, A is right", pairs, [(row["chosen"], row["rejected"]) for row in pairs])
     second = model.choose("pairwise, B is right", pairs, [(row["rejected"], row["chosen"]) for row in pairs])
 
-    outcomes = grouped(right)
-    votes = [outcome[most_frequent(task, t)] for outcome, t in zip(outcomes, grouped(texts), strict=True)]
-    by_verdict = [
-        outcome[weighted(task, t, v)] for outcome, t, v in zip(outcomes, grouped(texts), grouped(judged), strict=True)
-    ]
+    def voted(n: int) -> list[list[bool]]:
+        return [
+            [outcome[most_votes(task, group[:n], [1.0] * n)]]
+            for outcome, group in zip(all_right, grouped(written), strict=True)
+        ]
+
+    def weighed(weights: list[float]) -> list[list[bool]]:
+        groups = zip(outcomes, grouped(texts), grouped(weights), strict=True)
+        return [[outcome[most_votes(task, group, weight)]] for outcome, group, weight in groups]
+
+    by_verdict = weighed([{True: 1.0, False: 0.0, None: 0.5}[verdict] for verdict in judged])
+    # Of "correct", as the judge's sampled reasoning leaves it.
+    chances = [0.5 if p is None else p if verdict else 1 - p for verdict, p in judgements]
+    by_probability = weighed(chances)
     winners = knock_out(model, task, answers, grouped(texts))
-    by_pairs = [outcome[winner] for outcome, winner in zip(outcomes, winners, strict=True)]
+    by_pairs = [[outcome[winner]] for outcome, winner in zip(outcomes, winners, strict=True)]
 
     own = list(zip(right, reflected, judged, strict=True))
+    probable = Counter()
+    for was, (verdict, probability) in zip(right, judgements, strict=True):
+        count_probability(probable, probability, verdict is was)
+    calibrated = calibration(probable) if probable["with_probability"] else {"brier": None, "calibration_error": None}
     measures = {
-        "first answer": mean(outcomes),
-        f"one of {samples}": mean([[any(outcome)] for outcome in outcomes]),
+        "first answer": mean(all_right),
         "judge, own answers": balanced(
             *([[v is side for was, _, v in group if was is side] for group in grouped(own)] for side in (True, False))
         ),
@@ -185,22 +219,55 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
         "reflection fixes a wrong answer": mean([[new for old, new, _ in g if not old] for g in grouped(own)]),
         "reflection harms a right answer": mean([[not new for old, new, _ in g if old] for g in grouped(own)]),
         "final answer, reflecting on a No": mean(grouped(final)),
-        f"vote of {samples}": mean([[vote] for vote in votes]),
-        f"vote of {samples} weighed by verdicts": mean([[vote] for vote in by_verdict]),
-        f"best of {samples} by pairs": mean([[vote] for vote in by_pairs]),
         "verdict says correct": mean(grouped([v is True for v in judged])),
         "verdict readable": mean(grouped([v is not None for v in judged])),
-        "boxed": mean(grouped([verify.extract_boxed(text) is not None for text in texts])),
+        "boxed": mean(grouped([verify.extract_boxed(text) is not None for text in written])),
     }
+    for name, value in (("Brier score of verdicts", "brier"), ("calibration error of verdicts", "calibration_error")):
+        measures[name] = {"mean": calibrated[value], "n": probable["with_probability"], "interval": None}
+    tokens = {role: n / len(answers) for role, n in model.tokens.items()}
+    answer, verdict = tokens["answer"] / drawn, tokens["pointwise, own answer"] / samples
+    again = tokens["reflection"] / samples
+    price = {
+        "first answer": answer,
+        "final answer, reflecting on a No": answer + verdict + judged.count(False) / len(judged) * again,
+    }
+    if drawn > 1:
+        measures |= {
+            f"one of {samples}": mean([[any(outcome)] for outcome in outcomes]),
+            f"one of {drawn}": mean([[any(outcome)] for outcome in all_right]),
+            f"vote of {samples}": mean(voted(samples)),
+            f"vote of {drawn}": mean(voted(drawn)),
+            f"vote of {samples} weighed by verdicts": mean(by_verdict),
+            f"vote of {samples} weighed by their probability": mean(by_probability),
+            f"best of {samples} by pairs": mean(by_pairs),
+        }
+        price |= {
+            f"vote of {samples}": samples * answer,
+            f"vote of {drawn}": drawn * answer,
+            f"vote of {samples} weighed by verdicts": samples * (answer + verdict),
+            f"vote of {samples} weighed by their probability": samples * (answer + verdict),
+            f"best of {samples} by pairs": samples * answer + tokens.get("pairwise, own answers", 0),
+        }
     return {
         "temperature": temperature,
         "samples": samples,
         "measures": measures,
-        "tokens": {role: n / len(answers) for role, n in model.tokens.items()},
-        "rows": {"right": outcomes, "judged": grouped(judged), "reflected": grouped(reflected), "points": verdicts,
-                 "pairs": list(zip(first, second, strict=True)), "vote": votes, "by_verdict": by_verdict,
-                 "by_pairs": by_pairs},
-    }  # fmt: skip
+        "tokens": {"answer": answer, "verdict": verdict, "reflection": again},
+        "price": price,
+        "rows": {
+            "right": all_right,
+            "judged": grouped(judged),
+            "chances": grouped([round(chance, 4) for chance in chances]),
+            "reflected": grouped(reflected),
+            "points": verdicts,
+            "pairs": list(zip(first, second, strict=True)),
+            "vote": voted(samples),
+            "by_verdict": by_verdict,
+            "by_probability": by_probability,
+            "by_pairs": by_pairs,
+        },
+    }
 
 
 def classes(task: Task, texts: list[str]) -> list[int]:
@@ -214,19 +281,14 @@ def classes(task: Task, texts: list[str]) -> list[int]:
     return first
 
 
-def most_frequent(task: Task, texts: list[str]) -> int:
-    """A sample of the most frequent answer, the earliest of equals; one without a box only if there is no other."""
-    return weighted(task, texts, [True] * len(texts))
-
-
-def weighted(task: Task, texts: list[str], verdicts: list[bool | None]) -> int:
-    """A sample of the answer with the most votes, a vote counting 1, 0 or 1/2 by the judge's verdict on it."""
+def most_votes(task: Task, texts: list[str], weights: list[float]) -> int:
+    """A sample of the answer with the most votes by weight, then by number, the earliest of equals; one without a box
+    only if there is no other."""
     first = classes(task, texts)
-    weight = {True: 1.0, False: 0.0, None: 0.5}
 
     def votes(i: int) -> tuple[bool, float, int, int]:
         same = [k for k, other in enumerate(first) if other == first[i]]
-        return verify.extract_boxed(texts[i]) is not None, sum(weight[verdicts[k]] for k in same), len(same), -first[i]
+        return verify.extract_boxed(texts[i]) is not None, sum(weights[k] for k in same), len(same), -first[i]
 
     return max(range(len(texts)), key=votes)
 
@@ -269,13 +331,14 @@ def main() -> None:
         name: measure(args.model, task, benchmark, t, args.show) for name, t in (("greedy", 0.0), ("sampled", 1.0))
     }
     print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':36}{'greedy':>18}{'temperature 1':>18}")
-    for a, b in zip(*(result["measures"].items() for result in results.values()), strict=True):
+    for name in results["sampled"]["measures"]:
         cells = []
-        for _, value in (a, b):
-            half = value["interval"][1] - value["mean"] if value["interval"] else 0
-            cells.append("-" if value["mean"] is None else f"{value['mean']:.3f} ± {half:.3f}")
-        print(f"{b[0]:36}" + "".join(f"{cell:>18}" for cell in cells))
-    print("tokens a question: " + ", ".join(f"{role} {n:.0f}" for role, n in results["sampled"]["tokens"].items()))
+        for result in results.values():
+            value = result["measures"].get(name, {"mean": None})
+            half = f" ± {value['interval'][1] - value['mean']:.3f}" if value.get("interval") else ""
+            cells.append("-" if value["mean"] is None else f"{value['mean']:.3f}{half}")
+        print(f"{name:36}" + "".join(f"{cell:>18}" for cell in cells))
+    print("tokens: " + ", ".join(f"{role} {n:.0f}" for role, n in results["sampled"]["tokens"].items()))
     if args.output:
         with open(args.output, "w", encoding="utf-8") as file:
             json.dump(results, file, separators=(",", ":"))

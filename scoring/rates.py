@@ -74,6 +74,14 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
     return common
 
 
+def count_probability(n: Counter, probability: float | None, right: bool) -> None:
+    """Add a verdict's probability to what its calibration is made of."""
+    if probability is not None:
+        place = min(int(probability * BINS), BINS - 1)
+        n.update({f"bin {place}": 1, f"bin {place} sum": probability, f"bin {place} right": int(right),
+                  "brier": (probability - right) ** 2, "with_probability": 1})  # fmt: skip
+
+
 def calibration(n: Counter) -> Row:
     """Whether verdicts are as often right as they are probable: Brier score, expected calibration error over the bins,
     and the bins themselves (a reliability diagram in numbers)."""

@@ -1,11 +1,12 @@
-"""The benchmark scripts that want a GPU, small and on the CPU: they run, can be cut, and keep every row."""
+"""The benchmark scripts, small and on the CPU: they run, can be cut, and keep every row."""
 
 import json
 import sys
 
 import pytest
 
-from benchmarks import gpu_smollm2
+from benchmarks import gpu_smollm2, learning, noisy
+from data.countdown import countdown_reward
 
 
 def run(monkeypatch, *flags) -> int:
@@ -40,3 +41,41 @@ def test_gpu_smollm2_is_cut_and_goes_on(tmp_path, processor, text_model, monkeyp
 def test_gpu_smollm2_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "--model", tmp_path / "none") == 2
     assert "python -m models.smollm2" in capsys.readouterr().err
+
+
+def test_a_noisy_verifier_errs_as_often_as_it_says_and_the_same_way_again():
+    right = [f"so \\boxed{{{i}}}" for i in range(1000)]
+    golds = list(map(str, range(1000)))
+    prompts = [[{"role": "user", "content": f"What is {i}?"}] for i in range(1000)]
+    rewards = noisy.digits_10(prompts, right, solution=golds)
+    assert 0.07 < rewards.count(0.0) / 1000 < 0.13
+    longer = [f"thinking aloud, {text}" for text in right]
+    assert noisy.digits_10(prompts, longer, solution=golds) == rewards  # as the same answer
+    wrong = noisy.digits_10(prompts, right, solution=["x"] * 1000)
+    assert [1 - reward for reward in wrong] == rewards
+    assert noisy.countdown_20.equal is countdown_reward.equal
+
+
+def of_seed(variant, seed, first):
+    measures = {"first answer": {"mean": first}, "judge, own answers": {"mean": None}}
+    done = {"measures": measures, "price": {"first answer": 20.0}}
+    return {"variant": variant, "seed": seed, "sampled": done, "greedy": {"measures": {}, "price": {}}}
+
+
+def test_differences_are_between_runs_of_the_same_seed():
+    runs = [of_seed("grpo", seed, value) for seed, value in enumerate((0.5, 0.6, 0.9))]
+    runs += [of_seed("spark", seed, value) for seed, value in ((1, 0.61), (2, 0.93))]
+    cell = learning.table(runs)["spark"]["first answer"]
+    assert cell["mean"] == pytest.approx(0.77)
+    assert cell["over_grpo"]["mean"] == pytest.approx(0.02)
+    assert cell["over_grpo"]["half"] == pytest.approx(12.706 * 0.01, rel=1e-3)  # t with one degree of freedom
+    assert "judge, own answers" not in learning.table(runs)["spark"]
+
+
+def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_path):
+    first, then = learning.commands_of("digits", "judge_first", 3, tmp_path, 42)
+    assert first[first.index("--max_steps") + 1] == "14" and then[then.index("--max_steps") + 1] == "28"
+    assert then[then.index("--model_name_or_path") + 1] == first[first.index("--output_dir") + 1]
+    assert then[then.index("--recycle_ratio") + 1] == "0"
+    (noisy_run,) = learning.commands_of("countdown", "grpo_noise_20", 0, tmp_path, 60)
+    assert noisy_run[noisy_run.index("--reward_funcs") + 1] == "benchmarks/noisy.py:countdown_20"

@@ -1,0 +1,37 @@
+"""Verifiers that err: of so many percent of the answers they say the opposite, always the same of the same answer.
+
+python train_spark.py ... --reward_funcs benchmarks/noisy.py:countdown_10
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable
+
+import verify
+from data.countdown import countdown_reward
+
+
+def erring(reward: Callable, share: float) -> Callable:
+    """`reward`, of 0 or 1, turned over for this share of all answers, drawn by question and answer."""
+
+    @functools.wraps(reward)  # with what it calls the same answer (`equal`)
+    def noisy(prompts, completions, **columns):
+        rewards = reward(prompts=prompts, completions=completions, **columns)
+        return [
+            1 - right if right is not None and draw(prompt, completion) < share else right
+            for prompt, completion, right in zip(prompts, completions, rewards, strict=True)
+        ]
+
+    return noisy
+
+
+def draw(prompt, completion) -> float:
+    """A number in [0, 1) for this answer to this question."""
+    text = verify.last_text(completion)
+    question = verify.last_text(prompt) if isinstance(prompt, list) else prompt
+    key = f"{question}\0{verify.extract_boxed(text) or text}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+
+
+digits_5, digits_10, digits_20 = (erring(verify.answer_reward, share) for share in (0.05, 0.1, 0.2))
+countdown_5, countdown_10, countdown_20 = (erring(countdown_reward, share) for share in (0.05, 0.1, 0.2))
