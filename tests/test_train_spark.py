@@ -27,7 +27,7 @@ from train_spark import SparkConfig, SparkTrainer
 from training import settings
 from training.batch import cut_pass, join, merge_images, share_images
 from training.checkpoint import last_checkpoint
-from training.images import each_image_once
+from training.images import each_image_once, processed_once
 from training.metrics import judge_metrics, recycling_metrics
 from training.passes import cuts, plan_passes
 from training.rewards import JudgingRewards, load_rewards
@@ -941,6 +941,27 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, processor, vision_model):
     assert any(not torch.equal(best[name], last[name]) for name in best)
     for name, weight in weights(trainer).items():
         assert torch.equal(weight, best[name]), name
+
+
+def test_equal_images_are_prepared_once(processor, monkeypatch):
+    noise = [PIL.Image.effect_noise(size, 50).convert("RGB") for size in ((56, 56), (84, 56))]
+    palettes = [PIL.Image.new("P", (56, 56)) for _ in range(2)]
+    palettes[1].putpalette([200, 0, 0] * 256)  # the same bytes, another colour
+    images = [[noise[0]], [noise[1], noise[0].copy()], [palettes[0]], [palettes[1]], [noise[1].copy()]]
+    expected = processor.image_processor(images=images, return_tensors="pt")
+    seen = []
+    prepare = type(processor.image_processor)._preprocess
+    monkeypatch.setattr(
+        type(processor.image_processor),
+        "_preprocess",
+        lambda self, images, *args, **kwargs: seen.append(len(images)) or prepare(self, images, *args, **kwargs),
+    )
+    with processed_once(processor):
+        shared = processor.image_processor(images=images, return_tensors="pt")
+    assert seen == [4]
+    for name in ("pixel_values", "image_grid_thw"):
+        assert torch.equal(shared[name], expected[name])
+    assert "preprocess" not in vars(processor.image_processor)  # or it could not be saved
 
 
 def test_images_are_decoded_as_often_as_by_trl_and_kept_once_a_question(tmp_path, processor, vision_model, monkeypatch):

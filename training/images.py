@@ -1,12 +1,14 @@
 """Batches in which some rows have images and others none, on one process or across several, and images that repeat."""
 
+from contextlib import contextmanager, nullcontext
 from types import MethodType
 from typing import Any
 
 import PIL.Image
 import torch
 from accelerate.utils import DistributedType
-from transformers import ProcessorMixin, Qwen2_5_VLModel, Qwen2VLModel
+from transformers import ProcessorMixin, Qwen2_5_VLModel, Qwen2VLImageProcessor, Qwen2VLModel
+from transformers.image_utils import make_flat_list_of_images
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid
 
@@ -30,7 +32,8 @@ class MixedImages:
         the plain texts of a process without any image, so that all become such lists."""
         if isinstance(self.processing_class, ProcessorMixin) and not any(images_of(row) for row in inputs):
             inputs = [{**row, "prompt": prepare_multimodal_messages(row["prompt"])} for row in inputs]
-        return super()._generate_and_score_completions(inputs)
+        with processed_once(self.processing_class) if self.args.recycle_ratio > 0 else nullcontext():
+            return super()._generate_and_score_completions(inputs)
 
     def _tokenize_prompts(self, prompts):
         """TRL marks a row without images by None, which processors refuse beside rows that have some."""
@@ -122,6 +125,35 @@ def add_row(chunk: dict[str, Any], row: dict[str, Any], completion: int, pad_tok
             total = width + completion
             wider[name] = torch.cat([widen(rows, value, total), widen(last, value, total).to(rows.dtype)])
     return {**wider, "num_images": [0] * len(chunk["input_ids"]) + [1]}
+
+
+@contextmanager
+def processed_once(processor):
+    """Within it, a Qwen2-VL image processor prepares images that are equal once: TRL gives it those of every rollout of
+    a question, twice."""
+    image_processor = getattr(processor, "image_processor", None)
+    if not isinstance(image_processor, Qwen2VLImageProcessor):
+        yield
+        return
+    preprocess = image_processor.preprocess
+
+    def once(images, **kwargs):
+        images = make_flat_list_of_images(images)
+        # The bytes of a palette image are not yet its colours.
+        keys = [id(i) if i.mode == "P" else (i.mode, i.size, i.tobytes()) for i in images]
+        places: dict[Any, int] = {}
+        place = [places.setdefault(key, len(places)) for key in keys]
+        done = preprocess([images[place.index(k)] for k in range(len(places))], **kwargs)
+        blocks = done["pixel_values"].split(done["image_grid_thw"].prod(-1).tolist())
+        done["pixel_values"] = torch.cat([blocks[k] for k in place])
+        done["image_grid_thw"] = done["image_grid_thw"][place]
+        return done
+
+    image_processor.preprocess = once
+    try:
+        yield
+    finally:
+        del image_processor.preprocess
 
 
 def each_image_once(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor, **kwargs):
