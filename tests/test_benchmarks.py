@@ -1,11 +1,12 @@
 """The benchmark scripts, small and on the CPU: they run, can be cut, and keep every row."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
-from benchmarks import gpu_smollm2, learning, noisy
+from benchmarks import gpu, gpu_smollm2, learning, noisy
 from data.countdown import countdown_reward
 
 
@@ -54,6 +55,41 @@ def test_a_noisy_verifier_errs_as_often_as_it_says_and_the_same_way_again():
     wrong = noisy.digits_10(prompts, right, solution=["x"] * 1000)
     assert [1 - reward for reward in wrong] == rewards
     assert noisy.countdown_20.equal is countdown_reward.equal
+
+
+def test_a_case_for_the_gpu_runs_in_miniature():
+    run = gpu.slim(small=True, side=512, recycle_ratio=1)
+    assert len(run["steps"]) == 3 and run["steps"][-1]["rollouts"] > 32
+    assert set(run["planned_peaks"]) == {"generating", "training"}
+    assert run["planned_seconds"]["forward, backward"] > 0
+    assert {"prompt", "completion"} == set(run["samples"][0])
+
+
+def test_cases_are_cut_kept_and_a_failure_is_one(tmp_path, monkeypatch, capsys):
+    def called(command, **kwargs):
+        case = command[command.index("--worker") + 1]
+        failed = case == "smoke/engine"
+        return subprocess.CompletedProcess(command, int(failed), f'noise\n{{"steps": ["{case}"]}}', "x\nno engine\n")
+
+    monkeypatch.setattr(gpu.subprocess, "run", called)
+    flags = [
+        "--runs",
+        str(tmp_path),
+        "--output",
+        str(tmp_path / "gpu.json"),
+        "--cases",
+        "smoke/engine",
+        "slim/512_ratio_0",
+    ]
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags, "--minutes", "1"])
+    assert gpu.main() == gpu.UNFINISHED  # a case may take longer
+    monkeypatch.setattr(sys, "argv", ["gpu", *flags])
+    assert gpu.main() == 1
+    assert "smoke/engine: 0 s, failed: no engine" in capsys.readouterr().out
+    failed, kept = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert failed["error"] == "x\nno engine\n" and kept["steps"] == ["slim/512_ratio_0"]
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *args, **kwargs: pytest.fail("ran again"))
+    assert gpu.main() == 1
 
 
 def of_seed(variant, seed, first):
