@@ -64,7 +64,9 @@ TASKS: tuple[Task, ...] = ("pointwise", "pairwise", "reflection")
 class RecycleConfig:
     """The settings of recycling. SparkConfig inherits these fields, so either can be passed to `recycle`."""
 
-    recycle_ratio: float = flag(1.0, "Recycled prompts per policy prompt, at most. 0 is plain GRPO.")
+    recycle_ratio: float = flag(
+        1.0, "Recycled prompts per policy prompt, at most (a fraction of one in as many steps). 0 is plain GRPO."
+    )
     recycle_tasks: list[str] = field(
         default_factory=lambda: list(TASKS),
         metadata={"help": "Which recycled tasks to train: pointwise, pairwise, reflection."},
@@ -218,8 +220,8 @@ def recycle(
         step: seeds the random choices, together with `config.recycle_seed`.
 
     Returns:
-        At most `recycle_ratio * len(groups)` items, half judge and half reflection where there are enough of both, and
-        the counts of what became of every candidate.
+        At most `recycle_ratio * len(groups)` items, rounded at random, half judge and half reflection where there are
+        enough of both, and the counts of what became of every candidate.
     """
     config.check_recycling()
     limits = limits or Limits()
@@ -229,7 +231,7 @@ def recycle(
     candidates = _candidates(groups, config, limits.control_tokens, rng, skipped)
     candidates = _drop_equal_answers(candidates, limits.equal, skipped)
     candidates = _drop_overlong(candidates, limits.fits, skipped)
-    capacity = _capacity(groups, config) if limits.at_most is None else limits.at_most
+    capacity = _capacity(groups, step, config, limits.multiple_of) if limits.at_most is None else limits.at_most
     quotas = _quotas(candidates, capacity, limits.multiple_of, config)
     selected = _select(candidates, quotas, config, rng)
 
@@ -238,10 +240,11 @@ def recycle(
     return _write_items(selected, config.prompt_suffix, rng), counts
 
 
-def _capacity(groups, config) -> int:
-    """Items of this step, at most."""
+def _capacity(groups, step: int, config, multiple_of: int) -> int:
+    """Items of this step, at most. What is left of a multiple is drawn, so that small steps recycle as well."""
     counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
-    return int(config.recycle_ratio * len(counted) + 1e-9)
+    multiples = config.recycle_ratio * len(counted) / multiple_of
+    return multiple_of * int(multiples + random.Random(f"{config.recycle_seed}/{step}/capacity").random() + 1e-9)
 
 
 def _candidates(groups, config, control_tokens, rng, skipped) -> list[Candidate]:

@@ -1,6 +1,7 @@
 """Invariants of recycling, on random groups and on the cases a rollout would use to get its way."""
 
 import hashlib
+import math
 import random
 import re
 from collections import Counter
@@ -69,7 +70,8 @@ def test_items_are_balanced_quoted_and_deterministic(groups, config, step, multi
     items, counts = recycle(groups, step, config, limits)
     assert (items, counts) == recycle(groups, step, config, limits)  # a function of its arguments
 
-    assert len(items) == counts.emitted <= config.recycle_ratio * len(groups)
+    assert len(items) == counts.emitted
+    assert len(items) <= multiple_of * math.ceil(config.recycle_ratio * len(groups) / multiple_of)
     assert len(items) % multiple_of == 0
     assert {item.task for item in items} <= set(config.recycle_tasks)
 
@@ -230,6 +232,18 @@ def test_adaptive_recycling_grows_with_the_groups_that_teach_nothing():
         groups = [group(i, (RIGHT, WRONG, MIXED)[i % 2 if i < pure else 2]) for i in range(16)]
         items, _ = recycle(groups, 0, config, TEXT_ONLY)
         assert len(items) == items_at_most
+
+
+@pytest.mark.parametrize("multiple_of", [1, 2])
+def test_a_fraction_of_an_item_comes_in_as_many_steps(multiple_of):
+    groups = [group(i, MIXED) for i in range(3)]
+    config = RecycleConfig(recycle_ratio=0.25)  # 0.75 items a step
+    limits = replace(TEXT_ONLY, multiple_of=multiple_of)
+    n = [len(recycle(groups, step, config, limits)[0]) for step in range(2000)]
+    assert set(n) == {0, multiple_of}
+    assert sum(n) / 2000 == pytest.approx(0.75, abs=0.05)
+    whole = RecycleConfig(recycle_ratio=2 / 3)
+    assert {len(recycle(groups, step, whole, TEXT_ONLY)[0]) for step in range(50)} == {2}
 
 
 def test_a_limit_of_items_takes_the_place_of_the_ratio():

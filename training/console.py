@@ -5,6 +5,7 @@
 
 import ast
 import logging
+import math
 import signal
 import sys
 import textwrap
@@ -119,7 +120,7 @@ def plan_lines(args, max_steps: int, done: int) -> list[str]:
     prompts, size = args.generation_batch_size // args.num_generations, args.num_generations
     generations = -(-(max_steps - done) * args.gradient_accumulation_steps // args.steps_per_generation)
     generations = -(-generations // args.num_iterations)
-    recycled = int(args.recycle_ratio * prompts + 1e-9)
+    recycled = math.ceil(args.recycle_ratio * prompts - 1e-9)
     rounds = -(-generations // args.recycle_every)
     steps = f"{max_steps:,} steps" if not done else f"steps {done + 1:,} to {max_steps:,}"
     line = f"{steps}: {generations * prompts * size:,} rollouts ({prompts:,} prompts x {size} each time)"

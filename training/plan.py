@@ -193,7 +193,7 @@ def steps(run: Run) -> Steps:
     rollouts = args.per_device_train_batch_size * args.steps_per_generation * world
     prompts = rollouts // args.num_generations
     multiple = world // math.gcd(world, args.num_generations)  # so that recycled rollouts divide over the processes
-    recycled = int(args.recycle_ratio * prompts + 1e-9) // multiple * multiple
+    recycled = math.ceil(args.recycle_ratio * prompts / multiple - 1e-9) * multiple
     recycled_rollouts = recycled * args.num_generations
     policy_tokens, recycled_tokens = args.longest_rows
     optimizer_steps = Fraction(run.micro_steps, args.gradient_accumulation_steps)
@@ -338,8 +338,6 @@ def remarks(run: Run) -> list[str]:
     drops_rows = run.args.drop_zero_advantage is not False and not run.args.has_extra_terms
     deepspeed = run.launch.sharding in ("zero2", "zero3")
     texts = {
-        "recycle_ratio: nothing will be recycled, less than one prompt (of a multiple that divides)": recycles
-        and not steps(run).recycled_prompts,
         "use_vllm: vLLM is not installed here": run.engine_share is not None and not find_spec("vllm"),
         "DeepSpeed is not installed here": deepspeed and not find_spec("deepspeed"),
         "drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)": recycles
