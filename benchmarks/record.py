@@ -23,7 +23,8 @@ def write(path: Path, packages: tuple[str, ...] = PACKAGES, indent: int | None =
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=indent) + "\n", encoding="utf-8")
+    separators = None if indent else (",", ":")
+    path.write_text(json.dumps(record, indent=indent, separators=separators) + "\n", encoding="utf-8")
 
 
 def commit() -> str | None:
