@@ -65,7 +65,7 @@ class RecycleConfig:
     """The settings of recycling. SparkConfig inherits these fields, so either can be passed to `recycle`."""
 
     recycle_ratio: float = flag(
-        1.0, "Recycled prompts per policy prompt, at most (a fraction of one in as many steps). 0 is plain GRPO."
+        0.25, "Recycled prompts per policy prompt, at most (a fraction of one in as many steps). 0 is plain GRPO."
     )
     recycle_tasks: list[str] = field(
         default_factory=lambda: list(TASKS),

@@ -3,8 +3,8 @@
     python -m benchmarks.demo_speed [--before eb2d1ef] [--repeats 2] [--steps 42]
 
 The earlier commit runs from a git worktree, in the same environment. eb2d1ef is the last commit before rows without
-gradient were left out and images shared. Each run is what demo.py calls, recipes/demo.yaml. Writes
-benchmarks/results/demo_speed.json.
+gradient were left out and images shared. Each run is what demo.py called then, 16 prompts a step and as
+many as 24 recycled. Writes benchmarks/results/demo_speed.json.
 """
 
 import json
@@ -25,6 +25,7 @@ def trained(root: Path, folder: Path, steps: int) -> dict:
     """One run of the code in `root`."""
     command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(folder)]
     command += ["--max_steps", str(steps), "--save_strategy", "no"]
+    command += ["--per_device_train_batch_size", "128", "--recycle_ratio", "1.5"]  # the recipe's at that commit
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
     subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logs = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]

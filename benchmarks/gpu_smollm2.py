@@ -127,8 +127,8 @@ def settings(name: str, args) -> list[str]:
     flags += ["--seed", str(args.seed), "--recycle_seed", str(args.seed)]
     flags += ["--save_total_limit", "1", "--report_to", "none"]
     flags += ["--per_device_train_batch_size", str(args.batch), "--max_completion_length", str(args.completion)]
-    if name == "grpo":  # recycle_ratio is 1: as many rollouts again, of more questions
-        flags += ["--recycle_ratio", "0", "--gradient_accumulation_steps", "4"]
+    flags += ["--gradient_accumulation_steps", "5" if name == "grpo" else "4"]  # for SPARK's quarter of recycled prompts
+    flags += ["--recycle_ratio", "0" if name == "grpo" else "0.25"]
     if not torch.cuda.is_available():
         flags += ["--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
     return flags
@@ -198,7 +198,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--batch", type=int, default=64, help="rows of a micro-step")
+    parser.add_argument("--batch", type=int, default=32, help="rows of a micro-step")
     parser.add_argument("--completion", type=int, default=128, help="tokens of a completion, at most")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu_smollm2"))
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} beside the others, with the seed")

@@ -9,6 +9,7 @@ from PIL import Image as PILImage
 
 from data.digits import digit_rows
 from prompts import PROMPT_SUFFIX
+from recycle import RecycleConfig
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 IMAGE_KINDS = ("sum", "difference", "largest", "smallest")
@@ -68,6 +69,8 @@ def config(cls, tmp_path, **changes):
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+    if issubclass(cls, RecycleConfig):
+        settings["recycle_ratio"] = 1.0  # enough items in a small batch
     return cls(**(settings | changes))
 
 

@@ -196,6 +196,7 @@ def test_sharded_it_is_one_process_with_twice_the_batch(how, kind, alone, tmp_pa
 
 
 SMALL = "--config recipes/demo.yaml --num_generations 4 --max_completion_length 16 --save_strategy no".split()
+SMALL += ["--recycle_ratio", "1.5"]
 
 
 def test_the_demos_own_data_trains_on_two_processes(tmp_path):

@@ -46,6 +46,12 @@ outcome = st.sampled_from([("1", True), ("2", False), ("3", False), ("4", False)
 groups_of = st.lists(st.lists(outcome, min_size=1, max_size=8), max_size=12).map(
     lambda drawn: [group(i, outcomes) for i, outcomes in enumerate(drawn)]
 )
+
+
+def options(**changes):
+    return RecycleConfig(**({"recycle_ratio": 1.0} | changes))
+
+
 configs = st.builds(
     RecycleConfig,
     recycle_ratio=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
@@ -145,7 +151,7 @@ RIGHT, WRONG, MIXED = [("1", True)] * 4, [("2", False)] * 4, [("1", True), ("2",
 def tasks_of(outcomes, **settings):
     """Tasks and correctness of the responses, of four groups with these outcomes."""
     groups = [group(f"{i}", o) for i, o in enumerate(outcomes)]
-    items, _ = recycle(groups, 0, RecycleConfig(recycle_ratio=4.0, **settings), TEXT_ONLY)
+    items, _ = recycle(groups, 0, options(recycle_ratio=4.0, **settings), TEXT_ONLY)
     return Counter((item.task, *sorted(r.correct for r in item.responses)) for item in items)
 
 
@@ -182,7 +188,7 @@ def test_the_question_says_nothing_about_the_label(a, b):
         difficulty = {f"{step}/{i}": rng.betavariate(a, b) for i in range(64)}
         groups = [group(key, [("1", rng.random() < p) for _ in range(8)]) for key, p in difficulty.items()]
         for matched in (True, False):
-            config = RecycleConfig(recycle_matched=matched)
+            config = options(recycle_matched=matched)
             items, _ = recycle(groups, step, config, Limits(equal=lambda pairs: [False] * len(pairs)))
             n[matched] += len(items)
             points[matched] += [
@@ -206,7 +212,7 @@ def test_the_question_says_nothing_about_the_label(a, b):
 def test_question_only_is_the_best_rule_on_the_pass_rate():
     def items_of(outcomes, **settings):
         groups = [group(i, o) for i, o in enumerate(outcomes)]
-        return recycle(groups, 0, RecycleConfig(recycle_ratio=4.0, **settings), TEXT_ONLY)[0]
+        return recycle(groups, 0, options(recycle_ratio=4.0, **settings), TEXT_ONLY)[0]
 
     unmatched = {"recycle_matched": False, "recycle_tasks": ["pointwise"]}
     assert question_only(items_of([RIGHT, WRONG], **unmatched)) == 1.0
@@ -217,7 +223,7 @@ def test_question_only_is_the_best_rule_on_the_pass_rate():
 
 def test_a_share_of_reflections_may_show_a_right_rollout_without_calling_it_wrong():
     groups = [group(i, MIXED) for i in range(200)]
-    config = RecycleConfig(recycle_tasks=["reflection"], recycle_ratio=1.0, recycle_right_reflections=0.25)
+    config = options(recycle_tasks=["reflection"], recycle_ratio=1.0, recycle_right_reflections=0.25)
     items, _ = recycle(groups, 0, config, TEXT_ONLY)
     right = [item for item in items if item.responses[0].correct]
     assert len(right) / len(items) == pytest.approx(0.25, abs=0.08)
@@ -227,7 +233,7 @@ def test_a_share_of_reflections_may_show_a_right_rollout_without_calling_it_wron
 
 
 def test_adaptive_recycling_grows_with_the_groups_that_teach_nothing():
-    config = RecycleConfig(recycle_adaptive=True, recycle_ratio=1.5)
+    config = options(recycle_adaptive=True, recycle_ratio=1.5)
     for pure, items_at_most in ((0, 0), (2, 3), (4, 6), (8, 12)):
         groups = [group(i, (RIGHT, WRONG, MIXED)[i % 2 if i < pure else 2]) for i in range(16)]
         items, _ = recycle(groups, 0, config, TEXT_ONLY)
@@ -237,40 +243,40 @@ def test_adaptive_recycling_grows_with_the_groups_that_teach_nothing():
 @pytest.mark.parametrize("multiple_of", [1, 2])
 def test_a_fraction_of_an_item_comes_in_as_many_steps(multiple_of):
     groups = [group(i, MIXED) for i in range(3)]
-    config = RecycleConfig(recycle_ratio=0.25)  # 0.75 items a step
+    config = options(recycle_ratio=0.25)  # 0.75 items a step
     limits = replace(TEXT_ONLY, multiple_of=multiple_of)
     n = [len(recycle(groups, step, config, limits)[0]) for step in range(2000)]
     assert set(n) == {0, multiple_of}
     assert sum(n) / 2000 == pytest.approx(0.75, abs=0.05)
-    whole = RecycleConfig(recycle_ratio=2 / 3)
+    whole = options(recycle_ratio=2 / 3)
     assert {len(recycle(groups, step, whole, TEXT_ONLY)[0]) for step in range(50)} == {2}
 
 
 def test_a_limit_of_items_takes_the_place_of_the_ratio():
     groups = [group(i, MIXED) for i in range(4)]
-    points = RecycleConfig(recycle_ratio=0.25, recycle_tasks=["pointwise", "reflection"])
+    points = options(recycle_ratio=0.25, recycle_tasks=["pointwise", "reflection"])
     items, _ = recycle(groups, 0, points, replace(TEXT_ONLY, at_most=12))
     assert Counter(item.task for item in items) == {"pointwise": 8, "reflection": 4}
 
 
 def test_an_odd_capacity_is_not_exceeded_by_items_that_come_in_twos():
     groups = [group(i, RIGHT) for i in range(4)] + [group(i, MIXED) for i in range(4, 6)]
-    items, _ = recycle(groups, 0, RecycleConfig(recycle_ratio=0.5, recycle_tasks=["pointwise"]), TEXT_ONLY)
+    items, _ = recycle(groups, 0, options(recycle_ratio=0.5, recycle_tasks=["pointwise"]), TEXT_ONLY)
     assert len(items) == 2
 
 
 def test_judge_and_reflection_share_the_places_and_fill_what_the_other_leaves():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(16)]
-    items, _ = recycle(mixed, 0, RecycleConfig(), TEXT_ONLY)
+    items, _ = recycle(mixed, 0, options(), TEXT_ONLY)
     assert Counter(i.task == "reflection" for i in items) == {True: 8, False: 8}
     solved = [group(i, [("1", True)] * 8) for i in range(8)] + mixed[8:]
-    items, _ = recycle(solved, 0, RecycleConfig(recycle_tasks=["pointwise", "pairwise"]), TEXT_ONLY)
+    items, _ = recycle(solved, 0, options(recycle_tasks=["pointwise", "pairwise"]), TEXT_ONLY)
     assert {i.task for i in items} == {"pointwise", "pairwise"}
 
 
 def test_pairwise_share_follows_its_probability():
     mixed = [group(i, [("1", True), ("2", False)] * 4) for i in range(40)]
-    config = RecycleConfig(recycle_tasks=["pointwise", "pairwise"])
+    config = options(recycle_tasks=["pointwise", "pairwise"])
     questions = Counter()
     for step in range(20):
         items, _ = recycle(mixed, step, config, TEXT_ONLY)
@@ -280,7 +286,7 @@ def test_pairwise_share_follows_its_probability():
 
 def test_without_balance_labels_follow_the_policy():
     right = [group(f"r{i}", [("1", True)] * 4) for i in range(8)]
-    config = RecycleConfig(recycle_tasks=["pointwise"], recycle_balance=False)
+    config = options(recycle_tasks=["pointwise"], recycle_balance=False)
     items, _ = recycle(right, 0, config, TEXT_ONLY)
     assert len(items) == 8
     assert all(i.responses[0].correct for i in items)
@@ -290,7 +296,7 @@ def test_without_balance_labels_follow_the_policy():
 def test_equal_answers_are_not_right_and_wrong(task):
     unknown = Limits(equal=lambda pairs: [None] * len(pairs))  # the verifier could not tell
     mixed = [group(i, [("1/2", True), ("0.5", False)]) for i in range(4)]
-    config = RecycleConfig(recycle_tasks=[task])
+    config = options(recycle_tasks=[task])
     items, counts = recycle(mixed, 0, config, unknown)
     assert items == ()
     assert counts.skipped == {"equal_pair": 4}
@@ -302,7 +308,7 @@ def test_a_prompt_that_does_not_fit_is_left_out_with_its_counterpart():
     long = [("1", True), ("2" * 50, False)]
     limits = replace(TEXT_ONLY, fits=lambda prompts: [len(text) < 40 for _, text in prompts])
     for task in TASKS:
-        config = RecycleConfig(recycle_tasks=[task], recycle_source="answer", recycle_ratio=4.0)
+        config = options(recycle_tasks=[task], recycle_source="answer", recycle_ratio=4.0)
         items, counts = recycle([group(0, long), group(1, MIXED)], 0, config, limits)
         assert {item.group.key for item in items} == {"1"}
         assert counts.skipped == {"overlong": 1}
@@ -310,7 +316,7 @@ def test_a_prompt_that_does_not_fit_is_left_out_with_its_counterpart():
 
 def test_the_same_question_twice_is_one_question():
     twice = [group("same", [("1", True), ("2", False)], seed=s) for s in (0, 1)]
-    items, counts = recycle(twice, 0, RecycleConfig(recycle_ratio=4.0), TEXT_ONLY)
+    items, counts = recycle(twice, 0, options(recycle_ratio=4.0), TEXT_ONLY)
     assert len({i.group.key for i in items}) == 1
     assert counts.skipped["duplicate"] == 1
 
@@ -332,7 +338,7 @@ def test_a_rollout_cannot_leave_its_quote(attack, source):
     rollouts = (Rollout(attack, attack, False), Rollout("fine \\boxed{1}", "1", True))
     victim = Group("q", [{"role": "user", "content": "Q?"}], rollouts)
     for step in range(12):
-        config = RecycleConfig(recycle_source=source, recycle_ratio=3.0)
+        config = options(recycle_source=source, recycle_ratio=3.0)
         items, _ = recycle([victim], step, config, replace(TEXT_ONLY, control_tokens=CONTROL))
         assert items
         for item in items:
@@ -428,7 +434,7 @@ def test_prompts_are_word_for_word_what_trained_judges_have_seen():
     ]
     texts = {}
     for task in ("pointwise", "pairwise"):
-        config = RecycleConfig(recycle_source="cot", recycle_tasks=[task, "reflection"], recycle_ratio=4.0)
+        config = options(recycle_source="cot", recycle_tasks=[task, "reflection"], recycle_ratio=4.0)
         for item in recycle([Group("q", prompt, rollouts)], 0, config, TEXT_ONLY)[0]:
             assert item.prompt[0] == prompt[0]
             assert item.prompt[1]["content"][0] == {"type": "image"}
@@ -466,4 +472,4 @@ def test_an_instruction_replaces_the_suffix_of_the_last_question_and_nothing_els
 )
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
-        recycle([], 0, replace(RecycleConfig(), **{field: value}))
+        recycle([], 0, replace(options(), **{field: value}))

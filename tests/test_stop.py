@@ -23,6 +23,7 @@ from training.checkpoint import batches_in, last_checkpoint, load_batches
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
 SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"
+SMALL += " --recycle_ratio 1.5"
 
 
 def command(data: Path, folder: Path) -> list[str]:
