@@ -241,7 +241,7 @@ def recycle(
 
 
 def _capacity(groups, step: int, config, multiple_of: int) -> int:
-    """Items of this step, at most. What is left of a multiple is drawn, so that small steps recycle as well."""
+    """Items of this step, at most. A fraction of `multiple_of` is drawn, so that small steps recycle as well."""
     counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
     multiples = config.recycle_ratio * len(counted) / multiple_of
     return multiple_of * int(multiples + random.Random(f"{config.recycle_seed}/{step}/capacity").random() + 1e-9)
