@@ -225,14 +225,14 @@ def recycle(
     """
     config.check_recycling()
     limits = limits or Limits()
-    rng = random.Random(f"{config.recycle_seed}/{step}")
+    rng, rounding = (random.Random(f"{config.recycle_seed}/{step}{use}") for use in ("", "/rounding"))
     skipped: Counter[str] = Counter()
 
     candidates = _candidates(groups, config, limits.control_tokens, rng, skipped)
     candidates = _drop_equal_answers(candidates, limits.equal, skipped)
     candidates = _drop_overlong(candidates, limits.fits, skipped)
-    capacity = _capacity(groups, step, config, limits.multiple_of) if limits.at_most is None else limits.at_most
-    quotas = _quotas(candidates, capacity, limits.multiple_of, config)
+    capacity = _capacity(groups, config, limits.multiple_of, rounding) if limits.at_most is None else limits.at_most
+    quotas = _quotas(candidates, capacity, limits.multiple_of, config, rounding)
     selected = _select(candidates, quotas, config, rng)
 
     used = len({(task, group.key) for task, group, _ in selected})
@@ -240,11 +240,15 @@ def recycle(
     return _write_items(selected, config.prompt_suffix, rng), counts
 
 
-def _capacity(groups, step: int, config, multiple_of: int) -> int:
-    """Items of this step, at most. A fraction of `multiple_of` is drawn, so that small steps recycle as well."""
+def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
+    """Items of this step, at most; rounded at random, so that small steps recycle as well."""
     counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
-    multiples = config.recycle_ratio * len(counted) / multiple_of
-    return multiple_of * int(multiples + random.Random(f"{config.recycle_seed}/{step}/capacity").random() + 1e-9)
+    return _rounded(config.recycle_ratio * len(counted), multiple_of, rounding)
+
+
+def _rounded(number: float, multiple_of: int, rounding: random.Random) -> int:
+    """The multiple below or above, at random, so that the mean is `number`."""
+    return multiple_of * int(number / multiple_of + rounding.random() + 1e-9)
 
 
 def _candidates(groups, config, control_tokens, rng, skipped) -> list[Candidate]:
@@ -336,7 +340,7 @@ def _drop_overlong(candidates, fits, skipped) -> list[Candidate]:
     return [c for i, c in enumerate(candidates) if i not in dropped]
 
 
-def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig) -> dict[Task, int]:
+def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig, rounding) -> dict[Task, int]:
     """How many items of each task: half judge and half reflection; either takes places that the other can't fill."""
     n = Counter(c.task for c in candidates)
     has = Counter((bool(c.right), bool(c.wrong)) for c in candidates if c.task == "pointwise")
@@ -349,10 +353,11 @@ def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig) 
     elif config.recycle_balance:
         share = usable = min(n["pointwise"], balanced)
 
-    judge = min(share + n["pairwise"], capacity - min(n["reflection"], capacity // 2))
-    wanted = unit * round(judge * share / max(share + n["pairwise"], 1) / unit)
-    pairwise = min(n["pairwise"], max(judge - min(wanted, usable), 0))  # wanted may be rounded up beyond judge
-    pointwise = min(usable, (judge - pairwise) // unit * unit)
+    judge = min(share + n["pairwise"], capacity - min(n["reflection"], _rounded(capacity / 2, 1, rounding)))
+    wanted = _rounded(judge * share / max(share + n["pairwise"], 1), unit, rounding)  # also beyond judge: to the mean
+    wanted = min(wanted, usable, capacity // unit * unit)
+    pairwise = min(n["pairwise"], max(judge - wanted, 0))
+    pointwise = min(usable, max(wanted, (judge - pairwise) // unit * unit))
     reflection = min(n["reflection"], capacity - pointwise - pairwise)
     quotas: dict[Task, int] = {"pointwise": pointwise, "pairwise": pairwise, "reflection": reflection}
     while sum(quotas.values()) % multiple_of:

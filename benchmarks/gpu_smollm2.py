@@ -127,8 +127,9 @@ def settings(name: str, args) -> list[str]:
     flags += ["--seed", str(args.seed), "--recycle_seed", str(args.seed)]
     flags += ["--save_total_limit", "1", "--report_to", "none"]
     flags += ["--per_device_train_batch_size", str(args.batch), "--max_completion_length", str(args.completion)]
-    flags += ["--gradient_accumulation_steps", "5" if name == "grpo" else "4"]  # for SPARK's quarter of recycled prompts
-    flags += ["--recycle_ratio", "0" if name == "grpo" else "0.25"]
+    # GRPO's questions are a quarter more, for as many rollouts.
+    ratio, accumulation = ("0", "5") if name == "grpo" else ("0.25", "4")
+    flags += ["--recycle_ratio", ratio, "--gradient_accumulation_steps", accumulation]
     if not torch.cuda.is_available():
         flags += ["--use_cpu", "true", "--bf16", "false", "--use_vllm", "false"]
     return flags

@@ -249,7 +249,7 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
     assert lines["optimizer"] == ["11.6"]
     assert lines["refused"] == ["nothing"]
-    # 64 rows of 1,337 visual tokens of 4 patches of 1,176 float32 values; kept of 8 questions, of 2 more, and of a pass.
+    # 64 rows of 1,337 visual tokens of 4 patches of 1,176 float32 values; kept of 8 questions, 2 more and a pass.
     assert lines["pixels"] == ["1.5"]
     assert lines["kept pixels"] == ["0.3"]
     assert "fits on a GPU of 80 GiB" in printed

@@ -252,6 +252,22 @@ def test_a_fraction_of_an_item_comes_in_as_many_steps(multiple_of):
     assert {len(recycle(groups, step, whole, TEXT_ONLY)[0]) for step in range(50)} == {2}
 
 
+@pytest.mark.parametrize("capacity", [1, 2, 4, 8])
+def test_a_small_step_has_every_task_in_its_turn(capacity):
+    groups = [group(i, MIXED) for i in range(4 * capacity)]
+    drawn = Counter()
+    for step in range(600):
+        items, _ = recycle(groups, step, RecycleConfig(recycle_pairwise_prob=0.5), TEXT_ONLY)
+        assert len(items) == capacity
+        drawn.update(item.task for item in items)
+    share = {task: n / drawn.total() for task, n in drawn.items()}
+    assert share["reflection"] > 0.3
+    if capacity == 1:  # pointwise items come in twos
+        assert share.keys() == {"pairwise", "reflection"}
+    else:  # a question that is asked pointwise gives two items, one that is asked pairwise one
+        assert 0.2 < share["pointwise"] < 0.45 and share["pairwise"] > 0.1
+
+
 def test_a_limit_of_items_takes_the_place_of_the_ratio():
     groups = [group(i, MIXED) for i in range(4)]
     points = options(recycle_ratio=0.25, recycle_tasks=["pointwise", "reflection"])
