@@ -716,6 +716,7 @@ def main() -> int:
         parser.add_fields(fields)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
+    parser.add_argument("--check", action="store_true", help="read the benchmarks and stop: no model is loaded")
     parser.set_defaults(dataset_split="test")
     args = parser.parse_args()
     settings, engine, data = (parser.values(args, fields) for fields in (Settings, EngineSettings, DataSettings))
@@ -740,6 +741,9 @@ def main() -> int:
             wanted += range(len(rows), len(rows) + len(of_source[: args.limit]))
             rows += of_source
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
+        if args.check:
+            print(f"{len(wanted)} rows")
+            return 0
         running = make_engine(settings, engine)
         try:
             results = run_to_file(rows, running, settings, args.output, wanted)

@@ -27,11 +27,22 @@ EVAL=${EVAL:---temperature 0 --max_tokens 2048 --repetition_penalty 1.05}
 PYTHON=${PYTHON:-python}
 VLLM=${VLLM:-vllm serve}
 root=$(cd "$(dirname "$0")/.." && pwd)
+benchmarks=("$@")
+
+evaluate() {  # MODE [FLAG ...]
+    # shellcheck disable=SC2086  # EVAL is a list of flags
+    "$PYTHON" "$root/evaluate.py" --model "$MODEL" --engine server --server "http://127.0.0.1:$PORT" \
+        --mode "$1" --benchmark "${benchmarks[@]}" --output "$OUTPUT/$1.json" $EVAL "${@:2}"
+}
+
+for mode in $MODES; do  # a bad file is refused now, and not when the server is up
+    evaluate "$mode" --check >/dev/null
+done
 mkdir -p "$OUTPUT"
 
 # A process group of its own, so that the server goes with all its workers, also on Ctrl-C.
 set -m
-# shellcheck disable=SC2086  # SERVE and EVAL are lists of flags
+# shellcheck disable=SC2086  # SERVE is a list of flags
 $VLLM "$MODEL" --port "$PORT" $SERVE >"$OUTPUT/server.log" 2>&1 &
 server=$!
 set +m
@@ -65,8 +76,7 @@ done
 
 status=0
 for mode in $MODES; do
-    "$PYTHON" "$root/evaluate.py" --model "$MODEL" --engine server --server "http://127.0.0.1:$PORT" \
-        --mode "$mode" --benchmark "$@" --output "$OUTPUT/$mode.json" $EVAL || status=$?
+    evaluate "$mode" || status=$?
     [ "$status" -le 1 ] || exit "$status"
     "$PYTHON" "$root/calculate_acc.py" --result_path "$OUTPUT/$mode.json"
 done

@@ -638,6 +638,19 @@ def is_open(port):
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.parametrize("text", [None, "", "no benchmark", '[{"problem": "1+1?"}]'])
+def test_the_recipe_refuses_a_bad_file_before_it_serves(text, tmp_path):
+    how, _ = recipe(tmp_path, 1)
+    bench = tmp_path / "bench.json"
+    bench.unlink() if text is None else bench.write_text(text)
+    how["env"]["VLLM"] = f"touch {tmp_path}/served"
+    done = subprocess.run(**how, check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert str(bench) in line
+    assert not (tmp_path / "served").exists() and not (tmp_path / "out").exists()
+
+
 def test_the_recipe_serves_evaluates_and_stops(tmp_path):
     pytest.importorskip("vllm")
     how, port = recipe(tmp_path, 4)
