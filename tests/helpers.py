@@ -2,6 +2,10 @@
 
 import io
 import json
+import multiprocessing
+import os
+import resource
+import sys
 from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
@@ -10,6 +14,10 @@ from PIL import Image as PILImage
 from data.digits import digit_rows
 from prompts import PROMPT_SUFFIX
 from recycle import RecycleConfig
+
+# Of processes that are forked from one that has imported everything, which takes longer than most runs of the tests.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_spark"])
 
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 IMAGE_KINDS = ("sum", "difference", "largest", "smallest")
@@ -95,3 +103,39 @@ def save_text_model(model, tokenizer, folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["processor_class"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+class ForkedTraining:
+    """train_spark.py with these arguments in a process of its own, with what a test needs of subprocess.Popen.
+
+    file_limit: bytes that a file can have.
+    """
+
+    def __init__(self, arguments: list[str], errors: Path, file_limit: int | None = None):
+        self._errors = errors
+        self._process = FORKS.Process(target=_train, args=(arguments, errors, file_limit))
+        self._process.start()
+        self.kill = self._process.kill
+
+    @property
+    def stderr(self) -> io.StringIO:
+        return io.StringIO(self._errors.read_text(encoding="utf-8"))
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int:
+        self._process.join()
+        return self._process.exitcode
+
+
+def _train(arguments: list[str], errors: Path, file_limit: int | None) -> None:
+    with open(errors, "w", encoding="utf-8") as file, open(os.devnull, "w") as nowhere:
+        os.dup2(file.fileno(), 2)
+        os.dup2(nowhere.fileno(), 1)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    import train_spark
+
+    sys.argv = ["train_spark.py", *arguments]
+    train_spark.main()

@@ -6,7 +6,6 @@ rest is the trainer's own. In float64, so that what is left of a difference is t
 
 import functools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,13 +17,10 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
+from helpers import FORKS
 from safetensors.torch import load_file
 
 ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
-
-# The 16 processes of these runs are forked from one that has imported everything, which takes longer than a run.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_spark"])
 
 
 def launch(folder: Path, kind: str, dtype: str, world: int, how: str = "ddp") -> dict:
