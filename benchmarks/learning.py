@@ -200,6 +200,7 @@ SHOWN = (
     "first answer",
     "one of 8",
     "judge, own answers",
+    "greedy judge, own answers",
     "judge, independent answers",
     "pairwise, both orders",
     "Brier score of verdicts",
@@ -210,6 +211,7 @@ SHOWN = (
     "vote of 8",
     "vote of 4 weighed by verdicts",
     "vote of 4 weighed by their probability",
+    "vote of 4 weighed by greedy verdicts",
     "best of 4 by pairs",
     "tokens: first answer",
 )
@@ -237,6 +239,7 @@ def written(cell: dict, of: str) -> str:
 
 WAYS = {  # to a final answer, of `measures`, and their marks in the figure
     "vote of 4 weighed by verdicts": "s",
+    "vote of 4 weighed by greedy verdicts": "P",
     "vote of 4 weighed by their probability": "D",
     "best of 4 by pairs": "^",
     "final answer, reflecting on a No": "v",

@@ -100,7 +100,12 @@ class Model:
         return [output.text for output in self.outputs(role, rows, instructions)]
 
     def outputs(
-        self, role: str, rows: list[Row], instructions: list[str] | None = None, logprobs: bool = False
+        self,
+        role: str,
+        rows: list[Row],
+        instructions: list[str] | None = None,
+        logprobs: bool = False,
+        sampling: Sampling | None = None,
     ) -> list[Output]:
         requests = []
         for i, row in enumerate(rows):
@@ -108,10 +113,11 @@ class Model:
             images = (row["image_path"],) if row.get("image_path") is not None else ()
             messages = ask(messages, instructions[i]) if instructions else messages
             requests.append(Request(messages, images, with_logprobs=logprobs))
-        outputs = complete(self.engine, requests, self.sampling)
+        sampling = sampling or self.sampling
+        outputs = complete(self.engine, requests, sampling)
         self.tokens[role] = self.tokens.get(role, 0) + sum(output.completion_tokens for output in outputs)
         for i in random.Random(role).sample(range(len(rows)), min(self.show, len(rows))):
-            print(f"--- {role}, temperature {self.sampling.temperature:g}\n{requests[i].messages[-1]['content']}")
+            print(f"--- {role}, temperature {sampling.temperature:g}\n{requests[i].messages[-1]['content']}")
             print(f">>> {outputs[i].text}")
         return outputs
 
@@ -122,7 +128,9 @@ class Model:
             return neutralise(boxed), "answer"
         return neutralise(text.strip()), "cot"
 
-    def judge(self, role: str, rows: list[Row], responses: list[str]) -> list[tuple[bool | None, float | None]]:
+    def judge(
+        self, role: str, rows: list[Row], responses: list[str], sampling: Sampling | None = None
+    ) -> list[tuple[bool | None, float | None]]:
         """Whether each response is called correct, by Yes, No or a letter, and the verdict's probability; None for no
         readable verdict."""
         instructions, verdicts_of = [], []
@@ -132,7 +140,8 @@ class Model:
             instructions.append(pointwise_instruction(self.quoted(response)[0], template, letter))
             verdicts_of.append({None: ("Yes", "No"), "A": ("A", "B"), "B": ("B", "A")}[letter])
         judged = []
-        for output, (yes, no) in zip(self.outputs(role, rows, instructions, logprobs=True), verdicts_of, strict=True):
+        outputs = self.outputs(role, rows, instructions, logprobs=True, sampling=sampling)
+        for output, (yes, no) in zip(outputs, verdicts_of, strict=True):
             said = verify.parse_verdict(output.text)
             probability = verdict_probability(output, said) if said in (yes, no) else None
             judged.append(({yes: True, no: False}.get(said), probability))
@@ -179,6 +188,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
     right = [outcome for group in outcomes for outcome in group]
     judgements = model.judge("pointwise, own answer", rows, texts)
     judged = [verdict for verdict, _ in judgements]
+    greedily = model.judge("pointwise, greedy", rows, texts, Sampling(task.max_tokens))
     reflected = task.right(model.reflect("reflection", rows, texts), [row["answer"] for row in rows])
     final = [new if verdict is False else old for old, new, verdict in zip(right, reflected, judged, strict=True)]
     verdicts = [v for v, _ in model.judge("pointwise, independent answer", points, [row["response"] for row in points])]
@@ -197,6 +207,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
         return [[outcome[most_votes(task, group, weight)]] for outcome, group, weight in groups]
 
     by_verdict = weighed([{True: 1.0, False: 0.0, None: 0.5}[verdict] for verdict in judged])
+    by_greedy = weighed([{True: 1.0, False: 0.0, None: 0.5}[verdict] for verdict, _ in greedily])
     # Of "correct", as the judge's sampled reasoning leaves it.
     chances = [0.5 if p is None else p if verdict else 1 - p for verdict, p in judgements]
     by_probability = weighed(chances)
@@ -204,15 +215,20 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
     by_pairs = [[outcome[winner]] for outcome, winner in zip(outcomes, winners, strict=True)]
 
     own = list(zip(right, reflected, judged, strict=True))
+
+    def balanced_accuracy(verdicts: list[bool | None]) -> Row:
+        groups = grouped(list(zip(right, verdicts, strict=True)))
+        sides = ([[v is side for was, v in group if was is side] for group in groups] for side in (True, False))
+        return balanced(*sides)
+
     probable = Counter()
     for was, (verdict, probability) in zip(right, judgements, strict=True):
         count_probability(probable, probability, verdict is was)
     calibrated = calibration(probable) if probable["with_probability"] else {"brier": None, "calibration_error": None}
     measures = {
         "first answer": mean(all_right),
-        "judge, own answers": balanced(
-            *([[v is side for was, _, v in group if was is side] for group in grouped(own)] for side in (True, False))
-        ),
+        "judge, own answers": balanced_accuracy(judged),
+        "greedy judge, own answers": balanced_accuracy([verdict for verdict, _ in greedily]),
         "judge, independent answers": balanced(point_hits[::2], point_hits[1::2]),
         "pairwise, both orders": mean([[a == 0, b == 1] for a, b in zip(first, second, strict=True)]),
         "pairwise, A chosen": mean([[a == 0, b == 0] for a, b in zip(first, second, strict=True)]),
@@ -240,6 +256,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
             f"vote of {drawn}": mean(voted(drawn)),
             f"vote of {samples} weighed by verdicts": mean(by_verdict),
             f"vote of {samples} weighed by their probability": mean(by_probability),
+            f"vote of {samples} weighed by greedy verdicts": mean(by_greedy),
             f"best of {samples} by pairs": mean(by_pairs),
         }
         price |= {
@@ -247,6 +264,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
             f"vote of {drawn}": drawn * answer,
             f"vote of {samples} weighed by verdicts": samples * (answer + verdict),
             f"vote of {samples} weighed by their probability": samples * (answer + verdict),
+            f"vote of {samples} weighed by greedy verdicts": samples * answer + tokens["pointwise, greedy"],
             f"best of {samples} by pairs": samples * answer + tokens.get("pairwise, own answers", 0),
         }
     return {
@@ -258,6 +276,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
         "rows": {
             "right": all_right,
             "judged": grouped(judged),
+            "judged_greedily": grouped([verdict for verdict, _ in greedily]),
             "chances": grouped([round(chance, 4) for chance in chances]),
             "reflected": grouped(reflected),
             "points": verdicts,
@@ -265,6 +284,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
             "vote": voted(samples),
             "by_verdict": by_verdict,
             "by_probability": by_probability,
+            "by_greedy": by_greedy,
             "by_pairs": by_pairs,
         },
     }
