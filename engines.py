@@ -34,6 +34,7 @@ class Request(NamedTuple):
     images: tuple[Any, ...] = ()  # references, paths or PIL images
     seed: int | None = None  # of this request's sampling, where the engine can
     with_logprobs: bool = False  # of each token of the completion
+    temperature: float | None = None  # of this request alone
 
 
 class Output(NamedTuple):
@@ -114,9 +115,11 @@ class BatchEngine:
         def length(ticket: int) -> int:
             return sum(len(str(m["content"])) for m in self._waiting[ticket][0].messages)
 
-        tickets = heapq.nlargest(self.batch_size, self._waiting, key=length)
-        held = [self._waiting.pop(ticket) for ticket in tickets]
-        return list(zip(tickets, self.batch([request for request, _ in held], held[0][1]), strict=True))
+        sampling = self._waiting[max(self._waiting, key=length)][1]
+        alike = [ticket for ticket, (_, of_ticket) in self._waiting.items() if of_ticket == sampling]
+        tickets = heapq.nlargest(self.batch_size, alike, key=length)
+        requests = [self._waiting.pop(ticket)[0] for ticket in tickets]
+        return list(zip(tickets, self.batch(requests, sampling), strict=True))
 
     def batch(self, requests: list[Request], sampling: Sampling) -> list[Output]:
         """The completions of at most `batch_size` requests, in their order."""

@@ -74,6 +74,7 @@ class Settings:
     engine: str = flag("auto", choices=("auto", "vllm", "transformers", "server"))
     max_tokens: int = flag(2048, least=1)
     temperature: float = flag(0.0, least=0)
+    judge_temperature: float | None = flag(None, "of verdicts (default: --temperature)", least=0)
     repetition_penalty: float = flag(1.0, least=0.01)
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
     max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
@@ -163,12 +164,17 @@ class Calls:
         self.row, self.settings = row, settings
         self.prompt_tokens = self.completion_tokens = 0
 
-    def request(self, instruction: str | None = None, with_logprobs: bool = False) -> Request:
+    def request(self, instruction: str | None = None) -> Request:
         """The row's question, or one about it."""
         messages = self.row["prompt"]
         if instruction is not None:
             messages = ask(messages, instruction, self.settings.prompt_suffix)
-        return Request(messages, tuple(self.row["images"]), with_logprobs=with_logprobs)
+        return Request(messages, tuple(self.row["images"]))
+
+    def judging(self, instruction: str, with_logprobs: bool = True) -> Request:
+        """A question whose answer is a verdict."""
+        temperature = self.settings.judge_temperature
+        return self.request(instruction)._replace(with_logprobs=with_logprobs, temperature=temperature)
 
     def read(self, outputs: list[Output]) -> list[str]:
         """The texts of the outputs. Raises RequestFailed."""
@@ -284,7 +290,7 @@ def _reflect(calls: Calls, text: str):
     start, rounds, stops = calls.completion_tokens, [], []
     for left in range(calls.settings.max_rounds, 0, -1):
         candidate, form = calls.candidate(text)
-        (judged,) = calls.read((yield [calls.request(pointwise_instruction(candidate))]))
+        (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
         verdict = verify.parse_verdict(judged)
         rounds.append(_round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
@@ -354,7 +360,7 @@ class Samples(Calls):
         """The outputs for each pair of instructions."""
         if not pairs:
             return []
-        outputs = yield [self.request(text, with_logprobs=True) for pair in pairs for text in pair]
+        outputs = yield [self.judging(text) for pair in pairs for text in pair]
         self.read(outputs)
         return list(zip(outputs[::2], outputs[1::2], strict=True))
 
@@ -474,7 +480,7 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         sides = [[calls.candidate(text)[0] for text in side] for side in (chosen, row["rejected"])]
         pairs = list(itertools.product(*sides))
         instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
-    requests = [calls.request(text, with_logprobs=True) for text in instructions]
+    requests = [calls.judging(text) for text in instructions]
     outputs = yield [request for request in requests for _ in range(k)]
     texts = calls.read(outputs)
     judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
@@ -529,7 +535,7 @@ class _Running:
 def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator[list[tuple[int, Row]]]:
     """Yield [(index, result), ...] as rows finish, for (index, row) pairs. As many rows are under way as keep the
     engine busy; a row's next calls go out as soon as its last ones are back."""
-    waiting, sampling = iter(rows), settings.sampling
+    waiting = iter(rows)
     tickets = itertools.count()
     out: dict[int, tuple[_Running, int]] = {}  # ticket -> (row, place of the call among those it waits for)
 
@@ -543,6 +549,9 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
         assert requests, "a row that waits for nothing would never finish"
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
+            sampling = settings.sampling
+            if request.temperature is not None:
+                sampling = replace(sampling, temperature=request.temperature)
             if sampling.temperature > 0:
                 request = request._replace(seed=_seed(settings.seed, running.index, running.calls))
             ticket = next(tickets)
@@ -726,7 +735,8 @@ def main() -> int:
         settings = replace(settings, engine=choose_engine(settings.engine, engine.server))
         if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
             raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
-        if settings.judge_samples > 1 and settings.temperature == 0:
+        judging_at = settings.temperature if settings.judge_temperature is None else settings.judge_temperature
+        if settings.judge_samples > 1 and judging_at == 0:
             raise BadInput("--judge_samples: expected a --temperature above 0, or all verdicts are the same")
         if settings.engine != "server" and (Path(settings.model) / "adapter_config.json").is_file():
             raise BadInput(

@@ -742,6 +742,24 @@ def test_several_verdicts_on_a_question_are_one_majority(tmp_path, monkeypatch, 
     assert "--judge_samples: expected a --temperature above 0" in line
 
 
+def test_verdicts_have_a_temperature_of_their_own():
+    batches = []
+
+    class Warm(BatchEngine):
+        def batch(self, requests, sampling):
+            batches.append((sampling.temperature, [request.seed is not None for request in requests]))
+            judging = [request.temperature == 0 for request in requests]
+            assert len(set(judging)) == 1 and judging[0] == (sampling.temperature == 0)
+            return [Output("\\boxed{No}" if judging[0] else "\\boxed{4}", 1, 1) for _ in requests]
+
+    rows = [QUESTIONS[2] | {"problem": f"{i}+1?"} for i in range(7)]
+    how = settings("tts", temperature=0.7, judge_temperature=0.0, max_rounds=1)
+    results = evaluate.evaluate_records(rows, Warm(batch_size=3), how)
+    assert all([r["verdict"] for r in row["rounds"]] == ["No", None] for row in results)
+    assert {temperature for temperature, _ in batches} == {0.0, 0.7}
+    assert all(set(seeded) == {temperature > 0} for temperature, seeded in batches)
+
+
 def test_a_weighted_vote_weighs_by_probability():
     class Sure(BatchEngine):
         def batch(self, requests, sampling):
