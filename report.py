@@ -52,7 +52,8 @@ class Panel:
 PANELS = (
     Panel("Answering", "Rollouts the verifier calls right; questions with at least one right among G.", (
         ("policy/accuracy", "accuracy"), ("policy/pass_at_g", "pass@G"))),
-    Panel("Judging one answer", "Balanced, Yes to everything earns 0.5. By the question alone: without reading it.", (
+    Panel("Judging one answer", "Balanced, Yes to everything earns 0.5. By the question alone: without reading it. "
+        "Only questions answered both right and wrong are asked, harder ones as the policy learns.", (
         ("judge/pointwise/balanced_accuracy", "balanced accuracy"), ("judge/pointwise/accuracy", "accuracy"),
         ("judge/pointwise/question_only", "by the question alone")), 0.5),
     Panel("Judging a pair", "Which of two answers is right? One of them is.", (
