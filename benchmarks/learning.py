@@ -1,4 +1,5 @@
-"""What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, on two tasks, with seeds.
+"""What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, with seeds, on two tasks, one
+of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
     python -m benchmarks.learning --task digits --table [--figure FILE.png]
@@ -18,12 +19,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks import record
+from benchmarks import record, trusting
 from data.cli import Parser
 
 RUNS = Path("runs/learning")
+STARTS = {"digits": "models/digits", "countdown": "models/countdown", "trusting": str(trusting.START)}
+DATA = {"digits": "digits", "countdown": "countdown", "trusting": "countdown"}
 RECIPES = {"digits": "recipes/demo.yaml", "countdown": "recipes/countdown.yaml"}
-STARTS = {"digits": "models/digits", "countdown": "models/countdown"}
 STEPS = {"digits": 42, "countdown": 60}
 QUESTIONS = 250
 G = 8  # rollouts of a prompt
@@ -71,9 +73,9 @@ VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for 
 def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[list[str]]:
     """The calls of train_spark.py; the last one makes `folder`/model."""
     settings = {"seed": seed, "recycle_seed": seed, "log_completions": False, "save_total_limit": 1}
-    settings |= VARIANTS[variant]
+    settings |= {"model_name_or_path": STARTS[task], **VARIANTS[variant]}
     if "noise" in variant:
-        settings["reward_funcs"] = f"benchmarks/noisy.py:{task}_{variant.rpartition('_')[2]}"
+        settings["reward_funcs"] = f"benchmarks/noisy.py:{DATA[task]}_{variant.rpartition('_')[2]}"
     if variant == "apart":  # two optimizer steps for each generation
         steps *= 2
     if variant != "judge_first":
@@ -84,7 +86,7 @@ def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) ->
 
 
 def command_of(task: str, output: Path, settings: dict) -> list[str]:
-    command = [sys.executable, "train_spark.py", "--config", RECIPES[task], "--output_dir", str(output)]
+    command = [sys.executable, "train_spark.py", "--config", RECIPES[DATA[task]], "--output_dir", str(output)]
     for name, value in settings.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return [*command, "--resume_from_checkpoint", "latest"]
@@ -104,7 +106,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
 
         if variant != "start" and not (folder / "trained.json").exists():
             begun = time.perf_counter()
-            commands = commands_of(task, variant, seed, folder, args.steps or STEPS[task])
+            commands = commands_of(task, variant, seed, folder, args.steps or STEPS[DATA[task]])
             for command in commands:
                 call(command)
             phases = [log_history(Path(command[command.index("--output_dir") + 1])) for command in commands]
@@ -125,7 +127,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             (folder / "trained.json").write_text(json.dumps(trained), encoding="utf-8")
         outcome = folder / f"{args.split}.json"
         if not outcome.exists():
-            measured = ["--task", task, "--split", args.split, "--questions", str(args.questions)]
+            measured = ["--task", DATA[task], "--split", args.split, "--questions", str(args.questions)]
             call([sys.executable, "-m", "benchmarks.measures", model, *measured, "--output", str(outcome)])
     print(f"{task} {variant} seed {seed}: done", flush=True)
     trained = {} if variant == "start" else json.loads((folder / "trained.json").read_text(encoding="utf-8"))
@@ -277,7 +279,7 @@ def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) ->
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--task", choices=RECIPES, required=True)
+    parser.add_argument("--task", choices=STARTS, required=True)
     parser.add_argument("--variants", nargs="+", default=["grpo", "spark"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="dev", choices=("dev", "test"))
@@ -288,6 +290,8 @@ def main() -> None:
     parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")
     args = parser.parse_args()
     if not args.table:
+        if not Path(STARTS[args.task]).exists():
+            parser.error(f"{STARTS[args.task]}: is missing; python -m benchmarks.trusting makes it")
         jobs = [("start", 0), *((variant, seed) for seed in args.seeds for variant in args.variants)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: one_run(args.task, *job, args), jobs))

@@ -52,6 +52,7 @@ class Noise:
     slip: float = 0.0  # of those, whose last result is called the target
     forget: float = 0.5  # a reflection does not try the shown expression first
     flip: float = 0.2  # a verdict contradicts the comparison before it
+    trust: float = 0.0  # a verdict is given without a check: the answer is right, the first one of two is
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,6 +77,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     if form == "answer":
         right_text, wrong_text = right.expression, wrong.expression
     flipped = rng.random() < noise.flip
+    trusting = noise.trust > 0 and rng.random() < noise.trust
 
     if task == "reflection":
         instruction, shows_right = warm_start.reflection_example(right_text, wrong_text, form, rng)
@@ -86,6 +88,8 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
         instruction, shows_right, yes, no = warm_start.pointwise_example(right_text, wrong_text, rng)
         verdict = yes if shows_right != flipped else no
         answer = f"{check(right if shows_right else wrong, question)} \\boxed{{{verdict}}}"
+        if trusting:
+            answer = f"\\boxed{{{yes}}}"
     else:
         best = rng.randrange(2)
         texts, ways = (right_text, wrong_text), (right, wrong)
@@ -93,7 +97,7 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
             texts, ways = texts[::-1], ways[::-1]
         instruction = warm_start.pairwise_example(*texts, rng)
         work = " ".join(f"{name}: {check(way, question)}" for name, way in zip("AB", ways, strict=True))
-        answer = f"{work} \\boxed{{{'AB'[best != flipped]}}}"
+        answer = r"\boxed{A}" if trusting else f"{work} \\boxed{{{'AB'[best != flipped]}}}"
     return ask(prompt, instruction), [], answer
 
 
