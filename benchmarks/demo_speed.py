@@ -1,10 +1,15 @@
-"""The demo's training as it is and as it was at an earlier commit, in turns: seconds, rollouts, tokens, accuracy.
+"""The demo's training as it is, as it was at an earlier commit, and plain GRPO's, in turns: seconds, rollouts, tokens.
 
     python -m benchmarks.demo_speed [--before eb2d1ef] [--repeats 2] [--steps 42]
 
-The earlier commit runs from a git worktree, in the same environment. eb2d1ef is the last commit before rows without
-gradient were left out and images shared. Each run is what demo.py called then, 16 prompts a step and as
-many as 24 recycled. Writes benchmarks/results/demo_speed.json.
+    then      ratio 1.5 (16 prompts a step, as many as 24 recycled), as demo.py called it at the earlier commit, which
+              runs from a git worktree in the same environment. eb2d1ef is the last one before rows without gradient
+              were left out and images shared
+    now       the same, by today's code
+    recipe    recipes/demo.yaml as it is: ratio 0.25
+    grpo      40 prompts a step and nothing recycled: as many rollouts, trained on all of them
+
+Writes benchmarks/results/demo_speed.json.
 """
 
 import json
@@ -21,21 +26,44 @@ from data.cli import Parser
 RESULTS = record.RESULTS / "demo_speed.json"
 
 
-def trained(root: Path, folder: Path, steps: int) -> dict:
+BATCH = "--per_device_train_batch_size"
+PAPERS = {BATCH: 128, "--recycle_ratio": 1.5}
+SETTINGS = {
+    "then": PAPERS,
+    "now": PAPERS,
+    "recipe": {BATCH: 256, "--recycle_ratio": 0.25},
+    "grpo": {BATCH: 320, "--recycle_ratio": 0},
+}
+
+
+def trained(code: str, root: Path, folder: Path, steps: int) -> dict:
     """One run of the code in `root`."""
     command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(folder)]
     command += ["--max_steps", str(steps), "--save_strategy", "no"]
-    command += ["--per_device_train_batch_size", "128", "--recycle_ratio", "1.5"]  # the recipe's at that commit
+    command += [str(part) for setting in SETTINGS[code].items() for part in setting]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(root)}
     subprocess.run(command, cwd=root, env=env, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     logs = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     per_step = [row for row in logs if "loss" in row]
-    rollouts = 128 * len(per_step) + sum(row["recycle/rows"] for row in per_step)
+    rollouts = SETTINGS[code][BATCH] * len(per_step) + sum(row.get("recycle/rows", 0) for row in per_step)
     return {
+        "code": code,
         "seconds": next(row["train_runtime"] for row in logs if "train_runtime" in row),
         "rollouts": rollouts,
         "tokens": max(row["num_tokens"] for row in per_step),
         "last_accuracy": statistics.fmean(row["policy/accuracy"] for row in per_step[-10:]),
+    }
+
+
+def costs(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Medians over each code's runs: seconds, seconds a rollout, seconds a token."""
+    return {
+        code: {
+            "seconds": statistics.median(row["seconds"] for row in rows if row["code"] == code),
+            "seconds a rollout": statistics.median(r["seconds"] / r["rollouts"] for r in rows if r["code"] == code),
+            "seconds a token": statistics.median(r["seconds"] / r["tokens"] for r in rows if r["code"] == code),
+        }
+        for code in dict.fromkeys(row["code"] for row in rows)
     }
 
 
@@ -52,25 +80,21 @@ def main() -> None:
         subprocess.run(["git", "-C", here, "worktree", "add", "--detach", then, args.before], check=True)
         try:
             for i in range(args.repeats):
-                for name, root in (("then", then), ("now", here)):
-                    run = {"code": name, **trained(root, Path(folder) / f"{name}_{i}", args.steps)}
-                    rows.append(run)
-                    print(json.dumps(run), flush=True)
+                for code in SETTINGS:
+                    root = then if code == "then" else here
+                    rows.append(trained(code, root, Path(folder) / f"{code}_{i}", args.steps))
+                    print(json.dumps(rows[-1]), flush=True)
         finally:
             subprocess.run(["git", "-C", here, "worktree", "remove", "--force", then], check=True)
-    table = {}
-    for unit in ("seconds", "seconds a rollout", "seconds a token"):
-        cost = {
-            name: statistics.median(
-                row["seconds"] / (row[unit.split()[-1] + "s"] if " " in unit else 1)
-                for row in rows
-                if row["code"] == name
-            )
-            for name in ("then", "now")
-        }
-        table[unit] = cost["then"] / cost["now"]
-        print(f"{unit}: {table[unit]:.2f} times as fast")
-    record.write(RESULTS, before=args.before, times_as_fast=table, rows=rows)
+    cost = costs(rows)
+    table = {
+        "now, times as fast as then": {unit: cost["then"][unit] / cost["now"][unit] for unit in cost["now"]},
+        "now over grpo": {unit: cost["now"][unit] / cost["grpo"][unit] for unit in cost["now"]},
+        "recipe over grpo": {unit: cost["recipe"][unit] / cost["grpo"][unit] for unit in cost["now"]},
+    }
+    for name, ratios in table.items():
+        print(f"{name}: " + ", ".join(f"{unit} {ratio:.2f}" for unit, ratio in ratios.items()))
+    record.write(RESULTS, before=args.before, table=table, rows=rows)
 
 
 if __name__ == "__main__":
