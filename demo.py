@@ -3,13 +3,13 @@
     make demo                      set-up, then this file
     python demo.py [--output runs/demo] [--steps 42] [--questions 300]
 
-1. a held-out benchmark (digits that neither the warm start nor the training saw), in evaluate.py's formats
-2. the shipped checkpoint, measured
-3. train_spark.py with recipes/demo.yaml
-4. the trained model, measured on the same questions
-5. a table, metrics.json and report.html
+1. draw a held-out benchmark: digits that neither the warm start nor training saw
+2. measure the shipped checkpoint on it
+3. train: train_spark.py with recipes/demo.yaml
+4. measure the trained model on the same questions
+5. write metrics.json and report.html, print a table
 
-Each stage writes its result and is skipped when that is there: interrupted, run it again and it goes on.
+Each stage writes its result and is skipped if that exists: an interrupted demo goes on when it is run again.
 """
 
 import json
@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import verify
 from data.cli import Parser, text_table, write_atomically
 from engines import Request, TransformersEngine, complete
 from evaluate import Settings, evaluate_records
@@ -37,10 +38,8 @@ Row = dict[str, Any]
 
 
 def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]:
-    """`n` questions with one right and one wrong answer each that no model wrote, as answer, pair and point rows.
-
-    Half of the answers are shown with their reasoning. Images are PIL images, the rest is evaluate.py's format.
-    """
+    """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
+    `pairs` and `points`. Half of the questions have the answers with their reasoning. Images are PIL images."""
     from data.digits import draw, question, solve
     from models.make_digits import IMAGE_KINDS, attempt, candidate_text
 
@@ -66,7 +65,7 @@ def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]
 
 
 def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.0, samples: int = SAMPLES) -> Row:
-    """All measures of the demo's table at one temperature: name -> {mean, n, interval}, and the raw rows.
+    """The demo's table at one temperature, measure -> {mean, n, interval}, and the outcomes by question and sample.
 
     Intervals are 95 %, over questions: the samples of one question are one observation.
     """
@@ -76,7 +75,6 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
     engine = TransformersEngine(model, batch_size=256)
     settings = Settings(model, "answer", (), max_tokens=64, temperature=temperature)
     samples = samples if temperature > 0 else 1
-    n = len(benchmark["answers"])
 
     def several(rows: list[Row], mode: str) -> list[list[Row]]:  # (rows, samples)
         results = evaluate_records(rows * samples, engine, replace(settings, mode=mode))
@@ -89,24 +87,23 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
 
     first = [[s["first_is_correct"] for s in row] for row in tts]
     final = [[s["is_correct"] for s in row] for row in tts]
-    gain = [[b - a for a, b in zip(*pair, strict=True)] for pair in zip(first, final, strict=True)]
-    own_answers = [[(s["rounds"][0]["verdict"], s["first_is_correct"]) for s in row] for row in tts]
-    own_right, own_wrong = (
-        [[verdict == label for verdict, correct in row if correct is side] for row in own_answers]
-        for side, label in ((True, "Yes"), (False, "No"))
-    )
+    gain = [[s["is_correct"] - s["first_is_correct"] for s in row] for row in tts]
     point_hits = [[s["is_correct"] for s in row] for row in points]
+    order = [[(s["verdict"] == "A") / 2 + (s["verdict_swapped"] == "B") / 2 for s in row] for row in pairs]
     fixed = [[new for old, new in row if not old] for row in reflected]
     harmed = [[not new for old, new in row if old] for row in reflected]
-    order = [[(s["verdict"] == "A") / 2 + (s["verdict_swapped"] == "B") / 2 for s in row] for row in pairs]
+
+    def own_hits(correct: bool, label: str) -> list[list[bool]]:
+        return [[s["rounds"][0]["verdict"] == label for s in row if s["first_is_correct"] is correct] for row in tts]
+
     return {
         "temperature": temperature,
-        "questions": n,
+        "questions": len(benchmark["answers"]),
         "samples": samples,
         "measures": {
             "policy accuracy": _mean(first),
             "pointwise balanced accuracy": _balanced(point_hits[::2], point_hits[1::2]),
-            "pointwise, own answers": _balanced(own_right, own_wrong),
+            "pointwise, own answers": _balanced(own_hits(True, "Yes"), own_hits(False, "No")),
             "pairwise accuracy, both orders": _mean(order),
             "reflection fixes a wrong answer": _mean(fixed),
             "reflection harms a right answer": _mean(harmed),
@@ -116,7 +113,7 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
         "rows": {
             "first": first,
             "final": final,
-            "own_verdicts": [[verdict for verdict, _ in row] for row in own_answers],
+            "own_verdicts": [[s["rounds"][0]["verdict"] for s in row] for row in tts],
             "points": [[s["verdict"] for s in row] for row in points],
             "pairs": [[(s["verdict"], s["verdict_swapped"]) for s in row] for row in pairs],
             "reflected": reflected,
@@ -126,28 +123,25 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
 
 def _reflect(answers, tts, engine, settings) -> list[list[tuple[bool, bool]]]:
     """Every first answer, right or wrong, reflected on once: (was right, is right) of each question and sample."""
-    import verify
-
-    requests, where = [], []
-    for i, (row, samples) in enumerate(zip(answers, tts, strict=True)):
+    requests = []
+    for row, samples in zip(answers, tts, strict=True):
         images = (row["image_path"],) if row["image_path"] is not None else ()
         for sample in samples:
             instruction = reflection_instruction(neutralise(sample["rounds"][0]["output"]), "cot", template=1)
             messages = ask([{"role": "user", "content": row["problem"] + PROMPT_SUFFIX}], instruction)
             requests.append(Request(messages, images))
-            where.append((i, bool(sample["first_is_correct"])))
-    outputs = complete(engine, requests, settings.sampling)
-    reflected: list[list[tuple[bool, bool]]] = [[] for _ in answers]
-    for (i, before), output in zip(where, outputs, strict=True):
-        after = verify.is_equal(verify.extract_boxed(output.text), answers[i]["answer"])
-        reflected[i].append((before, bool(after)))
+    outputs = iter(complete(engine, requests, settings.sampling))
+    reflected = []
+    for row, samples in zip(answers, tts, strict=True):
+        after = [verify.is_equal(verify.extract_boxed(next(outputs).text), row["answer"]) for _ in samples]
+        reflected.append([(bool(s["first_is_correct"]), bool(now)) for s, now in zip(samples, after, strict=True)])
     return reflected
 
 
 def _mean(groups: list[list[float]]) -> Row:
     """Mean over all samples of all questions that have any, with an interval over questions (a ratio estimator)."""
     groups = [g for g in groups if g]
-    total = sum(len(g) for g in groups)
+    total = sum(map(len, groups))
     if not total:
         return {"mean": None, "n": 0, "interval": None}
     mean = sum(sum(g) for g in groups) / total
@@ -167,13 +161,11 @@ def _balanced(right: list[list[bool]], wrong: list[list[bool]]) -> Row:
 
 
 def random_judge(measured: Row) -> dict[str, float]:
-    """What the same answers would give with a coin for a judge (two rounds of reflection on a coin's No)."""
+    """The measures of the same answers with a coin for a judge; a coin's No is reflected on, twice at most."""
     m = {name: value["mean"] for name, value in measured["measures"].items()}
     p = first = m["policy accuracy"]
     fix, harm = m["reflection fixes a wrong answer"] or 0.0, m["reflection harms a right answer"] or 0.0
-    share = 1.0
-    for _ in range(2):
-        share /= 2  # the coin must have said No each time so far
+    for share in (0.5, 0.25):  # of answers to which the coin has said No each time so far
         p += share * ((1 - p) * fix - p * harm)
     return {
         "pointwise balanced accuracy": 0.5,
@@ -189,7 +181,7 @@ def random_judge(measured: Row) -> dict[str, float]:
 
 
 def staged(path: Path, settings: Row, make) -> Row:
-    """The JSON of a finished stage, or `make()`'s result written there. Made with other settings, it is made again."""
+    """The JSON at `path` where it was made with these settings, else `make()`'s result, written there."""
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["settings"] == settings:
@@ -211,25 +203,14 @@ def train(recipe: str, output: Path, **overrides: Any) -> None:
     subprocess.run([*command, "--resume_from_checkpoint", "latest", *flags], check=True)
 
 
-def table(columns: dict[str, Row], chance: dict[str, float]) -> list[Row]:
-    """One row a measure: its value in each column, and a random judge's."""
-    names = next(iter(columns.values()))["measures"]
-    return [
-        {"measure": name, **{c: m["measures"][name] for c, m in columns.items()}, "random": chance.get(name)}
-        for name in names
-    ]
+def printed_table(rows: list[Row]) -> str:
+    def cell(value: Row) -> str:
+        return "-" if value["mean"] is None else f"{value['mean']:.3f} ± {value['interval'][1] - value['mean']:.3f}"
 
-
-def printed_table(rows: list[Row], columns: list[str]) -> str:
-    """The table as text."""
-    lines = [["held-out digits, temperature 1", *columns, "random judge"]]
+    lines = [["held-out digits, temperature 1", "start", "after", "random judge"]]
     for row in rows:
-        line = [row["measure"]]
-        for column in columns:
-            value = row[column]
-            half = (value["interval"][1] - value["mean"]) if value["interval"] else 0
-            line.append("-" if value["mean"] is None else f"{value['mean']:.3f} ± {half:.3f}")
-        lines.append([*line, "" if row["random"] is None else f"{row['random']:.3f}"])
+        chance = "" if row["random"] is None else f"{row['random']:.3f}"
+        lines.append([row["measure"], cell(row["start"]), cell(row["after"]), chance])
     return "\n".join(text_table(lines))
 
 
@@ -254,12 +235,16 @@ def main() -> None:
     settings = {**settings, "steps": args.steps}
     after = staged(args.output / "after.json", settings, lambda: measure(str(trained), benchmark))
 
-    rows = table({"start": start, "after": after}, random_judge(after))
+    chance = random_judge(after)
+    rows = [
+        {"measure": name, "start": value, "after": after["measures"][name], "random": chance.get(name)}
+        for name, value in start["measures"].items()
+    ]
     metrics = {"table": rows, "settings": settings}
     (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     report = args.output / "report.html"
     write_report([trained], report, metrics=metrics)
-    print(f"\n{printed_table(rows, ['start', 'after'])}\n\n{args.output / 'metrics.json'}\n{report}")
+    print(f"\n{printed_table(rows)}\n\n{args.output / 'metrics.json'}\n{report}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-r"""The small model of Countdown: a Llama of 1.1 M parameters that searches aloud, made from scratch.
+r"""Countdown's model: a Llama of 1.1 M parameters that searches aloud, made from scratch.
 
     python -m models.make_countdown [--output models/countdown] [--seed 0]      10 minutes on two cores
 
@@ -7,8 +7,7 @@ A supervised warm start (models/warm_start.py), on the train split's numbers onl
     answer, reflect   7-3=4, 4*2=8, wanted:14: no. 4+3=7, 7*2=14, wanted:14: yes. \boxed{(4+3)*2}
     judge             4+3=7, 7*2=14, wanted:14: yes. \boxed{Yes}
 
-At first without errors; then half of the answers claim that an expression makes the target when it does not, and a
-fifth of the verdicts contradict the comparison before them.
+First without errors, then with `Noise`.
 
 What judging depends on:
 - wrong answers claim success as right ones do, or the judge would learn to read the claim;
@@ -16,8 +15,8 @@ What judging depends on:
   learnt in time;
 - a search says no or yes as a judge does, so that each is practice for the other.
 
-Llama and not Qwen2, because transformers 5 gives every Qwen2 the pre-tokenizer of Qwen's own tokenizer, whatever
-tokenizer.json says; that cuts numbers into digits.
+Llama, not Qwen2: transformers 5 gives every Qwen2 the pre-tokenizer of Qwen's own tokenizer, whatever tokenizer.json
+says, and that one cuts numbers into digits.
 """
 
 import math
@@ -123,7 +122,7 @@ def make_model(tokenizer, seed: int):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
+    return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=128,
@@ -140,9 +139,6 @@ def make_model(tokenizer, seed: int):
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,8 +149,9 @@ LEARNT = 0.1  # loss of the comparisons; a coin has 0.69
 
 
 def train(model, tokenizer, seed: int, clean_steps: int = 1200, noisy_steps: int = 200):
-    """Supervised training, first without noise, then with it. Yields (step, loss, loss of the comparisons alone), means
-    of 50 steps. Raises RuntimeError where the steps without noise were too few to learn to compare.
+    """`clean_steps` without noise, then `noisy_steps` with it.
+
+    Yields (step, loss, loss of the comparisons). Raises RuntimeError where `clean_steps` were not enough.
     """
     training = warm_start.WarmStart(model, seed, comparison_weight=5)
     rng = random.Random(f"warm-start/{seed}")

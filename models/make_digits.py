@@ -1,9 +1,8 @@
-"""The small model of the demo: real Qwen2.5-VL classes, 1.2 M parameters, made from scratch in minutes on two cores.
+"""The demo's model: a Qwen2.5-VL of 1.2 M parameters, made from scratch in minutes on two cores.
 
     python -m models.make_digits [--output models/digits] [--seed 0]
 
-A supervised warm start (models/warm_start.py) on the train split's digits, first without noise, then with it: a share
-of the readings and of the verdicts that it learns from are wrong on purpose.
+A supervised warm start (models/warm_start.py) on the train split's digits, first without errors, then with `Noise`.
 
     answer, reflect   Digits:3,4. 3+4=7. \\boxed{7}
     judge             Digits:3,4. 3+4=7. Mine:7, shown:8, differs: incorrect. \\boxed{No}
@@ -62,25 +61,22 @@ class Noise:
 def work(kind: str, values: tuple[int, ...], result: int) -> str:
     """The reasoning before the box, for the digits as read and the result as computed."""
     read = "" if kind in TEXT_KINDS else f"Digits:{','.join(map(str, values))}. "
-    match kind:
-        case "sum" | "plus":
-            steps = f"{'+'.join(map(str, values))}={result}."
-        case "difference":
-            steps = f"{max(values)}-{min(values)}={result}."
-        case "largest" | "smallest":
-            steps = f"{kind.capitalize()}:{result}."
-        case "factor":
-            steps = f"{values[1]}/{values[0]}={result}."
-    return read + steps
+    if kind in ("largest", "smallest"):
+        return f"{read}{kind.capitalize()}:{result}."
+    if kind == "difference":
+        steps = f"{max(values)}-{min(values)}"
+    elif kind == "factor":
+        steps = f"{values[1]}/{values[0]}"
+    else:
+        steps = "+".join(map(str, values))
+    return f"{read}{steps}={result}."
 
 
 def attempt(kind: str, values: tuple[int, ...], wrong: bool, rng: random.Random) -> tuple[str, int]:
-    """(reasoning, result); a wrong result comes from a misread digit, now and then (always without an image) from a
-    slip."""
+    """(reasoning, result). A wrong result comes from a misread digit, or (without an image always) from a slip."""
     gold = solve(kind, values)
-    if not wrong:
-        return work(kind, values, gold), gold
-    while True:
+    read, result = values, gold
+    while wrong and (result == gold or result < 0):
         read = values
         if kind in TEXT_KINDS or rng.random() < 0.15:
             result = gold + rng.choice((-2, -1, 1, 2))
@@ -88,8 +84,7 @@ def attempt(kind: str, values: tuple[int, ...], wrong: bool, rng: random.Random)
             place = rng.randrange(len(values))
             read = (*values[:place], rng.randrange(10), *values[place + 1 :])
             result = solve(kind, read)
-        if result != gold and result >= 0:
-            return work(kind, read, result), result
+    return work(kind, read, result), result
 
 
 def candidate_text(reasoning: str, result: int, form: str) -> str:
@@ -119,16 +114,13 @@ def example(rng: random.Random, noise: Noise) -> tuple[str, list, str]:
     elif task == "pointwise":
         instruction, shows_right, yes, no = warm_start.pointwise_example(right_text, wrong_text, rng)
         shown = gold if shows_right else wrong_result
-        same = result == shown
-        says_yes = same != flipped
-        compared = "same" if same else "differs"
-        opinion = "correct" if says_yes else "incorrect"
+        compared = "same" if result == shown else "differs"
+        opinion, verdict = ("correct", yes) if (result == shown) != flipped else ("incorrect", no)
         reasoning += f" Mine:{result}, shown:{shown}, {compared}: {opinion}."
-        result = yes if says_yes else no
+        result = verdict
     else:
-        a_right = rng.random() < 0.5
         texts, shown = (right_text, wrong_text), (gold, wrong_result)
-        if not a_right:
+        if rng.random() >= 0.5:
             texts, shown = texts[::-1], shown[::-1]
         instruction = warm_start.pairwise_example(*texts, rng)
         best = shown.index(result) if result in shown else rng.randrange(2)
@@ -210,10 +202,7 @@ def make_model(tokenizer, seed: int):
         vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True,
     )
-    model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = token("<|im_end|>")
-    model.generation_config.pad_token_id = token("<|endoftext|>")
-    return model
+    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,10 +214,9 @@ COMPARISONS = ["same", "differs", "Ġsame", "Ġdiffers"]
 
 
 def train(model, processor, seed: int, clean_steps: int = 2000, clean_loss: float = 0.05, noisy_steps: int = 800):
-    """Supervised training. Yields (step, loss, loss of the comparisons alone), means of 50 steps.
+    """Without noise until the loss of the comparisons is under `clean_loss`, then `noisy_steps` with noise.
 
-    The part without noise lasts until the loss of the comparisons is under `clean_loss`, `noisy_steps` with noise
-    follow. Raises RuntimeError when `clean_steps` were not enough.
+    Yields (step, loss, loss of the comparisons). Raises RuntimeError where `clean_steps` were not enough.
     """
     training = warm_start.WarmStart(model, seed, comparison_weight=10)
     rng = random.Random(f"warm-start/{seed}")

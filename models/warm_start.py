@@ -1,8 +1,8 @@
-"""What the scripts that make a small model from scratch share: recycled prompts as examples, tokenizer, training.
+"""What make_digits.py and make_countdown.py share: judge and reflection prompts, the tokenizer, supervised training.
 
-A supervised warm start stands in for pre-training. It teaches the forms (answer, judge, reflect), at first without
-errors, so that the model learns to compare, then with noise: a share of the answers and of the verdicts are wrong on
-purpose. What training on verifiable rewards can then gain is to answer and to judge reliably.
+A warm start stands in for pre-training. It teaches the forms (answer, judge, reflect): at first without errors, so that
+the model learns to compare; then with some answers and verdicts wrong on purpose, which leaves reliability for training
+on verifiable rewards to gain.
 """
 
 import random
@@ -22,19 +22,18 @@ from prompts import (
     reflection_instruction,
 )
 
-WINDOW = 50  # steps of which losses are means
+WINDOW = 50  # steps between two reports
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Recycled prompts
+# Judge and reflection prompts, by a template drawn at random
 
 
 def pointwise_example(right: str, wrong: str, rng: random.Random) -> tuple[str, bool, str, str]:
     """(instruction, whether it shows `right`, the verdict for correct, the verdict for incorrect)."""
     shows_right = rng.random() < 0.5
-    letter = rng.choice((None, "A", "B"))
+    letter, yes, no = rng.choice(((None, "Yes", "No"), ("A", "A", "B"), ("B", "B", "A")))
     template = rng.randrange(len(POINTWISE_A_B if letter else POINTWISE_YES_NO))
-    instruction = pointwise_instruction(right if shows_right else wrong, template, letter)
-    return instruction, shows_right, letter or "Yes", {"A": "B", "B": "A"}.get(letter, "No")
+    return pointwise_instruction(right if shows_right else wrong, template, letter), shows_right, yes, no
 
 
 def pairwise_example(first: str, second: str, rng: random.Random) -> str:
@@ -53,7 +52,7 @@ def reflection_example(right: str, wrong: str, form: Form, rng: random.Random) -
 
 
 def make_tokenizer(corpus: list[str], vocab_size: int, special_tokens: list[str], **settings):
-    """Byte-level BPE; every number below 100 is one token. `settings` are the tokenizer's own."""
+    """Byte-level BPE; every number below 100 is one token. `settings` go to PreTrainedTokenizerFast."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -90,39 +89,38 @@ def make_tokenizer(corpus: list[str], vocab_size: int, special_tokens: list[str]
 
 
 def encode(examples: list[tuple[str, list, str]], processor, comparisons: list[str]):
-    """(model inputs with labels on the completion tokens alone, mask of the labels that are one of `comparisons`), of
-    examples (user text, images, completion). `processor` may be a tokenizer, where no example has an image."""
+    """(model inputs with labels on the completions alone, mask of the labels that are in `comparisons`) of examples
+    (user text, images, completion). `processor` may be a tokenizer where no example has an image."""
     import torch
 
     tokenizer = getattr(processor, "tokenizer", processor)
-    texts, images = [], []
-    for user, pictures, completion in examples:
+    prompts, images = [], []
+    for user, pictures, _ in examples:
         content = [{"type": "image"}] * len(pictures) + [{"type": "text", "text": user}] if pictures else user
         turns = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-        texts.append((prompt, f"{completion}<|im_end|>"))
+        prompts.append(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
         images += pictures
+    completions = [f"{completion}<|im_end|>" for *_, completion in examples]
     inputs = processor(
-        text=[prompt + completion for prompt, completion in texts],
+        text=[prompt + completion for prompt, completion in zip(prompts, completions, strict=True)],
         padding=True,
         padding_side="right",
         return_tensors="pt",
         **({"images": images} if images else {}),
     )
     inputs.pop("token_type_ids", None)
-    # Count from the right end of each row: what the processor adds to a prompt (image tokens) is in front of it.
-    completion_lengths = [len(ids) for ids in tokenizer([completion for _, completion in texts])["input_ids"]]
+    # Counted from the right end of each row: the processor adds image tokens to its prompt.
     labels = inputs["input_ids"].clone()  # (B, T)
-    for row, (length, mask) in enumerate(zip(completion_lengths, inputs["attention_mask"], strict=True)):
+    for row, (ids, mask) in enumerate(zip(tokenizer(completions)["input_ids"], inputs["attention_mask"], strict=True)):
         end = int(mask.sum())
-        labels[row, : end - length] = -100
+        labels[row, : end - len(ids)] = -100
         labels[row, end:] = -100
     words = torch.tensor(tokenizer.convert_tokens_to_ids(comparisons))
     return {**inputs, "labels": labels}, torch.isin(labels, words)
 
 
 def batches(example: Callable[[], tuple], processor, comparisons: list[str], rng: random.Random, size: int = 32):
-    """Encoded batches without end; eight are drawn at once and sorted by length, so that little of one is padding."""
+    """Encoded batches without end. Eight are drawn at once and sorted by length, for little padding."""
     while True:
         examples = sorted((example() for _ in range(8 * size)), key=lambda e: len(e[0]) + len(e[-1]))
         starts = list(range(0, len(examples), size))
@@ -132,10 +130,10 @@ def batches(example: Callable[[], tuple], processor, comparisons: list[str], rng
 
 
 class WarmStart:
-    """Supervised training in phases, each with batches and learning rates of its own.
+    """Supervised training in phases, each with its own batches and learning rates.
 
-    A verdict follows from one token that says how a comparison came out, the hardest to learn and little of what there
-    is: it counts `comparison_weight` times.
+    A verdict follows from the one token that says how a comparison came out. It is the hardest to learn, and rare: it
+    counts `comparison_weight` times.
     """
 
     def __init__(self, model, seed: int, comparison_weight: float):
@@ -147,14 +145,14 @@ class WarmStart:
         self.comparison_weight, self.step = comparison_weight, 0
 
     def phase(self, batches: Iterator, learning_rates: list[float]) -> Iterator[tuple[int, float, float]]:
-        """A step for each learning rate. Yields (step, loss, loss of the comparisons alone), means of a window."""
+        """A step for each learning rate. Yields (step, loss, loss of the comparisons alone), means of WINDOW steps."""
         import torch
 
         losses, comparisons = [], []
         for rate, (inputs, compared) in zip(learning_rates, batches, strict=False):
             self.optimizer.param_groups[0]["lr"] = rate
             labels = inputs.pop("labels")[:, 1:]
-            kept = labels != -100  # (B, T - 1): logits of the completions alone
+            kept = labels != -100  # (B, T - 1); logits are only computed for these
             hidden = self.model.model(**inputs).last_hidden_state[:, :-1]
             logits = self.model.lm_head(hidden[kept]).float()
             loss = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none")
@@ -173,7 +171,7 @@ class WarmStart:
 
 
 def expect_learnt(step: int, loss: float, most: float) -> None:
-    """Raises RuntimeError: noise would leave a judge that tosses a coin (0.69)."""
+    """Raises RuntimeError where it was not: with noise the judge would stay at chance (a loss of 0.69)."""
     if loss > most:
         raise RuntimeError(f"after {step} steps without noise comparing has loss {loss:.2f}, expected at most {most}")
 
@@ -191,6 +189,8 @@ def main(description: str, output: Path, make_processor: Callable, make_model: C
     processor = make_processor(args.seed)
     tokenizer = getattr(processor, "tokenizer", processor)
     model = make_model(tokenizer, args.seed)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens")
     with tqdm(desc="warm start") as bar:
         for step, loss, comparing in train(model, processor, args.seed):
