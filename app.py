@@ -4,11 +4,11 @@
     python app.py MODEL [--run RUN_DIR]                          a checkpoint, or what LoRA training saved
     python app.py NAME --server http://host:8000                 an OpenAI-compatible server (key in OPENAI_API_KEY)
 
-Three tabs: the rounds of one answer as they are written (evaluate.py's `tts reflect`), n answers with their votes and
-the knock-out between them (`tts best_of_n`), and what a training run rolled out and recycled.
+Three tabs: one answer and what becomes of it, shown while it is written (evaluate.py's `--tts reflect`); n answers,
+their votes and the knock-out between them (`--tts best_of_n`); what a training run rolled out and recycled.
 
-Listens on this machine alone; another --host, or --share, is refused without --auth. What users and models write is
-shown as text: of all markup only maths is rendered.
+It listens on this machine alone: another --host, or --share, needs --auth. What users and models write is shown as
+text, with nothing but maths rendered.
 """
 
 import json
@@ -24,6 +24,8 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from training.merge import merged
 
 DEMO, START = "runs/demo/spark", "models/digits"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
-REFRESH = 0.1  # seconds between two states of a text that is being written
+REFRESH = 0.1  # seconds between two states of a text being written
 EXAMPLES = 4
 CSS = """.picture img { image-rendering: pixelated; min-height: 120px; object-fit: contain }
 .or, [role=tab] { color: var(--body-text-color) !important }"""
@@ -52,19 +54,19 @@ RANGES = {  # setting -> (from, to, step, default, label)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Where completions come from: `stream` yields the text while it is written, and the output at the end
+# Where completions come from: `stream` yields the text as it grows, then the Output
 
 
 class Local:
-    """A model in this process. It writes one completion at a time, for whichever user is next."""
+    """A model in this process: one call at a time, whoever makes it."""
 
     def __init__(self, model: str):
         import torch
 
         if (Path(model) / "adapter_config.json").is_file():
             device, dtype = ("cuda", "auto") if torch.cuda.is_available() else ("cpu", "float32")
-            whole, processor = merged(model, dtype)
-            self.engine = TransformersEngine(whole.to(device), processor)
+            loaded, processor = merged(model, dtype)
+            self.engine = TransformersEngine(loaded.to(device), processor)
         else:
             self.engine = TransformersEngine(model)
         self.lock = threading.Lock()
@@ -76,7 +78,7 @@ class Local:
     def stream(self, request: Request, sampling: Sampling) -> Iterator[str | Output]:
         import torch
 
-        states: queue.Queue[Any] = queue.Queue()  # the tokens after each new one, then the output or an error
+        states: queue.Queue[Any] = queue.Queue()  # all tokens after each new one, then the Output or an error
         gone = threading.Event()  # the user has left
 
         def tap(ids, scores, **kwargs):  # a stopping criterion
@@ -91,13 +93,13 @@ class Local:
 
         thread = threading.Thread(target=write, daemon=True)
         thread.start()
-        prompt, told = None, 0.0
+        prompt_length, shown = 0, 0.0
         try:
             while isinstance(state := states.get(), list):
-                prompt = prompt or len(state) - 1
-                if time.monotonic() - told > REFRESH:
-                    told = time.monotonic()
-                    yield self.engine.tokenizer.decode(state[prompt:], skip_special_tokens=True)
+                prompt_length = prompt_length or len(state) - 1
+                if time.monotonic() - shown > REFRESH:
+                    shown = time.monotonic()
+                    yield self.engine.tokenizer.decode(state[prompt_length:], skip_special_tokens=True)
         finally:
             gone.set()
             thread.join()
@@ -110,14 +112,12 @@ class Remote:
     """An OpenAI-compatible server."""
 
     def __init__(self, url: str, model: str):
-        self.url, self.model, self.address = url, model, f"{api_url(url)}/chat/completions"
-        self.engine = self._connect()
-
-    def _connect(self) -> ServerEngine:
-        return ServerEngine([self.url], self.model, retries=2)
+        self.address = f"{api_url(url)}/chat/completions"
+        self.connect = partial(ServerEngine, [url], model, retries=2)
+        self.engine = self.connect()
 
     def write(self, requests: list[Request], sampling: Sampling) -> list[Output]:
-        with closing(self._connect()) as engine:  # its own, so that no other user's outputs are in it
+        with closing(self.connect()) as engine:  # not shared: `complete` would get other users' outputs too
             return complete(engine, requests, sampling)
 
     def stream(self, request: Request, sampling: Sampling) -> Iterator[str | Output]:
@@ -126,7 +126,7 @@ class Remote:
         body = self.engine._body(request, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        text, tokens, usage, told = "", [], {}, 0.0
+        text, tokens, usage, shown = "", [], {}, 0.0
         with httpx.stream("POST", self.address, json=body, headers=headers, timeout=600) as response:
             if response.status_code != 200:
                 raise BadInput(f"the server answered {response.status_code}: {response.read()[:300].decode()}")
@@ -140,28 +140,28 @@ class Remote:
                 for choice in event["choices"]:
                     text += choice["delta"].get("content") or ""
                     tokens += (choice.get("logprobs") or {}).get("content") or []
-                if time.monotonic() - told > REFRESH:
-                    told = time.monotonic()
+                if time.monotonic() - shown > REFRESH:
+                    shown = time.monotonic()
                     yield text
         counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
         yield Output(text, *counts, logprobs=tuple((each["token"], each["logprob"]) for each in tokens) or None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Text that a user or a model wrote
+# Text by users and models
 
 _MATHS = re.compile(
     r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\$(?=\S)([^$\n]+?)(?<=\S)\$(?!\d)|(\\boxed\{(?:[^{}]|\{[^{}]*\})*\})",
     re.DOTALL,
 )
-DELIMITERS = [  # none that a text may have: in the page, a text's own dollar is no different from one written here
+DELIMITERS = [  # that no text has: `inert` replaces them
     {"left": "\ue000", "right": "\ue001", "display": True},
     {"left": "\ue002", "right": "\ue003", "display": False},
 ]
 
 
 def inert(text: str) -> str:
-    """Markdown that shows `text` as it is, but for its maths: whatever Markdown or HTML could obey is an entity."""
+    """Markdown that shows `text` as it is, with its maths rendered: all other punctuation becomes HTML entities."""
     text = re.sub("[\ue000-\ue003]", "\ufffd", visible(text))
     parts, end = [], 0
     for match in _MATHS.finditer(text):
@@ -178,23 +178,24 @@ def _entities(text: str) -> str:
 
 
 def told(error: Exception) -> str:
-    """A failure as a line of the page."""
-    print(f"app.py: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-    return f"**Not answered:** {inert(' '.join(str(error).split())[:500] or type(error).__name__)}"
+    """A failure as a line of the page; logged to stderr."""
+    message = " ".join(str(error).split())
+    print(f"app.py: {type(error).__name__}: {message}", file=sys.stderr)
+    return f"**Not answered:** {inert(message[:500] or type(error).__name__)}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the tabs do: generators of Markdown
+# The first two tabs: generators of Markdown
 
 
 class Page:
-    """The functions behind the tabs. They keep nothing between two calls, so users can't see each other's."""
+    """The functions behind the first two tabs. No state between calls: users can't see each other's."""
 
     def __init__(self, backend, suffix: str):
         self.backend, self.suffix = backend, suffix
 
     def talk(self, question, picture, gold, rounds, temperature, length) -> Iterator[str]:
-        """Answer, verdict, reflection, verdict, ... while they are written."""
+        """Answer, verdict, reflection, verdict, ..., as they are written."""
         parts: list[str] = []
         try:
             settings = self._settings(temperature=temperature, max_tokens=length, max_rounds=rounds)
@@ -214,15 +215,14 @@ class Page:
                 yield "\n\n".join(parts)
                 (request,) = solver.send([state])
         except StopIteration as finished:
-            result = finished.value
-            answer = result["extracted_answer"]
+            answer = finished.value["extracted_answer"]
             parts.append(f"### Final answer: {'none in a box' if answer is None else inert(answer)}")
         except Exception as error:
             parts.append(told(error))
         yield "\n\n".join(parts)
 
     def vote(self, question, picture, gold, n, temperature, length) -> Iterator[str]:
-        """n answers, what they vote for, and the knock-out between their different answers."""
+        """n answers, their votes, and the knock-out between those that differ."""
         try:
             settings = replace(self._settings(temperature=temperature, max_tokens=length, n=n), tts="best_of_n")
             if temperature == 0:
@@ -249,7 +249,7 @@ class Page:
         if picture and not Path(picture["path"]).resolve().is_relative_to(Path(get_upload_folder()).resolve()):
             raise BadInput("expected an image that was uploaded")
         record = {"dataset": "app", "problem": question, "image_path": picture["path"] if picture else None}
-        record["answer"] = "unknown"  # as a benchmark has one; `correctness` uses the user's
+        record["answer"] = "unknown"  # benchmarks need one; `correctness` uses the user's
         (row,) = read_benchmark(Source([record], suffix=self.suffix), "answer")
         return row
 
@@ -263,7 +263,7 @@ class Page:
 
 
 def told_verdict(output: Output) -> str:
-    """What a verdict says, and how probable it was."""
+    """A verdict and its probability."""
     verdict = verify.parse_verdict(output.text)
     chance = verdict and verdict_probability(output, verdict)
     sure = "" if chance is None else f", probability {chance:.2f}"
@@ -271,20 +271,23 @@ def told_verdict(output: Output) -> str:
 
 
 def correctness(text: str, gold: str) -> str:
-    """Whether an answer is right, where the right one is given."""
+    """Whether an answer is right, if the user gave the right one."""
     right = verify.is_equal(verify.extract_boxed(text), gold) if gold.strip() else None
     return {True: " (right)", False: " (wrong)", None: ""}[right]
 
 
 def election(result: dict[str, Any], gold: str) -> str:
-    """The votes, the matches and all answers."""
+    """The chosen answer, the votes, the matches and all answers."""
     rounds, matches, chosen = result["rounds"], result["matches"], result["chosen"]
     answers = [each["answer"] for each in rounds]
-    groups: list[list[int]] = []  # answers that are the same to the verifier, by their numbers
+    groups: list[list[int]] = []  # answers that are equal to the verifier, by their positions
     for i, answer in enumerate(answers):
-        same = (g for g in groups if answer == answers[g[0]] or (answer and verify.is_equal(answer, answers[g[0]])))
-        group = next(same, None)
-        groups.append([i]) if group is None else group.append(i)
+        for group in groups:
+            if answer == answers[group[0]] or (answer and verify.is_equal(answer, answers[group[0]])):
+                group.append(i)
+                break
+        else:
+            groups.append([i])
 
     def name(i: int) -> str:
         return "no box" if answers[i] is None else inert(answers[i])
@@ -297,14 +300,15 @@ def election(result: dict[str, Any], gold: str) -> str:
         agree = {match["verdict"], match["verdict_swapped"]} == {"A", "B"}
         how = "both orders agree" if agree else "the two orders disagree, so the votes decide"
         lines.append(f"- {name(match['a'])} against {name(match['b'])}: **{name(match['winner'])}** ({how})")
-    lines += [] if matches else ["- all answers are the same, so there is nothing to judge"]
+    if not matches:
+        lines.append("- all answers are the same, so there is nothing to judge")
     lines.append("### Answers")
     lines += [f"{i + 1}. {inert(each['output'])}" for i, each in enumerate(rounds)]
     return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A training run
+# The third tab: a training run
 
 
 def logged_steps(run: Path) -> list[int]:
@@ -312,7 +316,7 @@ def logged_steps(run: Path) -> list[int]:
 
 
 def table(run: Path, kind: str, step: int) -> list[dict[str, Any]]:
-    """A step's rollouts; none where there is no such table. Raises BadInput where it can't be read."""
+    """A step's policy ("completions") or recycled rollouts; none without a table. Raises BadInput for a broken one."""
     path, notes = run / "completions" / f"{kind}_{step:05d}.parquet", []
     rows = read_table(path, "answer" if kind == "completions" else None, notes) if path.exists() else []
     if notes:
@@ -322,41 +326,39 @@ def table(run: Path, kind: str, step: int) -> list[dict[str, Any]]:
 
 def by_question(run: Path, step: int) -> list[list[dict[str, Any]]]:
     """A step's policy rollouts, a list a question."""
-    groups: list[list[dict[str, Any]]] = []
-    for row in table(run, "completions", step):
-        if not groups or groups[-1][0]["prompt"] != row["prompt"]:
-            groups.append([])
-        groups[-1].append(row)
-    size = min(map(len, groups), default=1)  # two questions in a row may have the same words, and other images
+    rows = table(run, "completions", step)
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["prompt"])]
+    size = min(map(len, groups), default=1)  # neighbours with the same words and different images are two questions
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
 
 def family(run: Path, step: int, number: int, suffix: str) -> str:
-    """The rollouts of a step's question, and what was recycled from them, as Markdown."""
+    """The rollouts of a question and what was recycled from them, as Markdown."""
     groups = by_question(run, step)
     if not (isinstance(number, int) and 0 <= number < len(groups)):
         raise BadInput(f"expected a question from 0 to {len(groups) - 1}, got {number}")
-    question, asked, lines = strip_suffix(groups[number][0]["prompt"], suffix), None, []
-    marks = {True: "✓", False: "✗", None: "–"}
+    question, asked = strip_suffix(groups[number][0]["prompt"], suffix), None
 
     def line(row: dict[str, Any]) -> str:
-        return f"- {marks[None if math.isnan(row['reward']) else row['reward'] >= 1]} {inert(row['completion'])}"
+        mark = "–" if math.isnan(row["reward"]) else "✓" if row["reward"] >= 1 else "✗"
+        return f"- {mark} {inert(row['completion'])}"
 
+    lines = [f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number])]
     for row in table(run, "recycled", step):
         if not row["prompt"].startswith(question + "\n\n"):
             continue
         if row["prompt"] != asked:
             asked = row["prompt"]
+            lines.append(f"#### Recycled: {TASKS.get(row['task'], inert(row['task']))}")
             sources = (image(data).get("source") for data in row["images"])
-            lines += [f"#### Recycled: {TASKS.get(row['task'], inert(row['task']))}",
-                      *(f"![The image of the question]({source})" for source in sources if source),
-                      f"> {inert(asked[len(question) :].strip())}\n",
-                      f"Label: **{inert(row['label'])}**\n" if isinstance(row["label"], str) else ""]  # fmt: skip
+            lines += [f"![The image of the question]({source})" for source in sources if source]
+            lines.append(f"> {inert(asked[len(question) :].strip())}\n")
+            if isinstance(row["label"], str):
+                lines.append(f"Label: **{inert(row['label'])}**\n")
         lines.append(line(row))
-    return "\n".join([
-        f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number]),
-        *(lines or ["#### Nothing was recycled from them"]),
-    ])  # fmt: skip
+    if asked is None:
+        lines.append("#### Nothing was recycled from them")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,20 +366,17 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
 
 
 def examples(folder: Path) -> list[list[Any]]:
-    """[question, image file, answer] of held-out digits, those with an image first."""
+    """[question, image file, answer] of held-out digits; the images are saved in `folder`."""
     from demo import held_out
 
-    rows = sorted(held_out(4 * EXAMPLES)["answers"], key=lambda row: row["image_path"] is None)[:EXAMPLES]
+    rows = [row for row in held_out(4 * EXAMPLES)["answers"] if row["image_path"] is not None][:EXAMPLES]
     for i, row in enumerate(rows):
-        if row["image_path"] is not None:
-            file = folder / f"{i}.png"
-            row["image_path"].save(file)
-            row["image_path"] = str(file)
-    return [[row["problem"], row["image_path"], row["answer"]] for row in rows]
+        row["image_path"].save(folder / f"{i}.png")
+    return [[row["problem"], str(folder / f"{i}.png"), row["answer"]] for i, row in enumerate(rows)]
 
 
 def build(page: Page, name: str, run: Path | None, folder: Path):
-    """The Gradio app. `folder` keeps the examples' images."""
+    """The Gradio app. `folder` is for the examples' images."""
     import gradio as gr
 
     def written(label: str):
@@ -447,7 +446,7 @@ def browse(gr, run: Path | None, suffix: str, written) -> None:
 
 
 def launch(blocks, folder: Path, **how: Any) -> None:
-    """Serve the page, on this machine alone unless `how` says otherwise."""
+    """Serve the page; `how` is Gradio's, with 127.0.0.1 as the default address."""
     import gradio as gr
 
     button = {"background_fill": "*primary_700", "background_fill_hover": "*primary_800", "text_color": "white"}
