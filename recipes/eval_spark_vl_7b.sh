@@ -10,11 +10,11 @@
 #   PORT    of the server                      (8000)
 #   SERVE   more flags for vllm serve          (--max-model-len 16384)
 #   EVAL    more flags for evaluate.py         (greedy, 2048 tokens, repetition penalty 1.05: the paper's setting)
-#
+#   PYTHON  the interpreter                    (python)
 #   VLLM    what starts a server               (vllm serve)
 #
-# One GPU with 24 GB or more for a 7B model (SERVE="--tensor-parallel-size 4" for four). Run again, it goes on where it
-# was: only what is missing or failed is evaluated.
+# A 7B model needs one GPU with 24 GB or more (SERVE="--tensor-parallel-size 4" for four). Run again, it evaluates only
+# what is missing or failed.
 set -euo pipefail
 
 [ $# -gt 0 ] || { echo "usage: $0 BENCHMARK.json [MORE.json ...]" >&2; exit 2; }
@@ -40,7 +40,7 @@ for mode in $MODES; do  # a bad file is refused now, and not when the server is 
 done
 mkdir -p "$OUTPUT"
 
-# A process group of its own, so that the server goes with all its workers, also on Ctrl-C.
+# In its own process group, so that the server ends with all its workers, also on Ctrl-C.
 set -m
 # shellcheck disable=SC2086  # SERVE is a list of flags
 $VLLM "$MODEL" --port "$PORT" $SERVE >"$OUTPUT/server.log" 2>&1 &
