@@ -23,7 +23,7 @@ release writes them, are read too.
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any
@@ -77,66 +77,63 @@ class Tally:
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
     """Count the rows of `path`, or `rows`; with `pair`, remember each row's outcome."""
     total = Tally(path)
-    stream = enumerate(read_rows(path) if rows is None else rows)
-    for batch in batched(((index, checked(row, path, index)) for index, row in stream), 2048):
-        verdicts = score([row for _, row in batch])
-        for index, row in batch:
-            dataset, kind, right = row["dataset"], kind_of(row), None
-            total.datasets[dataset] = None
-            if row.get("error") is not None:
-                total.failed[dataset] += 1
-                total.errors.add(str(row["error"]))
-            else:
-                if row.get("verifier"):
-                    total.verifiers.add(str(row["verifier"]))
-                right = count_row(total.counts[dataset, kind], row, verdicts)
-                stored = row.get("is_correct")
-                if right is not None and stored is not None and bool(stored) != right:
-                    total.disagreements += 1
-                    if len(total.examples) < EXAMPLES:
-                        fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
-                        total.examples.append({"row": index, **fields, "stored": bool(stored), "rescored": right})
-            if right is not None:
-                if kind == "pointwise":
-                    n, label = total.questions[dataset][match_key(row)], row["label"]
-                    n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
-                for name, values in (row.get("categories") or {}).items():
-                    for value in [values] if isinstance(values, str) else values:
-                        total.categories[dataset, kind][name][value].update(answered=1, right=right)
-                outcomes = {(v["variant"], v["n"]): (variant_is_right(row, v, verdicts), v["completion_tokens"])
-                            for v in row.get("variants") or ()}  # fmt: skip
-                if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
-                    total.scaling[dataset].append(outcomes)
-                if row.get("group"):
-                    question, part = row["group"]
-                    total.groups[dataset, kind][question][part] = right
-            if pair:
-                total.outcomes.append((match_key(row), dataset, kind, right))
+    for index, row in enumerate(rescored(checked(read_rows(path) if rows is None else rows, path))):
+        dataset, kind, right = row["dataset"], kind_of(row), None
+        total.datasets[dataset] = None
+        if row.get("error") is not None:
+            total.failed[dataset] += 1
+            total.errors.add(str(row["error"]))
+        else:
+            if row.get("verifier"):
+                total.verifiers.add(str(row["verifier"]))
+            right = count_row(total.counts[dataset, kind], row)
+        if right is not None:
+            if row["stored"] is not None and bool(row["stored"]) != right:
+                total.disagreements += 1
+                if len(total.examples) < EXAMPLES:
+                    fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
+                    total.examples.append({"row": index, **fields, "stored": bool(row["stored"]), "rescored": right})
+            if kind == "pointwise":
+                n, label = total.questions[dataset][match_key(row)], row["label"]
+                n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
+            for name, values in (row.get("categories") or {}).items():
+                for value in [values] if isinstance(values, str) else values:
+                    total.categories[dataset, kind][name][value].update(answered=1, right=right)
+            outcomes = {(v["variant"], v["n"]): (v["is_correct"], v["completion_tokens"]) for v in row["variants"]}
+            if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
+                total.scaling[dataset].append(outcomes)
+            if row.get("group"):
+                question, part = row["group"]
+                total.groups[dataset, kind][question][part] = right
+        if pair:
+            total.outcomes.append((match_key(row), dataset, kind, right))
     for dataset, failed in total.failed.items():  # a failed row counts with the others of its dataset, or of its file
         kinds = [kind for name, kind in total.counts if name == dataset] or [kind for _, kind in total.counts]
         total.counts[dataset, kinds[0] if kinds else "answer"]["failed"] += failed
     return total
 
 
-def score(rows: list[Row]) -> dict[tuple, bool | None]:
-    """The verdict on each (answer, gold) of these rows."""
+def rescored(rows: Iterable[Row]) -> Iterator[Row]:
+    """The rows with verify.py's verdicts on their answers; `stored` is what is_correct was."""
     from verify import verify_many
 
-    names = {"answer": ("extracted_answer",), "tts": ("extracted_answer", "first_answer")}
-    answered = [row for row in rows if row.get("error") is None and not row.get("verifier")]
-    pairs = dict.fromkeys(as_pair(row, name) for row in answered for name in names.get(kind_of(row), ()))
-    pairs |= dict.fromkeys(as_pair({**row, **v}, "answer") for row in answered for v in row.get("variants") or ())
-    pairs = list(pairs)
-    return dict(zip(pairs, verify_many(pairs), strict=True))
-
-
-def as_pair(row: Row, name: str) -> tuple:
-    answer, gold = row[name], row["ground_truth"]
-    return None if answer in (None, "") else str(answer), tuple(gold) if isinstance(gold, list) else gold
-
-
-def variant_is_right(row: Row, variant: Row, verdicts: dict[tuple, bool | None]) -> bool | None:
-    return variant["is_correct"] if row.get("verifier") else verdicts[as_pair({**row, **variant}, "answer")]
+    for batch in batched(rows, 2048):
+        batch = [
+            {**row, "stored": row.get("is_correct"), "variants": [dict(v) for v in row.get("variants") or ()]}
+            for row in batch
+        ]
+        found, pairs = [], []  # (where a verdict belongs, its name), (answer, gold)
+        for row in batch:
+            if row.get("error") is None and not row.get("verifier"):
+                answers = [(row, "is_correct", row["extracted_answer"])]
+                answers += [(variant, "is_correct", variant["answer"]) for variant in row["variants"]]
+                if "first_answer" in row:
+                    answers.append((row, "first_is_correct", row["first_answer"]))
+                found += [(place, name) for place, name, _ in answers]
+                pairs += [("" if a is None else str(a), row["ground_truth"]) for _, _, a in answers]
+        for (place, name), verdict in zip(found, verify_many(pairs), strict=True):
+            place[name] = verdict
+        yield from batch
 
 
 def match_key(row: Row) -> int:
@@ -146,7 +143,7 @@ def match_key(row: Row) -> int:
     return int.from_bytes(blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool | None:
+def count_row(n: Counter, row: Row) -> bool | None:
     """Add one answered row to the counts of its benchmark. Returns whether it is right; None if that can't be said."""
     kind = kind_of(row)
     if "completion_tokens" in row:
@@ -155,7 +152,7 @@ def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool 
         n["with_tokens"] += 1
         n["first_tokens"] += row.get("first_completion_tokens") or 0
     if kind in ("answer", "tts"):
-        outcome = row["is_correct"] if row.get("verifier") else verdicts[as_pair(row, "extracted_answer")]
+        outcome = row["is_correct"]
         n["unboxed"] += row["extracted_answer"] in (None, "")
     else:
         outcome = count_verdicts(n, kind, row)
@@ -165,7 +162,7 @@ def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool 
     n["answered"] += 1
     n["right"] += outcome
     if kind == "tts":
-        first = bool(row.get("first_is_correct") if row.get("verifier") else verdicts[as_pair(row, "first_answer")])
+        first = bool(row.get("first_is_correct"))
         n["first_right"] += first
         n["right_to_wrong"] += first and not outcome
         n["wrong_to_right"] += outcome and not first
@@ -176,31 +173,32 @@ def count_row(n: Counter, row: Row, verdicts: dict[tuple, bool | None]) -> bool 
 def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
     """Add a judge's verdicts. A verdict that can't be read is wrong, and tells nothing about which side it leans to."""
     if kind == "pointwise":
-        if row.get("label") not in ("Yes", "No"):
+        verdict, label = row["verdict"], row.get("label")
+        if label not in ("Yes", "No"):
             return None
-        verdict = row["verdict"]
-        right = verdict == row["label"]
         n["verdicts"] += 1
         n["parsed"] += verdict in ("Yes", "No")
         n["says_yes"] += verdict == "Yes"
-        n[f"label_{row['label']}"] += 1
-        n[f"right_{row['label']}"] += right
-        count_probability(n, row.get("verdict_probability"), right)
-        return right
-    several = kind == "best_of_n"
-    orders = list(zip(*((row[k] if several else [row[k]]) for k in ("verdict", "verdict_swapped")), strict=True))
+        n[f"label_{label}"] += 1
+        n[f"right_{label}"] += verdict == label
+        count_probability(n, row.get("verdict_probability"), verdict == label)
+        return verdict == label
+
+    def listed(name: str) -> list:  # best_of_n has a list of them
+        return row[name] if isinstance(row.get(name), list) else [row.get(name)]
+
+    first, swapped = listed("verdict"), listed("verdict_swapped")
     for (name, probability), right in zip(PROBABILITIES.items(), ("A", "B"), strict=True):
-        verdicts, values = (v if isinstance(v, list) else [v] for v in (row[name], row.get(probability)))
-        for verdict, p in zip(verdicts, values, strict=False):
+        for verdict, p in zip(listed(name), listed(probability), strict=False):
             count_probability(n, p, verdict == right)
-    for first, swapped in orders:  # the chosen one is A in the first order, B in the swapped one
-        parsed = [v for v in (first, swapped) if v in ("A", "B")]
+    for orders in zip(first, swapped, strict=True):  # the chosen one is A in the first order, B in the swapped one
+        parsed = [verdict for verdict in orders if verdict in ("A", "B")]
         n["verdicts"] += 2
         n["parsed"] += len(parsed)
         n["picks_first"] += parsed.count("A")
         n["both_parsed"] += len(parsed) == 2
-        n["consistent"] += len(parsed) == 2 and first != swapped
-    chosen_first, chosen_second = all(f == "A" for f, _ in orders), all(s == "B" for _, s in orders)
+        n["consistent"] += sorted(parsed) == ["A", "B"]
+    chosen_first, chosen_second = all(v == "A" for v in first), all(v == "B" for v in swapped)
     n["chosen_first_right"] += chosen_first
     n["chosen_second_right"] += chosen_second
     return chosen_first and chosen_second
@@ -279,139 +277,122 @@ def summarise(tallies: list[Tally]) -> Row:
 # ---------------------------------------------------------------------------------------------------------------------
 # Showing
 
-Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
 
-COLUMNS = {  # head -> field, for each kind
-    "answer": {"accuracy": "accuracy", "95 %": "interval", "unboxed": "unboxed", "tokens": "tokens"},
-    "tts": {
-        "first": "first_accuracy", "final": "accuracy", "95 %": "interval", "right>wrong": "right_to_wrong",
-        "wrong>right": "wrong_to_right", "p": "flip_p", "reflections": "reflections", "unboxed": "unboxed",
-        "first tokens": "first_tokens", "tokens": "tokens",
-    },
-    "pointwise": {
-        "accuracy": "accuracy", "95 %": "interval", "balanced": "balanced_accuracy", "says Yes": "says_yes",
-        "is Yes": "is_yes", "verdicts": "verdict_rate", "tokens": "tokens",
-    },
-    "pairwise": {
-        "both orders": "accuracy", "95 %": "interval", "chosen 1st": "accuracy_chosen_first",
-        "chosen 2nd": "accuracy_chosen_second", "mean": "accuracy_both_orders_mean", "consistent": "consistency",
-        "1st place bias": "position_bias", "verdicts": "verdict_rate", "tokens": "tokens",
-    },
-}  # fmt: skip
-COLUMNS["best_of_n"] = COLUMNS["pairwise"]
-TITLES = {
-    "answer": "Answers",
-    "tts": "Test-time scaling: first answer, and final one after judging and reflecting",
-    "pointwise": "Judging one response",
-    "pairwise": "Judging pairs, in both orders",
-    "best_of_n": "Judging the best of n: the chosen one against each other, in both orders",
+def columns(text: str) -> dict[str, str]:
+    """Head -> field of `head=field, ...`; where they are the same, one is enough."""
+    parts = (column.partition("=") for column in text.split(", "))
+    return {head: field or head for head, _, field in parts}
+
+
+PAIRS = (
+    "both orders=accuracy, 95 %=interval, chosen 1st=accuracy_chosen_first, chosen 2nd=accuracy_chosen_second, "
+    "mean=accuracy_both_orders_mean, consistent=consistency, 1st place bias=position_bias, verdicts=verdict_rate, "
+    "tokens"
+)
+RATES = {  # kind -> title, columns
+    "answer": ("Answers", "accuracy, 95 %=interval, unboxed, tokens"),
+    "tts": (
+        "Test-time scaling: first answer, and final one after judging and reflecting",
+        "first=first_accuracy, final=accuracy, 95 %=interval, right>wrong=right_to_wrong, wrong>right=wrong_to_right, "
+        "p=flip_p, reflections, unboxed, first tokens=first_tokens, tokens",
+    ),
+    "pointwise": (
+        "Judging one response",
+        "accuracy, 95 %=interval, balanced=balanced_accuracy, says Yes=says_yes, is Yes=is_yes, verdicts=verdict_rate, "
+        "tokens",
+    ),
+    "pairwise": ("Judging pairs, in both orders", PAIRS),
+    "best_of_n": ("Judging the best of n: the chosen one against each other, in both orders", PAIRS),
 }
-COUNTS = frozenset(
+BREAKDOWNS = {  # title -> columns
+    "Test-time scaling at its price, against a majority of as many tokens": "way, n, answered, tokens, accuracy, "
+    "95 %=interval, majority of=majority_n, its tokens=majority_tokens, difference, 95 % of it=difference_interval, "
+    "better=winner",
+    "The benchmarks' own scores": "kind, score=name, questions, value=score, 95 %=interval",
+    "By category": "kind, category, value, answered, accuracy, 95 %=interval",
+    "Judging one response, by the share of right responses to its question": "kind, pass rate=pass_rate, questions, "
+    "answered, accuracy, 95 %=interval, balanced=balanced_accuracy, says Yes=says_yes, question only=question_only",
+    "Calibration of verdicts": "kind, verdicts, Brier=brier, expected error=calibration_error",
+    "Reliability of verdicts": "kind, probability=place, verdicts, mean=probability, right=accuracy, 95 %=interval",
+}
+PAIRED = "benchmark=dataset, paired rows=rows, base=base_accuracy, this=accuracy, difference, 95 %=interval, gained, "
+PAIRED += "lost, McNemar p=p"
+COUNTS = (
     "questions n majority_n verdicts unboxed right_to_wrong wrong_to_right rows answered unscorable failed gained lost"
-    .split()
-)  # fmt: skip
+)
+FORMATS = {
+    **dict.fromkeys(COUNTS.split(), ","),
+    **dict.fromkeys(("tokens", "first_tokens", "majority_tokens"), ",.1f"),
+    "reflections": ".2f",
+    "brier": ".3f",
+}
 
 
 def cell(name: str, value) -> str:
+    """A field as text; a rate in percent."""
     if value is None:
         return "-"
-    if name in COUNTS:
-        return f"{value:,}"
+    if isinstance(value, str):
+        return value
+    if name in FORMATS:
+        return format(value, FORMATS[name])
     if "interval" in name:
         return f"{100 * value[0]:.1f} to {100 * value[1]:.1f}"
-    if name == "winner":
-        return value
-    if name in ("tokens", "first_tokens", "majority_tokens"):
-        return f"{value:,.1f}"
-    if name == "reflections":
-        return f"{value:.2f}"
-    if name == "brier":
-        return f"{value:.3f}"
     if name in ("p", "flip_p"):
         return f"{value:.2g}" if value else "<1e-300"
     return f"{100 * value:+.1f}" if name in ("difference", "position_bias") else f"{100 * value:.1f}"
 
 
-def tables(summary: Row) -> list[Table]:
-    """What a reader should see, in that order. Rates are in percent."""
-    files, result = summary["files"], []
-    several = len(files) > 1
-    for kind in KINDS:
-        rows = []
-        for file in files:
-            for b in (b for b in file["benchmarks"] if b["kind"] == kind):
-                middle = [cell(name, b[name]) for name in COLUMNS[kind].values()]
-                ends = [cell(name, b[name]) for name in ("unscorable", "failed")]
-                rows.append([b["dataset"], file["path"], cell("answered", b["answered"]), *middle, *ends])
-        order = list(dict.fromkeys(row[0] for row in rows))
-        rows.sort(key=lambda row: order.index(row[0]))  # stable: the files of a benchmark stand together
+def tables(summary: Row) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
+    """(title, columns, rows) of what a reader should see, in that order."""
+    files = summary["files"]
+    for kind, (title, middle) in RATES.items():
+        heads = columns(f"benchmark=dataset, file=path, answered, {middle}, unscorable, failed")
+        rows = [{"path": file["path"], **b} for file in files for b in file["benchmarks"] if b["kind"] == kind]
+        order = list(dict.fromkeys(row["dataset"] for row in rows))
+        rows.sort(key=lambda row: order.index(row["dataset"]))  # stable: the files of a benchmark stand together
         for file in files if len(order) > 1 else []:
             if kind in file["means"]:
                 means = {"accuracy": file["means"][kind], "first_accuracy": file["first_mean"]}
-                cells = [cell(f, means[f]) if f in means else "" for f in COLUMNS[kind].values()]
-                rows.append(["mean of benchmarks", file["path"], "", *cells, "", ""])
+                blank = dict.fromkeys(heads.values(), "")
+                rows.append({**blank, "dataset": "mean of benchmarks", "path": file["path"], **means})
         if rows:
-            head = ["benchmark", "file", "answered", *COLUMNS[kind], "unscorable", "failed"]
-            keep = [i for i in range(len(head)) if several or i != 1]
-            result.append((TITLES[kind], [head[i] for i in keep], [[row[i] for i in keep] for row in rows]))
-    result += breakdowns(files)
+            yield title, heads, rows
+    for title, rows in breakdowns(files).items():
+        yield title, columns(f"benchmark=dataset, file=path, {BREAKDOWNS[title]}"), rows
     for file in (f for f in files[1:] if not other_mode(f, files[0])):
-        fields = ("rows", "base_accuracy", "accuracy", "difference", "interval", "gained", "lost", "p")
-        paired = [row for row in summary["paired"] if row["path"] == file["path"]]
-        rows = [[row["dataset"], *(cell(name, row[name]) for name in fields)] for row in paired]
-        head = ["benchmark", "paired rows", "base", "this", "difference", "95 %", "gained", "lost", "McNemar p"]
-        both = rows[-1][1] if rows else "0"
-        answered = [cell("answered", sum(b["answered"] for b in f["benchmarks"])) for f in (file, files[0])]
-        title = f"{file['path']} against {files[0]['path']}, on the {both} rows both answered"
-        result.append((f"{title}, of {' and '.join(answered)}", head, rows))
-    return result
+        rows = [row for row in summary["paired"] if row["path"] == file["path"]]
+        both = rows[-1]["rows"] if rows else 0
+        answered = [sum(b["answered"] for b in f["benchmarks"]) for f in (file, files[0])]
+        title = f"{file['path']} against {files[0]['path']}, on the {both:,} rows both answered"
+        yield f"{title}, of {answered[0]:,} and {answered[1]:,}", columns(PAIRED), rows
 
 
-def breakdowns(files: list[Row]) -> list[Table]:
-    """The benchmarks' own scores, accuracies by category, and how far a judge's verdicts can be believed."""
-    tables: dict[str, Table] = {}
+def breakdowns(files: list[Row]) -> dict[str, list[Row]]:
+    """Title -> rows of the BREAKDOWNS that have any."""
+    price, scores, categories, pass_rates, calibration, reliability = BREAKDOWNS
+    found: dict[str, list[Row]] = {}
 
-    def add(title: str, first: list[str], names: list[str], row: Row, fields: dict[str, str]) -> None:
-        third = "kind" if "price" not in title else "way"
-        table = tables.setdefault(title, (title, ["benchmark", "file", third, *first, *fields], []))
-        table[2].append([*names, *(cell(field, row.get(field)) for field in fields.values())])
+    def add(title: str, place: Row, rows: Iterable[Row]) -> None:
+        for row in rows:
+            found.setdefault(title, []).append(place | row)
 
-    interval = {"95 %": "interval"}
     for file in files:
-        for row in file["price"]:
-            names = [b["dataset"] for b in file["benchmarks"] if b.get("price")]
-            fields = {"n": "n", "answered": "answered", "tokens": "tokens", "accuracy": "accuracy", **interval,
-                      "majority of": "majority_n", "its tokens": "majority_tokens", "difference": "difference",
-                      "95 % of it": "difference_interval", "better": "winner"}  # fmt: skip
-            title = "Test-time scaling at its price, against a majority of as many tokens"
-            name = [names[0] if len(names) == 1 else "all rows", file["path"], row["way"]]
-            add(title, [], name, row, fields)
+        priced = [b["dataset"] for b in file["benchmarks"] if b.get("price")]
+        add(price, {"dataset": priced[0] if len(priced) == 1 else "all rows", "path": file["path"]}, file["price"])
         for b in file["benchmarks"]:
-            name = [b["dataset"], file["path"], b["kind"]]
-            for score, row in b["scores"].items():
-                fields = {"questions": "questions", "value": "score", **interval}
-                add("The benchmarks' own scores", ["score"], [*name, score], row, fields)
+            place = {"dataset": b["dataset"], "path": file["path"], "kind": b["kind"]}
+            add(scores, place, [{"name": name, **row} for name, row in b["scores"].items()])
             for category, rows in b["categories"].items():
                 mean = {"accuracy": rows["mean"], "interval": rows["interval"]}
-                for value, row in [*rows["values"].items(), ("mean", mean)]:
-                    fields = {"answered": "answered", "accuracy": "accuracy", **interval}
-                    add("By category", ["category", "value"], [*name, category, value], row, fields)
-            for row in b.get("by_pass_rate", ()):
-                fields = {"questions": "questions", "answered": "answered", "accuracy": "accuracy", **interval,
-                          "balanced": "balanced_accuracy", "says Yes": "says_yes",
-                          "question only": "question_only"}  # fmt: skip
-                title = "Judging one response, by the share of right responses to its question"
-                add(title, ["pass rate"], [*name, row["pass_rate"]], row, fields)
+                values = [*rows["values"].items(), ("mean", mean)]
+                add(categories, place | {"category": category}, [{"value": value, **row} for value, row in values])
+            add(pass_rates, place, b.get("by_pass_rate", []))
             if judged := b.get("calibration"):
-                fields = {"verdicts": "verdicts", "Brier": "brier", "expected error": "calibration_error"}
-                add("Calibration of verdicts", [], name, judged, fields)
-                for row in judged["bins"]:
-                    fields = {"verdicts": "verdicts", "mean": "probability", "right": "accuracy", **interval}
-                    place = f"{row['from']:.1f} to {row['to']:.1f}"
-                    add("Reliability of verdicts", ["probability"], [*name, place], row, fields)
-    keep = [0, 2] if len(files) == 1 else [0, 1, 2]
-    return [(title, [head[i] for i in keep] + head[3:], [[row[i] for i in keep] + row[3:] for row in rows])
-            for title, head, rows in tables.values()]  # fmt: skip
+                add(calibration, place, [judged])
+                bins = [{"place": f"{row['from']:.1f} to {row['to']:.1f}", **row} for row in judged["bins"]]
+                add(reliability, place, bins)
+    return found
 
 
 def other_mode(file: Row, base: Row) -> tuple[str, str] | None:
@@ -460,8 +441,12 @@ def render(summary: Row, form: str) -> str:
         return json.dumps(summary, indent=1)
     markdown = form == "markdown"
     lines = [printable(line) + ("\n" if markdown else "") for line in notices(summary)]
-    for title, head, rows in tables(summary):
-        table = text_table([head, *rows], markdown)
+    for title, fields, rows in tables(summary):
+        if len(summary["files"]) == 1:
+            fields.pop("file", None)
+        table = text_table(
+            [fields, *([cell(name, row.get(name)) for name in fields.values()] for row in rows)], markdown
+        )
         title = f"**{printable(title)}**" if markdown else printable(title)
         lines += ["", title, "" if markdown else "-" * max(map(len, table)), *table]
     return "\n".join(lines).strip("\n")

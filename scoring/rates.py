@@ -1,7 +1,8 @@
 """Counts into rates: accuracies with their intervals, calibration, scores of sets, and accuracy against tokens."""
 
+import itertools
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 
 from data.rows import BadInput
 from scoring.rows import WAYS, Row
@@ -21,6 +22,16 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
 
 def rate(part: float, whole: float) -> float | None:
     return part / whole if whole else None
+
+
+def answered(right: int, n: int) -> Row:
+    return {"answered": n, "accuracy": right / n, "interval": wilson(right, n)}
+
+
+def balanced_accuracy(n: Counter) -> float | None:
+    """The mean of the accuracies on Yes and on No."""
+    sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
+    return None if None in sides else sum(sides) / 2
 
 
 def rates(dataset: str, kind: str, n: Counter) -> Row:
@@ -54,21 +65,19 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
     if n["with_probability"]:
         common["calibration"] = calibration(n)
     if kind == "pointwise":
-        sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
         return common | {
-            "balanced_accuracy": None if None in sides else sum(sides) / 2,
+            "balanced_accuracy": balanced_accuracy(n),
             "says_yes": rate(n["says_yes"], n["parsed"]),
             "is_yes": rate(n["label_Yes"], total),
             "verdict_rate": rate(n["parsed"], n["verdicts"]),
         }
     if kind in ("pairwise", "best_of_n"):
-        orders = [rate(n[f"chosen_{place}_right"], total) for place in ("first", "second")]
         return common | {
-            "accuracy_chosen_first": orders[0],
-            "accuracy_chosen_second": orders[1],
-            "accuracy_both_orders_mean": None if None in orders else sum(orders) / 2,
+            "accuracy_chosen_first": rate(n["chosen_first_right"], total),
+            "accuracy_chosen_second": rate(n["chosen_second_right"], total),
+            "accuracy_both_orders_mean": rate(n["chosen_first_right"] + n["chosen_second_right"], 2 * total),
             "consistency": rate(n["consistent"], n["both_parsed"]),
-            "position_bias": None if not n["parsed"] else n["picks_first"] / n["parsed"] - 0.5,
+            "position_bias": n["picks_first"] / n["parsed"] - 0.5 if n["parsed"] else None,
             "verdict_rate": rate(n["parsed"], n["verdicts"]),
         }
     return common
@@ -92,13 +101,8 @@ def calibration(n: Counter) -> Row:
             bins.append({"from": place / BINS, "to": (place + 1) / BINS, "verdicts": count, "accuracy": right / count,
                          "probability": n[f"bin {place} sum"] / count, "interval": wilson(right, count)})  # fmt: skip
     total = n["with_probability"]
-    calibration_error = sum(b["verdicts"] * abs(b["probability"] - b["accuracy"]) for b in bins)
-    return {
-        "verdicts": total,
-        "brier": n["brier"] / total,
-        "calibration_error": calibration_error / total,
-        "bins": bins,
-    }
+    error = sum(b["verdicts"] * abs(b["probability"] - b["accuracy"]) for b in bins) / total
+    return {"verdicts": total, "brier": n["brier"] / total, "calibration_error": error, "bins": bins}
 
 
 def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
@@ -107,21 +111,20 @@ def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
     Where all of them are right, or none is, whoever knows the question knows the label; in between only the response
     tells, and `question_only`, always the question's more frequent label, is what to beat.
     """
-    bands: dict[str, Counter] = {}
+    bands: dict[str, Counter] = defaultdict(Counter)
     for n in questions.values():
         share = n["label_Yes"] / (n["label_Yes"] + n["label_No"])
         band = {0.0: "0", 1.0: "1"}.get(share) or ("up to 1/2" if share <= 0.5 else "over 1/2")
-        bands[band] = bands.get(band, Counter()) + n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
+        bands[band] += n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
     rows = []
     for band in ("0", "up to 1/2", "over 1/2", "1"):
         if n := bands.get(band):
-            answered, right = n["label_Yes"] + n["label_No"], n["right_Yes"] + n["right_No"]
-            sides = [rate(n[f"right_{label}"], n[f"label_{label}"]) for label in ("Yes", "No")]
-            rows.append({"pass_rate": band, "questions": n["questions"], "answered": answered,
-                         "accuracy": right / answered, "interval": wilson(right, answered),
-                         "balanced_accuracy": None if None in sides else sum(sides) / 2,
-                         "says_yes": n["says_yes"] / answered, "question_only": n["majority"] / answered})  # fmt: skip
-    return rows if any(n["questions"] < n["label_Yes"] + n["label_No"] for n in bands.values()) else []
+            labelled = n["label_Yes"] + n["label_No"]
+            rows.append({"pass_rate": band, "questions": n["questions"],
+                         **answered(n["right_Yes"] + n["right_No"], labelled),
+                         "balanced_accuracy": balanced_accuracy(n), "says_yes": n["says_yes"] / labelled,
+                         "question_only": n["majority"] / labelled})  # fmt: skip
+    return rows if any(row["questions"] < row["answered"] for row in rows) else []
 
 
 def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row]:
@@ -133,21 +136,20 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
         return []
     rng, table = np.random.default_rng(0), []
     ways = [way for way in rows[0] if all(way in row for row in rows)]
+    right = {way: np.array([row[way][0] for row in rows], dtype=bool) for way in ways}  # (rows,)
     tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
     for way, n in ways:
         if way == "vote" and n & (n - 1):
             continue
         majority = min((w for w in ways if w[0] == "vote"), key=lambda w: abs(tokens[w] - tokens[way, n]))
-        right = sum(row[way, n][0] for row in rows)
-        gained = sum(row[way, n][0] and not row[majority][0] for row in rows)
-        lost = sum(row[majority][0] and not row[way, n][0] for row in rows)
+        gained, lost = (int((a & ~b).sum()) for a, b in itertools.permutations((right[way, n], right[majority])))
         interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
         price = tokens[way, n] / (tokens[majority] or 1)
         if winner == WAYS[way] and price > 1.1:  # there is no majority of so many tokens
             winner += f", at {price:.1f} x"
-        line = {"way": "first answer" if (way, n) == ("vote", 1) else WAYS[way], "n": n, "tokens": tokens[way, n],
-                "answered": len(rows), "accuracy": right / len(rows), "interval": wilson(right, len(rows))}  # fmt: skip
+        name = "first answer" if (way, n) == ("vote", 1) else WAYS[way]
+        line = {"way": name, "n": n, "tokens": tokens[way, n], **answered(int(right[way, n].sum()), len(rows))}
         if way != "vote":
             line |= {"majority_n": majority[1], "majority_tokens": tokens[majority], "winner": winner,
                      "difference": (gained - lost) / len(rows), "difference_interval": interval}  # fmt: skip
@@ -181,12 +183,10 @@ def figure(files: list[Row], path: str) -> None:
 
 def by_category(values: dict[str, Counter]) -> Row:
     """Accuracy for each value of a category, and their mean: RewardBench 2's score is the one over its subsets."""
-    rows = {value: {"answered": n["answered"], "accuracy": n["right"] / n["answered"],
-                    "interval": wilson(n["right"], n["answered"])} for value, n in sorted(values.items())}  # fmt: skip
-    shares = [row["accuracy"] for row in rows.values()]
-    mean = sum(shares) / len(shares)
+    rows = {value: answered(n["right"], n["answered"]) for value, n in sorted(values.items())}
+    mean = sum(row["accuracy"] for row in rows.values()) / len(rows)
     variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["answered"] for row in rows.values())
-    half = 1.96 * math.sqrt(variance) / len(shares)
+    half = 1.96 * math.sqrt(variance) / len(rows)
     return {"values": rows, "mean": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}
 
 

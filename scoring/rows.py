@@ -1,7 +1,7 @@
 """The rows of a results file, checked: what calculate_acc.py can count."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from data.rows import BadInput, BadRow
@@ -22,13 +22,14 @@ def read_rows(path: str) -> Iterator[Row]:
         yield row
 
 
-def checked(row: Row, path: str, index: int) -> Row:
-    """The row, if it holds what can be counted. Raises BadInput."""
-    if (wrong := fault(row, kind_of(row))) is not None:
-        name, expected = wrong
-        got = repr(row[name])[:60] if name in row else "nothing"
-        raise BadInput(f"{path}: row {index}: field {name}: expected {expected}, got {got}")
-    return row
+def checked(rows: Iterable[Row], path: str) -> Iterator[Row]:
+    """The rows, if they hold what can be counted. Raises BadInput."""
+    for index, row in enumerate(rows):
+        if (wrong := fault(row, kind_of(row))) is not None:
+            name, expected = wrong
+            got = repr(row[name])[:60] if name in row else "nothing"
+            raise BadInput(f"{path}: row {index}: field {name}: expected {expected}, got {got}")
+        yield row
 
 
 def fault(row: Row, kind: str) -> tuple[str, str] | None:
