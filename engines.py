@@ -16,6 +16,7 @@ import base64
 import heapq
 import json
 import os
+import queue
 import random
 import threading
 import time
@@ -334,10 +335,10 @@ class ServerEngine:
         self._set_aside = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is asked last
         self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
         self._fill_in = False  # a server is one of FILL_IN
-        self._refused: Done = []
         self._submitted: list[tuple[int, bytes]] = []  # not yet handed to the thread
-        self._tasks: set[asyncio.Task] = set()
-        self._done: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
+        self._tasks: list[asyncio.Task] = []  # each takes one waiting request at a time
+        self._done: queue.SimpleQueue[tuple[int, Output | Exception]] = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -351,16 +352,15 @@ class ServerEngine:
         try:
             self._submitted.append((ticket, json.dumps(self._body(request, sampling), ensure_ascii=False).encode()))
         except (BadImage, UnicodeEncodeError) as error:  # the latter: half a surrogate pair
-            self._refused.append((ticket, Output(error=str(error))))
+            self._done.put((ticket, Output(error=str(error))))
         if len(self._submitted) == TOGETHER:
             self._hand_over()
 
     def finished(self) -> Done:
         self._hand_over()
-        if self._refused:
-            refused, self._refused = self._refused, []
-            return refused
-        done = self._wait_for(self._next())
+        done = [self._done.get()]
+        while not self._done.empty():
+            done.append(self._done.get())
         for _, output in done:
             if isinstance(output, Exception):
                 raise output
@@ -376,9 +376,9 @@ class ServerEngine:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def _hand_over(self) -> None:
-        submitted, self._submitted = self._submitted, []
-        if submitted:
-            self._loop.call_soon_threadsafe(self._start, submitted)
+        if self._submitted:
+            self._loop.call_soon_threadsafe(self._enqueue, self._submitted)
+            self._submitted = []
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         messages = request.messages
@@ -412,7 +412,6 @@ class ServerEngine:
 
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._slots = asyncio.Semaphore(self.concurrency)
         self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=self.concurrency))
         self._failures = (aiohttp.ClientError, OSError)  # no answer; TimeoutError is an OSError
         for server in self._busy:
@@ -428,25 +427,16 @@ class ServerEngine:
                     f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one by --served_model"
                 )
             self._fill_in |= not FILL_IN.isdisjoint(served.values())
+        self._tasks = [asyncio.create_task(self._answer()) for _ in range(self.concurrency)]
 
     async def _close(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, self._session.close(), return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._session.close(), return_exceptions=True)
 
-    def _start(self, submitted: list[tuple[int, bytes]]) -> None:
-        for ticket, body in submitted:
-            task = self._loop.create_task(self._answer(ticket, body))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _next(self) -> list[tuple[int, Output | Exception]]:
-        """Wait until one or more requests are done."""
-        done = [await self._done.get()]
-        while not self._done.empty():
-            done.append(self._done.get_nowait())
-        return done
+    def _enqueue(self, submitted: list[tuple[int, bytes]]) -> None:
+        for request in submitted:
+            self._waiting.put_nowait(request)
 
     async def _exchange(self, method: str, url: str, body: bytes | None = None, timeout: float | None = None):
         """(status, body) of the answer."""
@@ -456,13 +446,14 @@ class ServerEngine:
         async with self._session.request(method, url, data=body, timeout=limit, allow_redirects=False) as response:
             return response.status, await response.read()
 
-    async def _answer(self, ticket: int, body: bytes) -> None:
-        async with self._slots:
+    async def _answer(self) -> None:
+        while True:
+            ticket, body = await self._waiting.get()
             try:
                 output = await self._complete(body)
             except Exception as error:  # finished() raises it in the caller's thread
                 output = error
-        self._done.put_nowait((ticket, output))
+            self._done.put((ticket, output))
 
     async def _complete(self, body: bytes) -> Output:
         error, tries = "", dict.fromkeys(self._busy, 0)

@@ -41,7 +41,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import verify
 from data.arguments import DataSettings
@@ -90,44 +90,22 @@ class Settings:
         return Sampling(self.max_tokens, self.temperature, self.repetition_penalty)
 
     @property
-    def verifier(self) -> "Verifier":
-        return load_verifier(self.reward_funcs)
+    def reward(self) -> Callable | None:
+        """The verifier of one's own. Raises BadInput."""
+        return load_reward(self.reward_funcs) if self.reward_funcs else None
 
-
-@dataclass(frozen=True)
-class Verifier:
-    """What decides whether a completion is right, and whether two answers are the same."""
-
-    reward: Callable  # TRL's signature: 1 is right, 0 wrong, None no opinion
-    equal: Callable[[list[tuple]], list[bool | None]]
-
-    def is_right(self, row: "Row", completion: str) -> bool | None:
-        """The columns are those of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
-        columns = {name: [row[name]] for name in ("solution", "task", "source")}
-        message = [{"role": "assistant", "content": completion}]
-        (value,) = self.reward(prompts=[row["prompt"]], completions=[message], **columns)
-        if value is None or value != value:
-            return None
-        if value not in (0, 1):
-            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
-        return bool(value)
-
-
-def _boxed_answers(prompts, completions, solution, **columns) -> list[bool | None]:
-    """Whether the boxed answers equal their golds."""
-    answers = [verify.extract_boxed(verify.last_text(completion)) for completion in completions]
-    return verify.verify_many(list(zip(answers, solution, strict=True)))
+    @property
+    def equal(self) -> Callable[[list[tuple]], list[bool | None]]:
+        """Whether two answers are the same, of pairs."""
+        return getattr(self.reward, "equal", verify.verify_many)
 
 
 @lru_cache
-def load_verifier(name: str | None) -> Verifier:
-    """The verifier FILE.py:NAME; without a name the boxed answer against the gold. Raises BadInput."""
-    if name is None:
-        return Verifier(_boxed_answers, verify.verify_many)
+def load_reward(name: str) -> Callable:
+    """FILE.py:NAME, of TRL's signature: 1 is right, 0 wrong, None no opinion. Raises BadInput."""
     from training.rewards import load_rewards
 
-    (reward,) = load_rewards([name])
-    return Verifier(reward, getattr(reward, "equal", verify.verify_many))
+    return load_rewards([name])[0]
 
 
 @dataclass(frozen=True)
@@ -210,7 +188,18 @@ class Calls:
         }
 
     def is_right(self, text: str) -> bool | None:
-        return self.settings.verifier.is_right(self.row, text)
+        """The columns are those of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
+        row, reward = self.row, self.settings.reward
+        if reward is None:
+            return verify.is_equal(verify.extract_boxed(text), row["solution"])
+        columns = {name: [row[name]] for name in ("solution", "task", "source")}
+        message = [{"role": "assistant", "content": text}]
+        (value,) = reward(prompts=[row["prompt"]], completions=[message], **columns)
+        if value is None or value != value:
+            return None
+        if value not in (0, 1):
+            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
+        return bool(value)
 
     def scored(self, text: str, **fields: Any) -> Row:
         if self.settings.reward_funcs:
@@ -230,15 +219,9 @@ class Calls:
         )
 
 
-class Judgement(NamedTuple):
-    """What one or several completions of a judge say together."""
-
-    verdict: str | None  # the most frequent of those that can be read
-    probability: float | None  # of that verdict, where the engine gave log-probabilities
-
-
-def judgement(outputs: list[Output]) -> Judgement:
-    """The majority of a judge's completions; of equally many, the earlier one."""
+def majority(outputs: list[Output]) -> tuple[str | None, float | None]:
+    """(the most frequent verdict of a judge's completions, the earlier of equally many; its mean probability, where the
+    engine gave log-probabilities)"""
     verdicts = [verify.parse_verdict(output.text) for output in outputs]
     counts = Counter(verdict for verdict in verdicts if verdict is not None)
     verdict = counts.most_common(1)[0][0] if counts else None
@@ -246,8 +229,7 @@ def judgement(outputs: list[Output]) -> Judgement:
     for output, said in zip(outputs, verdicts, strict=True):
         if said is not None and (p := verdict_probability(output, said)) is not None:
             probabilities.append(p if said == verdict else 1 - p)
-    mean = sum(probabilities) / len(probabilities) if probabilities else None
-    return Judgement(verdict, mean)
+    return verdict, sum(probabilities) / len(probabilities) if probabilities else None
 
 
 def verdict_probability(output: Output, verdict: str) -> float | None:
@@ -314,30 +296,22 @@ class Samples(Calls):
 
     def __init__(self, row: Row, settings: Settings):
         super().__init__(row, settings)
-        self.texts: list[str] = []
-        self.rounds: list[Row] = []
         self.matches: list[Row] = []  # of the last knock-out
-        self._prices: list[int] = []  # of each answer
-        self._group: dict[int, int] = {}  # answer -> which ones it is equal to; without those that have no box
         self._weights: list[tuple[float, int]] = []  # of each answer, and its price
         self._matches: dict[tuple[int, int], tuple[Row, int]] = {}  # (a, b) -> its verdicts, and their price
 
     def draw(self) -> Solver:
         outputs = yield [self.request()] * self.settings.n
-        self.texts, self._prices = self.read(outputs), [output.completion_tokens for output in outputs]
+        self.texts, self.prices = self.read(outputs), [output.completion_tokens for output in outputs]
         self.rounds = [_round(text) for text in self.texts]
         self._candidates = [self.candidate(text)[0] for text in self.texts]
-        groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.verifier)
-        self._group = {i: number for number, group in enumerate(groups) for i in group}
-
-    @property
-    def first_tokens(self) -> int:
-        return self._prices[0]
+        groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.equal)
+        self._group = {i: number for number, group in enumerate(groups) for i in group}  # of each answer with a box
 
     def chosen(self, i: int, **fields: Any) -> Row:
         """The result, if the i-th answer is the one to give."""
         fields |= {"round_num": 0, "chosen": i, "matches": self.matches}
-        return self.final(self.texts[i], self.texts[0], self.first_tokens, self.rounds, **fields)
+        return self.final(self.texts[i], self.texts[0], self.prices[0], self.rounds, **fields)
 
     def choose(self, how: str, n: int):
         """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
@@ -345,7 +319,7 @@ class Samples(Calls):
         for i in range(n):
             if i in self._group:
                 groups.setdefault(self._group[i], []).append(i)
-        ordered, price = list(groups.values()) or [list(range(n))], sum(self._prices[:n])
+        ordered, price = list(groups.values()) or [list(range(n))], sum(self.prices[:n])
         if how == "vote":
             ordered.sort(key=lambda g: -len(g))
         elif how == "weighted_vote":
@@ -357,24 +331,26 @@ class Samples(Calls):
         return ordered[0][0], price
 
     def _ask_both_ways(self, pairs: list[tuple[str, str]]):
-        """The outputs for each pair of instructions."""
+        """(the outputs, their texts, their price) of each pair of instructions."""
         if not pairs:
             return []
         outputs = yield [self.judging(text) for pair in pairs for text in pair]
-        self.read(outputs)
-        return list(zip(outputs[::2], outputs[1::2], strict=True))
+        texts, prices = self.read(outputs), [output.completion_tokens for output in outputs]
+        return [
+            (outputs[i : i + 2], "\n---\n".join(texts[i : i + 2]), sum(prices[i : i + 2]))
+            for i in range(0, len(outputs), 2)
+        ]
 
     def _weigh(self, n: int) -> Solver:
         new = range(len(self._weights), n)
         replies = yield from self._ask_both_ways([
             tuple(pointwise_instruction(self._candidates[i], right_letter=letter) for letter in "AB") for i in new
         ])  # fmt: skip
-        for i, both in zip(new, replies, strict=True):
+        for i, (both, judged, price) in zip(new, replies, strict=True):
             beliefs = [_belief(output, letter) for output, letter in zip(both, "AB", strict=True)]
-            self._weights.append((sum(beliefs) / 2, sum(output.completion_tokens for output in both)))
+            self._weights.append((sum(beliefs) / 2, price))
             verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
-            judged = "\n---\n".join(output.text for output in both)
-            self.rounds[i] = {**_round(self.texts[i], verdict, judged), "weight": self._weights[i][0]}
+            self.rounds[i] = {**_round(self.texts[i], verdict, judged), "weight": sum(beliefs) / 2}
 
     def _knock_out(self, groups: list[list[int]]):
         """Reduce `groups` to the winner of a knock-out; return its price. A pair is won by the side that both verdicts
@@ -387,11 +363,9 @@ class Samples(Calls):
             replies = yield from self._ask_both_ways([
                 (pairwise_instruction(a, b), pairwise_instruction(b, a)) for a, b in sides
             ])  # fmt: skip
-            for match, both in zip(new, replies, strict=True):
-                verdicts = [verify.parse_verdict(output.text) for output in both]
-                judged = "\n---\n".join(output.text for output in both)
-                outcome = {"verdict": verdicts[0], "verdict_swapped": verdicts[1], "judge_output": judged}
-                self._matches[match] = outcome, sum(output.completion_tokens for output in both)
+            for match, (both, judged, cost) in zip(new, replies, strict=True):
+                verdict, swapped = (verify.parse_verdict(output.text) for output in both)
+                self._matches[match] = {"verdict": verdict, "verdict_swapped": swapped, "judge_output": judged}, cost
             winners = []
             for a, b in pairs:
                 outcome, cost = self._matches[a[0], b[0]]
@@ -430,7 +404,7 @@ def compared_row(row: Row, settings: Settings) -> Solver:
             add(variant, count, samples.texts[chosen], price)
     *_, stops = yield from _reflect(samples, samples.texts[0])
     for count, (text, price) in enumerate(stops, 1):
-        add("reflect", count, text, samples.first_tokens + price)
+        add("reflect", count, text, samples.prices[0] + price)
     chosen, _ = yield from samples.choose("vote", n)
     return samples.chosen(chosen, variants=variants)
 
@@ -446,22 +420,18 @@ def _belief(output: Output, right_letter: str) -> float:
     return probability if verdict in ("Yes", right_letter) else 1 - probability
 
 
-def tts_row(row: Row, settings: Settings) -> Solver:
-    return {"reflect": reflect_row, "compare": compared_row}.get(settings.tts, sampled_row)(row, settings)
-
-
 def _round(text: str, verdict: str | None = None, judged: str | None = None) -> Row:
     return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
 
 
-def _same_answers(answers: list[str | None], verifier: Verifier) -> list[list[int]]:
+def _same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
     """Positions of equal answers together, in order of appearance; those without a box only if there is no other."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
             continue
         for group in groups:
-            if answer == answers[group[0]] or verifier.equal([(answer, answers[group[0]])])[0]:
+            if answer == answers[group[0]] or equal([(answer, answers[group[0]])])[0]:
                 group.append(i)
                 break
         else:
@@ -480,40 +450,47 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         sides = [[calls.candidate(text)[0] for text in side] for side in (chosen, row["rejected"])]
         pairs = list(itertools.product(*sides))
         instructions = [pairwise_instruction(*order) for pair in pairs for order in (pair, pair[::-1])]
-    requests = [calls.judging(text) for text in instructions]
-    outputs = yield [request for request in requests for _ in range(k)]
+    outputs = yield [request for request in map(calls.judging, instructions) for _ in range(k)]
     texts = calls.read(outputs)
-    judged = [judgement(outputs[i : i + k]) for i in range(0, len(outputs), k)]
-    common = calls.result("\n---\n".join(texts), extracted_answer=verify.extract_boxed(texts[-1]))
+    verdicts, probabilities = zip(*(majority(outputs[i : i + k]) for i in range(0, len(outputs), k)), strict=True)
+    result = calls.result("\n---\n".join(texts), extracted_answer=verify.extract_boxed(texts[-1]))
     if k > 1:
-        common["votes"] = [verify.parse_verdict(text) for text in texts]
+        result["votes"] = [verify.parse_verdict(text) for text in texts]
     if single:
-        (only,) = judged
-        return common | {
+        return result | {
             "task": "pointwise",
             "label": row["label"],
-            "verdict": only.verdict,
-            "verdict_probability": only.probability,
+            "verdict": verdicts[0],
+            "verdict_probability": probabilities[0],
             "verdict_swapped": None,
-            "is_correct": only.verdict == row["label"],
+            "is_correct": verdicts[0] == row["label"],
         }
-    first, swapped = judged[::2], judged[1::2]
 
-    def one_or_all(values: list) -> Any:
-        return values[0] if len(pairs) == 1 else values
+    def one_or_all(values: tuple) -> Any:
+        return values[0] if len(pairs) == 1 else list(values)
 
-    return common | {
-        "task": "pairwise" if len(pairs) == 1 else "best_of_n",
-        "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
-        "verdict": one_or_all([j.verdict for j in first]),
-        "verdict_probability": one_or_all([j.probability for j in first]),
-        "verdict_swapped": one_or_all([j.verdict for j in swapped]),
-        "verdict_swapped_probability": one_or_all([j.probability for j in swapped]),
-        "is_correct": all(j.verdict == "A" for j in first) and all(j.verdict == "B" for j in swapped),
-    }
+    first, swapped = verdicts[::2], verdicts[1::2]
+    return (
+        result
+        | {
+            "task": "pairwise" if len(pairs) == 1 else "best_of_n",
+            "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
+            "verdict": one_or_all(first),
+            "verdict_probability": one_or_all(probabilities[::2]),
+            "verdict_swapped": one_or_all(swapped),
+            "verdict_swapped_probability": one_or_all(probabilities[1::2]),
+            "is_correct": set(first) == {"A"} and set(swapped) == {"B"},
+        }
+    )
 
 
-SOLVERS: dict[str, Callable[[Row, Settings], Solver]] = {"answer": answer_row, "tts": tts_row, "judge": judge_row}
+SOLVERS: dict[str, Callable[[Row, Settings], Solver]] = {  # by mode, or way of test-time scaling
+    "answer": answer_row,
+    "judge": judge_row,
+    "reflect": reflect_row,
+    "compare": compared_row,
+    **dict.fromkeys(("vote", "weighted_vote", "best_of_n"), sampled_row),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -525,11 +502,19 @@ class _Running:
     """A row under way: its solver, the outputs of the calls it waits for, and how many are still out."""
 
     index: int
-    row: Row
     solver: Solver
-    outputs: list[Output | None]
+    outputs: list[Output | None] | None = None
     missing: int = 0
     calls: int = 0
+
+
+def solve(row: Row, settings: Settings) -> Solver:
+    """The row's result; that of a request that failed is its error."""
+    solver = SOLVERS[settings.tts if settings.mode == "tts" else settings.mode]
+    try:
+        return (yield from solver(row, settings))
+    except RequestFailed as failure:
+        return Calls(row, settings).result("", error=str(failure))
 
 
 def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator[list[tuple[int, Row]]]:
@@ -539,13 +524,11 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
     tickets = itertools.count()
     out: dict[int, tuple[_Running, int]] = {}  # ticket -> (row, place of the call among those it waits for)
 
-    def advance(running: _Running, outputs: list[Output] | None) -> Row | None:
+    def advance(running: _Running) -> Row | None:
         try:
-            requests = running.solver.send(outputs)
+            requests = running.solver.send(running.outputs)
         except StopIteration as finished:
             return finished.value
-        except RequestFailed as failure:
-            return Calls(running.row, settings).result("", error=str(failure))
         assert requests, "a row that waits for nothing would never finish"
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
@@ -563,7 +546,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
     while True:
         while len(out) < engine.capacity and (pair := next(waiting, None)) is not None:
             index, row = pair
-            advance(_Running(index, row, SOLVERS[settings.mode](row, settings), []), None)
+            advance(_Running(index, solve(row, settings)))
         if not out:
             return
         finished = []
@@ -571,7 +554,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
             running, place = out.pop(ticket)
             running.outputs[place] = output
             running.missing -= 1
-            if running.missing == 0 and (result := advance(running, running.outputs)) is not None:
+            if running.missing == 0 and (result := advance(running)) is not None:
                 finished.append((running.index, result))
         yield finished
 
@@ -588,11 +571,8 @@ def evaluate_records(records: list[Row], engine, settings: Settings) -> list[Row
     be used.
     """
     rows = read_benchmark(Source(records, suffix=settings.prompt_suffix), settings.mode)
-    results: list[Row | None] = [None] * len(rows)
-    for finished in run(enumerate(rows), engine, settings):
-        for index, result in finished:
-            results[index] = result
-    return results
+    results = dict(itertools.chain.from_iterable(run(enumerate(rows), engine, settings)))
+    return [results[index] for index in range(len(rows))]
 
 
 def read_benchmark(source: Source, mode: str) -> list[Row]:
@@ -744,7 +724,7 @@ def main() -> int:
                 f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
         sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
-        _ = settings.verifier  # refused now, and not after the first answer
+        _ = settings.reward  # refused now, and not after the first answer
         rows, wanted = [], []
         for source in sources:
             of_source = read_benchmark(source, settings.mode)
