@@ -3,41 +3,35 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from data.cli import flag
+
 
 @dataclass(kw_only=True)
 class DataSettings:
     """How data are read, for training, checking, filtering and evaluation alike. Each field is also a flag."""
 
-    prompt_column: str = field(default="prompt", metadata={"help": "Column of the question: text or messages."})
-    solution_column: str = field(default="solution", metadata={"help": "Column of the gold answer."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the image or images, if any."})
-    answer_kind: str | None = field(
-        default=None,
-        metadata={
-            "help": "What answers to questions with options are.",
-            "choices": ["letter", "text", "from_0", "from_1"],
-        },
+    prompt_column: str = flag("prompt", "Column of the question: text or messages.")
+    solution_column: str = flag("solution", "Column of the gold answer.")
+    image_column: str | None = flag(None, "Column of the image or images, if any.")
+    answer_kind: str | None = flag(
+        None, "What answers to questions with options are.", choices=["letter", "text", "from_0", "from_1"]
     )
-    image_root: str | None = field(
-        default=None, metadata={"help": "Folder that image paths are relative to, and may not leave."}
-    )
-    allow_remote_images: bool = field(default=False, metadata={"help": "Fetch http(s) images when they are used."})
-    min_pixels: int | None = field(default=None, metadata={"help": "Smaller images are enlarged to so many pixels."})
-    max_pixels: int | None = field(default=None, metadata={"help": "Larger images are reduced to so many pixels."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a hub dataset or a folder."})
+    image_root: str | None = flag(None, "Folder that image paths are relative to, and may not leave.")
+    allow_remote_images: bool = flag(False, "Fetch http(s) images when they are used.")
+    min_pixels: int | None = flag(None, "Smaller images are enlarged to so many pixels.")
+    max_pixels: int | None = flag(None, "Larger images are reduced to so many pixels.")
+    dataset_config: str | None = flag(None, "Configuration of a hub dataset.")
+    dataset_split: str = flag("train", "Split of a hub dataset or a folder.")
 
 
 @dataclass(kw_only=True)
 class DataArguments(DataSettings):
     """What to train on."""
 
-    dataset: str = field(metadata={"help": "A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same, for evaluation during training."})
-    eval_split: str = field(default="test", metadata={"help": "The same, of eval_dataset."})
-    strict: bool = field(
-        default=False, metadata={"help": "Refuse data with unusable rows instead of leaving them out."}
-    )
+    dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`.")
+    eval_dataset: str | None = flag(None, "The same, for evaluation during training.")
+    eval_split: str = flag("test", "The same, of eval_dataset.")
+    strict: bool = flag(False, "Refuse data with unusable rows instead of leaving them out.")
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -45,14 +39,12 @@ class DataArguments(DataSettings):
             "against the solution (verify.answer_reward)."
         },
     )
-    plan: str | None = field(
-        default=None,
-        metadata={
-            "help": "Print what the run will do and need, and end: for the processes it is started in, or for those "
-            "of an accelerate config.",
-            "nargs": "?",
-            "const": "here",
-        },
+    plan: str | None = flag(
+        None,
+        "Print what the run will do and need, and end: for the processes it is started in, or for those of an "
+        "accelerate config.",
+        nargs="?",
+        const="here",
     )
 
     def __post_init__(self):
