@@ -135,29 +135,22 @@ class TransformersEngine(BatchEngine):
 
     def __init__(self, model, processor=None, batch_size: int = 128, dtype: str = "auto"):
         import torch
-        from transformers import (
-            AutoConfig,
-            AutoModelForCausalLM,
-            AutoModelForImageTextToText,
-            AutoProcessor,
-            ProcessorMixin,
-        )
-        from transformers.utils import logging
+        import transformers
 
         from data.lengths import image_factor
 
-        logging.disable_progress_bar()  # of the weights' loading
+        transformers.utils.logging.disable_progress_bar()  # of the weights' loading
         super().__init__(batch_size)
         if isinstance(model, str):
-            processor = processor or AutoProcessor.from_pretrained(model, padding_side="left")
-            vision = "vision_config" in AutoConfig.from_pretrained(model).to_dict()
-            auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+            processor = processor or transformers.AutoProcessor.from_pretrained(model, padding_side="left")
+            vision = "vision_config" in transformers.AutoConfig.from_pretrained(model).to_dict()
+            auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
             device = "cuda" if torch.cuda.is_available() else "cpu"
             if dtype == "auto" and device == "cpu":
                 dtype = "float32"
             model = auto.from_pretrained(model, dtype=dtype).to(device)
         self.model, self.processor = model.eval(), processor
-        self.tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
+        self.tokenizer = processor.tokenizer if isinstance(processor, transformers.ProcessorMixin) else processor
         self.factor = image_factor(processor)
         if self.tokenizer.pad_token is None:  # Llama's
             self.tokenizer.pad_token = self.tokenizer.eos_token
@@ -188,15 +181,15 @@ class TransformersEngine(BatchEngine):
             **({"images": images} if images else {}),
         ).to(self.model.device)
         recorder = TokenLogprobs() if any(requests[i].with_logprobs for i in rows) else None
-        drawn = {"do_sample": False, "logits_processor": [recorder] if recorder else []}
-        if sampling.temperature > 0:
-            drawn |= {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+        drawn = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
         with torch.inference_mode():
             ids = self.model.generate(
                 **inputs,
                 max_new_tokens=sampling.max_tokens,
                 repetition_penalty=sampling.repetition_penalty,
                 pad_token_id=self.tokenizer.pad_token_id,
+                logits_processor=[recorder] if recorder else [],
+                do_sample=bool(drawn),
                 **drawn,
                 **more,
             )[:, inputs["input_ids"].size(1) :]  # (b, T)

@@ -30,16 +30,18 @@ records out:
 """
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ from data.progress import PartFile
 from data.read import Reader
 from data.rows import BadInput, BadRow, Source
 from data.table import list_text
-from engines import Output, Request, Sampling
+from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, VLLMEngine
 from prompts import (
     PROMPT_SUFFIX,
     ask,
@@ -89,23 +91,19 @@ class Settings:
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.repetition_penalty)
 
-    @property
+    @cached_property
     def reward(self) -> Callable | None:
-        """The verifier of one's own. Raises BadInput."""
-        return load_reward(self.reward_funcs) if self.reward_funcs else None
+        """Your own verifier, if any, of TRL's signature: 1 is right, 0 wrong, None no opinion. Raises BadInput."""
+        if self.reward_funcs is None:
+            return None
+        from training.rewards import load_rewards
+
+        return load_rewards([self.reward_funcs])[0]
 
     @property
     def equal(self) -> Callable[[list[tuple]], list[bool | None]]:
         """Whether two answers are the same, of pairs."""
         return getattr(self.reward, "equal", verify.verify_many)
-
-
-@lru_cache
-def load_reward(name: str) -> Callable:
-    """FILE.py:NAME, of TRL's signature: 1 is right, 0 wrong, None no opinion. Raises BadInput."""
-    from training.rewards import load_rewards
-
-    return load_rewards([name])[0]
 
 
 @dataclass(frozen=True)
@@ -123,10 +121,6 @@ class EngineSettings:
     served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
     concurrency: int = flag(64, "server: requests under way, over all URLs", least=1)
     timeout: float = flag(600.0, "server: seconds for one try", least=0.1)
-
-
-class RequestFailed(Exception):
-    """A request that came back without a completion; its message is the row's recorded error."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,10 +149,8 @@ class Calls:
         return self.request(instruction)._replace(with_logprobs=with_logprobs, temperature=temperature)
 
     def read(self, outputs: list[Output]) -> list[str]:
-        """The texts of the outputs. Raises RequestFailed."""
+        """The texts of the outputs, whose tokens are counted."""
         for output in outputs:
-            if output.error is not None:
-                raise RequestFailed(output.error)
             self.prompt_tokens += output.prompt_tokens
             self.completion_tokens += output.completion_tokens
         return [output.text for output in outputs]
@@ -223,8 +215,7 @@ def majority(outputs: list[Output]) -> tuple[str | None, float | None]:
     """(the most frequent verdict of a judge's completions, the earlier of equally many; its mean probability, where the
     engine gave log-probabilities)"""
     verdicts = [verify.parse_verdict(output.text) for output in outputs]
-    counts = Counter(verdict for verdict in verdicts if verdict is not None)
-    verdict = counts.most_common(1)[0][0] if counts else None
+    verdict = statistics.mode([verdict for verdict in verdicts if verdict is not None] or [None])
     probabilities = []
     for output, said in zip(outputs, verdicts, strict=True):
         if said is not None and (p := verdict_probability(output, said)) is not None:
@@ -237,8 +228,8 @@ def verdict_probability(output: Output, verdict: str) -> float | None:
     if output.logprobs is None:
         return None
     text = "".join(token for token, _ in output.logprobs)
-    spelled = list(re.finditer(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", text, re.IGNORECASE))
-    spelled = [match for match in spelled if match.start() > text.rfind("boxed")]
+    found = re.finditer(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", text, re.IGNORECASE)
+    spelled = [match for match in found if match.start() > text.rfind("boxed")]
     if not spelled:
         return None
     total, end = 0.0, 0
@@ -305,8 +296,7 @@ class Samples(Calls):
         self.texts, self.prices = self.read(outputs), [output.completion_tokens for output in outputs]
         self.rounds = [_round(text) for text in self.texts]
         self._candidates = [self.candidate(text)[0] for text in self.texts]
-        groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.equal)
-        self._group = {i: number for number, group in enumerate(groups) for i in group}  # of each answer with a box
+        self._groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.equal)
 
     def chosen(self, i: int, **fields: Any) -> Row:
         """The result, if the i-th answer is the one to give."""
@@ -315,20 +305,18 @@ class Samples(Calls):
 
     def choose(self, how: str, n: int):
         """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
-        groups: dict[int, list[int]] = {}  # in order of appearance
-        for i in range(n):
-            if i in self._group:
-                groups.setdefault(self._group[i], []).append(i)
-        ordered, price = list(groups.values()) or [list(range(n))], sum(self.prices[:n])
+        groups = [[i for i in group if i < n] for group in self._groups]
+        groups = [group for group in groups if group] or [list(range(n))]
+        price = sum(self.prices[:n])
         if how == "vote":
-            ordered.sort(key=lambda g: -len(g))
+            groups.sort(key=lambda g: -len(g))
         elif how == "weighted_vote":
             yield from self._weigh(n)
-            ordered.sort(key=lambda g: (-sum(self._weights[i][0] for i in g), -len(g)))
+            groups.sort(key=lambda g: (-sum(self._weights[i][0] for i in g), -len(g)))
             price += sum(cost for _, cost in self._weights[:n])
         else:
-            price += yield from self._knock_out(ordered)
-        return ordered[0][0], price
+            price += yield from self._knock_out(groups)
+        return groups[0][0], price
 
     def _ask_both_ways(self, pairs: list[tuple[str, str]]):
         """(the outputs, their texts, their price) of each pair of instructions."""
@@ -425,7 +413,7 @@ def _round(text: str, verdict: str | None = None, judged: str | None = None) -> 
 
 
 def _same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
-    """Positions of equal answers together, in order of appearance; those without a box only if there is no other."""
+    """Positions of equal answers together, in order of appearance; without those that have no box."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
@@ -436,7 +424,7 @@ def _same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]
                 break
         else:
             groups.append([i])
-    return groups or [list(range(len(answers)))]
+    return groups
 
 
 def judge_row(row: Row, settings: Settings) -> Solver:
@@ -502,19 +490,11 @@ class _Running:
     """A row under way: its solver, the outputs of the calls it waits for, and how many are still out."""
 
     index: int
+    row: Row
     solver: Solver
     outputs: list[Output | None] | None = None
     missing: int = 0
     calls: int = 0
-
-
-def solve(row: Row, settings: Settings) -> Solver:
-    """The row's result; that of a request that failed is its error."""
-    solver = SOLVERS[settings.tts if settings.mode == "tts" else settings.mode]
-    try:
-        return (yield from solver(row, settings))
-    except RequestFailed as failure:
-        return Calls(row, settings).result("", error=str(failure))
 
 
 def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator[list[tuple[int, Row]]]:
@@ -524,7 +504,12 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
     tickets = itertools.count()
     out: dict[int, tuple[_Running, int]] = {}  # ticket -> (row, place of the call among those it waits for)
 
+    solver = SOLVERS[settings.tts if settings.mode == "tts" else settings.mode]
+
     def advance(running: _Running) -> Row | None:
+        for output in running.outputs or ():
+            if output.error is not None:
+                return Calls(running.row, settings).result("", error=output.error)
         try:
             requests = running.solver.send(running.outputs)
         except StopIteration as finished:
@@ -546,7 +531,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
     while True:
         while len(out) < engine.capacity and (pair := next(waiting, None)) is not None:
             index, row = pair
-            advance(_Running(index, solve(row, settings)))
+            advance(_Running(index, row, solver(row, settings)))
         if not out:
             return
         finished = []
@@ -661,18 +646,16 @@ def make_engine(settings: Settings, engine: EngineSettings):
     """The engine that the settings ask for. Raises BadInput where it can't be had."""
     from safetensors import SafetensorError
 
-    import engines
-
     try:
         if settings.engine == "server":
             model = engine.served_model or settings.model
-            return engines.ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout)
+            return ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout)
         if settings.engine == "vllm":
-            return engines.VLLMEngine(settings.model, dtype=engine.dtype, max_model_len=engine.max_model_len)
+            return VLLMEngine(settings.model, dtype=engine.dtype, max_model_len=engine.max_model_len)
         from transformers import set_seed
 
         set_seed(settings.seed)
-        return engines.TransformersEngine(settings.model, batch_size=engine.batch_size, dtype=engine.dtype)
+        return TransformersEngine(settings.model, batch_size=engine.batch_size, dtype=engine.dtype)
     except BadInput:
         raise
     except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
@@ -681,9 +664,7 @@ def make_engine(settings: Settings, engine: EngineSettings):
 
 def choose_engine(engine: str, server: tuple[str, ...]) -> str:
     """`auto`: servers if there are any; vLLM where it is installed beside a GPU; else transformers."""
-    from importlib.util import find_spec
-
-    if engine == "vllm" and not find_spec("vllm"):
+    if engine == "vllm" and not importlib.util.find_spec("vllm"):
         raise BadInput("--engine vllm: expected vLLM to be installed (requirements.txt has its version)")
     if engine == "server" and not server:
         raise BadInput("--engine server: expected --server URL")
@@ -691,7 +672,7 @@ def choose_engine(engine: str, server: tuple[str, ...]) -> str:
         return engine
     if server:
         return "server"
-    if find_spec("vllm"):
+    if importlib.util.find_spec("vllm"):
         import torch
 
         if torch.cuda.is_available():
@@ -723,22 +704,18 @@ def main() -> int:
                 f"--model {settings.model}: expected a model, got an adapter (LoRA); python -m training.merge "
                 f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
-        sources = [Source(name, data, settings.prompt_suffix) for name in settings.benchmark]
         _ = settings.reward  # refused now, and not after the first answer
         rows, wanted = [], []
-        for source in sources:
-            of_source = read_benchmark(source, settings.mode)
-            wanted += range(len(rows), len(rows) + len(of_source[: args.limit]))
-            rows += of_source
+        for name in settings.benchmark:
+            of_benchmark = read_benchmark(Source(name, data, settings.prompt_suffix), settings.mode)
+            wanted += range(len(rows), len(rows) + len(of_benchmark[: args.limit]))
+            rows += of_benchmark
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded
         if args.check:
             print(f"{len(wanted)} rows")
             return 0
-        running = make_engine(settings, engine)
-        try:
+        with closing(make_engine(settings, engine)) as running:
             results = run_to_file(rows, running, settings, args.output, wanted)
-        finally:
-            running.close()
     except (BadInput, OSError) as error:
         return refuse("evaluate.py", error)
     except KeyboardInterrupt:

@@ -70,10 +70,7 @@ def _encoding(path: str) -> str:
 
 def _starts_with_list(path: str) -> bool:
     with open(path, encoding="utf-8-sig") as file:
-        while block := file.read(1 << 12):
-            if text := block.lstrip():
-                return text[0] != "{"
-    return True
+        return next((not line.lstrip().startswith("{") for line in file if line.strip()), True)
 
 
 def batched(iterable: Iterable, size: int) -> Iterator[list]:
