@@ -99,7 +99,7 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             for name, values in (row.get("categories") or {}).items():
                 for value in [values] if isinstance(values, str) else values:
                     total.categories[dataset, kind][name][value].update(answered=1, right=right)
-            outcomes = {(v["variant"], v["n"]): (v["is_correct"], v["completion_tokens"]) for v in row["variants"]}
+            outcomes = {(v["variant"], v["n"]): (v.get("is_correct"), v["completion_tokens"]) for v in row["variants"]}
             if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
                 total.scaling[dataset].append(outcomes)
             if row.get("group"):
@@ -152,7 +152,7 @@ def count_row(n: Counter, row: Row) -> bool | None:
         n["with_tokens"] += 1
         n["first_tokens"] += row.get("first_completion_tokens") or 0
     if kind in ("answer", "tts"):
-        outcome = row["is_correct"]
+        outcome = row.get("is_correct")
         n["unboxed"] += row["extracted_answer"] in (None, "")
     else:
         outcome = count_verdicts(n, kind, row)
@@ -304,19 +304,26 @@ RATES = {  # kind -> title, columns
     "pairwise": ("Judging pairs, in both orders", PAIRS),
     "best_of_n": ("Judging the best of n: the chosen one against each other, in both orders", PAIRS),
 }
-BREAKDOWNS = {  # title -> columns
-    "Test-time scaling at its price, against a majority of as many tokens": "way, n, answered, tokens, accuracy, "
-    "95 %=interval, majority of=majority_n, its tokens=majority_tokens, difference, 95 % of it=difference_interval, "
-    "better=winner",
-    "The benchmarks' own scores": "kind, score=name, questions, value=score, 95 %=interval",
-    "By category": "kind, category, value, answered, accuracy, 95 %=interval",
-    "Judging one response, by the share of right responses to its question": "kind, pass rate=pass_rate, questions, "
-    "answered, accuracy, 95 %=interval, balanced=balanced_accuracy, says Yes=says_yes, question only=question_only",
-    "Calibration of verdicts": "kind, verdicts, Brier=brier, expected error=calibration_error",
-    "Reliability of verdicts": "kind, probability=place, verdicts, mean=probability, right=accuracy, 95 %=interval",
+BREAKDOWNS = {
+    "price": (
+        "Test-time scaling at its price, against a majority of as many tokens",
+        "way, n, answered, tokens, accuracy, 95 %=interval, majority of=majority_n, its tokens=majority_tokens, "
+        "difference, 95 % of it=difference_interval, better=winner",
+    ),
+    "scores": ("The benchmarks' own scores", "kind, score=name, questions, value=score, 95 %=interval"),
+    "categories": ("By category", "kind, category, value, answered, accuracy, 95 %=interval"),
+    "by_pass_rate": (
+        "Judging one response, by the share of right responses to its question",
+        "kind, pass rate=pass_rate, questions, answered, accuracy, 95 %=interval, balanced=balanced_accuracy, "
+        "says Yes=says_yes, question only=question_only",
+    ),
+    "calibration": ("Calibration of verdicts", "kind, verdicts, Brier=brier, expected error=calibration_error"),
+    "bins": (
+        "Reliability of verdicts",
+        "kind, probability=place, verdicts, mean=probability, right=accuracy, 95 %=interval",
+    ),
 }
-PAIRED = "benchmark=dataset, paired rows=rows, base=base_accuracy, this=accuracy, difference, 95 %=interval, gained, "
-PAIRED += "lost, McNemar p=p"
+PAIRED = "paired rows=rows, base=base_accuracy, this=accuracy, difference, 95 %=interval, gained, lost, McNemar p=p"
 COUNTS = (
     "questions n majority_n verdicts unboxed right_to_wrong wrong_to_right rows answered unscorable failed gained lost"
 )
@@ -358,40 +365,40 @@ def tables(summary: Row) -> Iterator[tuple[str, dict[str, str], list[Row]]]:
                 rows.append({**blank, "dataset": "mean of benchmarks", "path": file["path"], **means})
         if rows:
             yield title, heads, rows
-    for title, rows in breakdowns(files).items():
-        yield title, columns(f"benchmark=dataset, file=path, {BREAKDOWNS[title]}"), rows
+    for name, rows in breakdowns(files).items():
+        title, others = BREAKDOWNS[name]
+        yield title, columns(f"benchmark=dataset, file=path, {others}"), rows
     for file in (f for f in files[1:] if not other_mode(f, files[0])):
         rows = [row for row in summary["paired"] if row["path"] == file["path"]]
         both = rows[-1]["rows"] if rows else 0
         answered = [sum(b["answered"] for b in f["benchmarks"]) for f in (file, files[0])]
         title = f"{file['path']} against {files[0]['path']}, on the {both:,} rows both answered"
-        yield f"{title}, of {answered[0]:,} and {answered[1]:,}", columns(PAIRED), rows
+        yield f"{title}, of {answered[0]:,} and {answered[1]:,}", columns(f"benchmark=dataset, {PAIRED}"), rows
 
 
 def breakdowns(files: list[Row]) -> dict[str, list[Row]]:
-    """Title -> rows of the BREAKDOWNS that have any."""
-    price, scores, categories, pass_rates, calibration, reliability = BREAKDOWNS
+    """The rows of the BREAKDOWNS that have any."""
     found: dict[str, list[Row]] = {}
 
-    def add(title: str, place: Row, rows: Iterable[Row]) -> None:
-        for row in rows:
-            found.setdefault(title, []).append(place | row)
+    def add(name: str, place: Row, rows: list[Row]) -> None:
+        if rows:
+            found.setdefault(name, []).extend(place | row for row in rows)
 
     for file in files:
         priced = [b["dataset"] for b in file["benchmarks"] if b.get("price")]
-        add(price, {"dataset": priced[0] if len(priced) == 1 else "all rows", "path": file["path"]}, file["price"])
+        add("price", {"dataset": priced[0] if len(priced) == 1 else "all rows", "path": file["path"]}, file["price"])
         for b in file["benchmarks"]:
             place = {"dataset": b["dataset"], "path": file["path"], "kind": b["kind"]}
-            add(scores, place, [{"name": name, **row} for name, row in b["scores"].items()])
+            add("scores", place, [{"name": name, **row} for name, row in b["scores"].items()])
             for category, rows in b["categories"].items():
                 mean = {"accuracy": rows["mean"], "interval": rows["interval"]}
                 values = [*rows["values"].items(), ("mean", mean)]
-                add(categories, place | {"category": category}, [{"value": value, **row} for value, row in values])
-            add(pass_rates, place, b.get("by_pass_rate", []))
+                add("categories", place | {"category": category}, [{"value": value, **row} for value, row in values])
+            add("by_pass_rate", place, b.get("by_pass_rate", []))
             if judged := b.get("calibration"):
-                add(calibration, place, [judged])
+                add("calibration", place, [judged])
                 bins = [{"place": f"{row['from']:.1f} to {row['to']:.1f}", **row} for row in judged["bins"]]
-                add(reliability, place, bins)
+                add("bins", place, bins)
     return found
 
 

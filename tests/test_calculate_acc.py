@@ -108,6 +108,11 @@ def test_rescored_and_disagreement_is_said():
     assert "f.json disagrees with verify.py on 2 rows" in render(found, "table")
 
 
+def test_a_row_of_another_verifier_without_its_verdict_is_unscorable():
+    found = one([row("4", verifier="mine.py:f", is_correct=True), row("4", verifier="mine.py:f")])
+    assert (found["right"], found["answered"], found["unscorable"]) == (1, 1, 1)
+
+
 def test_gold_may_be_a_number_or_several():
     assert one([row("4", gold=4), row(4, gold="4"), row("5", gold=["4", "5"]), row("6", gold=["4", "5"])])["right"] == 3
 
@@ -510,6 +515,7 @@ def test_the_price_of_test_time_scaling_by_hand(tmp_path):
 
 @pytest.mark.parametrize(
     "variant", [3, {}, {"variant": "luck", "n": 1, "answer": "4", "completion_tokens": 1},
+                {"variant": ["vote"], "n": 1, "answer": "4", "completion_tokens": 1},
                 {"variant": "vote", "n": 1, "completion_tokens": 1}],
 )  # fmt: skip
 def test_variants_that_are_none_are_refused(variant):
