@@ -366,8 +366,7 @@ class Samples(Calls):
 
 
 def sampled_row(row: Row, settings: Settings) -> Solver:
-    """`n` answers, one of them chosen: by majority, by majority weighted with the own judge's verdicts, or by a
-    knock-out of pairwise judgements."""
+    """`n` answers, one of them chosen by vote, weighted_vote or best_of_n."""
     samples = Samples(row, settings)
     yield from samples.draw()
     chosen, _ = yield from samples.choose(settings.tts, settings.n)
