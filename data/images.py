@@ -228,12 +228,10 @@ def _opened(ref: Reference, allow_remote: bool = False) -> Iterator[Image.Image]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about metadata; the one about bombs is checked below
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            source = ref["path"]
-            if ref["bytes"] is not None:
-                source = BytesIO(ref["bytes"])
-            elif is_remote(source):
-                source = BytesIO(fetch(source, allow_remote))
-            with Image.open(source, formats=FORMATS) as image:
+            content, path = ref["bytes"], ref["path"]
+            if content is None and is_remote(path):
+                content = fetch(path, allow_remote)
+            with Image.open(path if content is None else BytesIO(content), formats=FORMATS) as image:
                 _check_shape(image, name)
                 if image.mode in _NO_RANGE:
                     raise BadImage(f"{name}: pixels of mode {image.mode} have no known range, expected 8 or 16 bits")
@@ -273,19 +271,23 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def check_image(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
-    """`size_of`, and enough of the pixels to tell a broken file: the checksums of a PNG, a JPEG at an eighth of its
-    resolution, the whole of others. Raises BadImage."""
+    """`size_of`, and enough of the pixels to tell a broken file. Raises BadImage."""
     with _opened(ref, allow_remote) as image:
         size = _upright_size(image)
-        if image.format == "PNG":
-            image.verify()
-        else:
-            if image.format in ("JPEG", "MPO"):  # the second is a JPEG with more pictures behind it
-                image.draft("RGB", (-(-image.width // 8), -(-image.height // 8)))
-            image.load()
-            if image.mode.startswith("I"):
-                to_rgb(image)  # the range of its pixels
+        _check_pixels(image)
         return size
+
+
+def _check_pixels(image: Image.Image) -> None:
+    """The checksums of a PNG, a JPEG at an eighth of its resolution, the whole of others."""
+    if image.format == "PNG":
+        image.verify()
+        return
+    if image.format in ("JPEG", "MPO"):  # the second is a JPEG with more pictures behind it
+        image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+    image.load()
+    if image.mode.startswith("I"):
+        to_rgb(image)  # the range of its pixels
 
 
 @lru_cache
@@ -364,15 +366,14 @@ def as_file(value: Any) -> tuple[bytes, str]:
         size = _upright_size(image)
         plain = image.mode in ("L", "RGB") and not image.has_transparency_data
         plain &= fitted_size(*size, ref["min_pixels"], ref["max_pixels"]) == size
-        kind = f"image/{image.format.lower()}"
         if image.format == "PNG":
-            image.verify()
-            if plain and not any(mark in ref["bytes"] for mark in _PNG_ORIENTATION):
-                return ref["bytes"], kind
-        elif plain and image.format in ("JPEG", "WEBP") and image.getexif().get(_ORIENTATION, 1) == 1:
-            image.draft("RGB", (image.width // 8, image.height // 8))  # enough of a JPEG to see that it is whole
-            image.load()
-            return ref["bytes"], kind
+            plain &= not any(mark in ref["bytes"] for mark in _PNG_ORIENTATION)
+        else:
+            plain &= image.format in ("JPEG", "WEBP") and image.getexif().get(_ORIENTATION, 1) == 1
+        if plain or image.format == "PNG":  # of the others, decoding tells
+            _check_pixels(image)
+        if plain:
+            return ref["bytes"], f"image/{image.format.lower()}"
     return _encoded(open_image(ref)), "image/png"
 
 
@@ -445,13 +446,12 @@ def fitted_size(
 
         fitted = smart_resize(height, width, factor, min_pixels or 1, max_pixels or 10**12)  # its defaults are tighter
         return max(fitted[1], factor), max(fitted[0], factor)
-    scale = round_side = None
     if factor is None and max_pixels is not None and width * height > max_pixels:
-        scale, round_side = math.sqrt(max_pixels / (width * height)), math.floor
-    elif factor is None and min_pixels is not None and width * height < min_pixels:
-        scale, round_side = math.sqrt(min_pixels / (width * height)), math.ceil
-    if scale is not None:
-        return max(1, round_side(width * scale)), max(1, round_side(height * scale))
+        scale = math.sqrt(max_pixels / (width * height))
+        return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+    if factor is None and min_pixels is not None and width * height < min_pixels:
+        scale = math.sqrt(min_pixels / (width * height))
+        return math.ceil(width * scale), math.ceil(height * scale)
     return width, height
 
 

@@ -88,6 +88,8 @@ def test_a_png_on_its_side_is_sent_upright_wherever_it_says_so():
 
 def test_a_plain_image_is_sent_as_it_is_without_decoding_a_png(monkeypatch, tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    tiny = encoded(noise.resize((7, 64)), "JPEG")
+    assert as_file(reference(tiny)) == (tiny, "image/jpeg")
     for format in ("JPEG", "WEBP"):
         content = encoded(noise, format)
         assert as_file(reference(content)) == (content, f"image/{format.lower()}")
