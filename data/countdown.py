@@ -32,11 +32,9 @@ from typing import Any, Literal
 
 from data.cli import Parser, refuse
 from data.rows import BadInput
-from prompts import PROMPT_SUFFIX
 from verify import extract_boxed, last_text, log_unscorable
 
 Split = Literal["train", "dev", "test"]
-SPLITS: dict[Split, float] = {"test": 0.2, "dev": 0.1, "train": 0.7}  # shares of the sets of numbers
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 QUESTIONS = (
     "Use {numbers}, each exactly once, with + - * to make {target}.",
@@ -51,9 +49,9 @@ QUESTIONS = (
 MAX_CHARS = 200
 _SPELLINGS = {"\\times": "*", "\\cdot": "*", "×": "*", "·": "*", "⋅": "*", "−": "-", "\\left": "", "\\right": ""}
 _SPELLING = re.compile("|".join(map(re.escape, _SPELLINGS)))
-_TOKEN = re.compile(r"\s*([0-9]+|[-+*()])")
+_TOKEN = re.compile(r"[0-9]+|\S")
 _TASK = re.compile(r"\s*(-?[0-9]{1,9})\s+from\s+([0-9]{1,9}(?:\s*,\s*[0-9]{1,9}){1,15})\s*")
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+_PRECEDENCE = {"(": 0, ")": 1, "+": 1, "-": 1, "*": 2}
 
 Terms = tuple[tuple[str, tuple[str, ...]], ...]  # of a sum: a sign and the factors of a product each
 
@@ -79,33 +77,29 @@ def parse(text: str) -> Expression | None:
     """
     if len(text) > MAX_CHARS:
         return None
-    text = _SPELLING.sub(lambda match: _SPELLINGS[match[0]], text).strip()
     operands: list[Expression] = []
     operators: list[str] = []
-    position, wants_operand = 0, True
-    while position < len(text):
-        if (match := _TOKEN.match(text, position)) is None:
+    wants_operand = True
+    for token in _TOKEN.findall(_SPELLING.sub(lambda match: _SPELLINGS[match[0]], text)):
+        is_number = token.isascii() and token.isdigit()
+        if wants_operand != (is_number or token == "(") or not (is_number or token in _PRECEDENCE):
             return None
-        token, position = match[1], match.end()
-        if wants_operand != (token == "(" or token.isdigit()):
-            return None
-        if token.isdigit():
+        if is_number:
             number = int(token)
             operands.append(Expression(number, (number,), (("+", (str(number),)),)))
             wants_operand = False
         elif token == "(":
             operators.append(token)
-        elif token == ")":
-            while operators and operators[-1] != "(":
-                _apply(operators.pop(), operands)
-            if not operators:
-                return None
-            operators.pop()
         else:
-            while operators and operators[-1] != "(" and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
+            while operators and _PRECEDENCE[operators[-1]] >= _PRECEDENCE[token]:
                 _apply(operators.pop(), operands)
-            operators.append(token)
-            wants_operand = True
+            if token != ")":
+                operators.append(token)
+                wants_operand = True
+            elif operators:
+                operators.pop()  # its opening one
+            else:
+                return None
     if wants_operand or "(" in operators:
         return None
     while operators:
@@ -129,13 +123,8 @@ def _factors(expression: Expression) -> tuple[str, ...]:
     return (f"({expression.key})",)
 
 
-def task_text(numbers: Sequence[int], target: int) -> str:
-    """What the checker needs to know: the column `solution`."""
-    return f"{target} from {', '.join(map(str, numbers))}"
-
-
 def read_task(solution: Any) -> tuple[tuple[int, ...], int] | None:
-    """(numbers, target) of a `task_text`, or None."""
+    """(numbers, target) of a `Question.solution`, or None."""
     match = _TASK.fullmatch(solution) if isinstance(solution, str) else None
     return (tuple(map(int, match[2].split(","))), int(match[1])) if match else None
 
@@ -198,13 +187,17 @@ class Question:
     """A question in words, and a way to solve it."""
 
     numbers: tuple[int, ...]
-    target: int
     text: str
     way: Way
 
     @property
+    def target(self) -> int:
+        return self.way.value
+
+    @property
     def solution(self) -> str:
-        return task_text(self.numbers, self.target)
+        """What the checker needs to know."""
+        return f"{self.target} from {', '.join(map(str, self.numbers))}"
 
 
 @dataclass(frozen=True)
@@ -217,10 +210,10 @@ class Game:
 
 
 def split_of(numbers: Sequence[int]) -> Split:
-    """The split that a set of numbers belongs to, whatever their order."""
+    """The split that a set of numbers belongs to, whatever their order: a fifth to test, a tenth to dev."""
     digest = hashlib.blake2b(" ".join(map(str, sorted(numbers))).encode(), digest_size=8).digest()
     point = int.from_bytes(digest) / 2**64
-    return "test" if point < SPLITS["test"] else "dev" if point < SPLITS["test"] + SPLITS["dev"] else "train"
+    return "test" if point < 0.2 else "dev" if point < 0.3 else "train"
 
 
 def random_way(numbers: Sequence[int], most: int, rng: random.Random) -> Way | None:
@@ -263,7 +256,7 @@ def draw_question(split: Split, game: Game, rng: random.Random) -> Question:
         *head, last = numbers
         listed = f"{', '.join(map(str, head))} and {last}"
         text = rng.choice(QUESTIONS).format(numbers=listed, target=way.value)
-        question = Question(numbers, way.value, text, way)
+        question = Question(numbers, text, way)
         if misses(question, 1, game.most, rng):
             return question
     raise BadInput(f"expected questions to exist, found none in {DRAWS} tries with {game}")
@@ -281,19 +274,6 @@ def draw_questions(split: Split, n: int, game: Game, rng: random.Random) -> list
             raise BadInput(f"--n: expected at most about {len(questions)} for the split {split}, got {n}")
         questions.setdefault(key, question)
     return list(questions.values())
-
-
-def countdown_rows(split: Split, n: int, seed: int = 0, game: Game | None = None) -> list[dict[str, Any]]:
-    """`n` questions, the same for the same seed: prompt (messages), solution (the task), dataset."""
-    rng = random.Random(f"countdown/{split}/{seed}")
-    return [
-        {
-            "prompt": [{"role": "user", "content": question.text + PROMPT_SUFFIX}],
-            "solution": question.solution,
-            "dataset": f"countdown-{len(question.numbers)}",
-        }
-        for question in draw_questions(split, n, game or Game(), rng)
-    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from data.countdown import (
     Game,
     attempt,
     countdown_reward,
-    countdown_rows,
     draw_question,
     held_out,
     parse,
@@ -20,6 +19,7 @@ from data.countdown import (
     solves,
     split_of,
 )
+from data.read import read_dataset
 from models import make_countdown, warm_start
 from prompts import PROMPT_SUFFIX, TEMPLATES
 from verify import extract_boxed
@@ -171,9 +171,8 @@ def test_two_answers_are_the_same_as_expressions_and_never_by_value():
 def test_splits_share_no_numbers_and_no_question_comes_twice(game):
     numbers = {}
     for split in ("train", "dev", "test"):
-        rows = countdown_rows(split, 200, game=game)
-        assert all(row["prompt"][0]["content"].endswith(PROMPT_SUFFIX) for row in rows)
-        tasks = [(tuple(sorted(ns)), target) for ns, target in (read_task(row["solution"]) for row in rows)]
+        rows = held_out(split, 200, game=game)["answers"]
+        tasks = [(tuple(sorted(ns)), target) for ns, target in (read_task(row["answer"]) for row in rows)]
         assert len(set(tasks)) == 200
         numbers[split] = {ns for ns, _ in tasks}
         assert all(split_of(random.sample(ns, len(ns))) == split for ns in numbers[split])
@@ -183,9 +182,8 @@ def test_splits_share_no_numbers_and_no_question_comes_twice(game):
 
 
 def test_questions_are_the_same_for_the_same_seed():
-    assert countdown_rows("train", 50, seed=3) == countdown_rows("train", 50, seed=3)
-    assert countdown_rows("train", 50, seed=3) != countdown_rows("train", 50, seed=4)
-    assert held_out("test", 20) == held_out("test", 20)
+    assert held_out("test", 50, seed=3) == held_out("test", 50, seed=3)
+    assert held_out("test", 50, seed=3) != held_out("test", 50, seed=4)
 
 
 @pytest.mark.parametrize("game", [Game(), Game(counts=(3, 4), largest=99)])
@@ -216,7 +214,6 @@ def test_right_and_wrong_answers_look_alike():
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_files_that_evaluation_and_training_read(split, tmp_path, capsys):
-    from data.read import read_dataset
     from data.rows import Source
     from evaluate import read_benchmark
 
@@ -306,13 +303,11 @@ def test_the_start_is_able_and_far_from_done():
 
 def test_a_step_of_training_from_the_start(tmp_path):
     import torch
-    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from train_spark import SparkConfig, SparkTrainer
 
     torch.manual_seed(0)
-    rows = [{name: row[name] for name in ("prompt", "solution")} for row in countdown_rows("train", 16)]
     trainer = SparkTrainer(
         AutoModelForCausalLM.from_pretrained(START, dtype=torch.float32),
         countdown_reward,
@@ -326,7 +321,7 @@ def test_a_step_of_training_from_the_start(tmp_path):
             log_completions=True,
             num_completions_to_print=0,
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=read_dataset(held_out("train", 16)["answers"]),
         processing_class=AutoTokenizer.from_pretrained(START, padding_side="left"),
     )
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
