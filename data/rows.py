@@ -121,13 +121,8 @@ class Source:
     @cached_property
     def image_folder(self) -> str:
         """What relative paths of images are relative to."""
-        return os.path.abspath(self.settings.image_root or self.folder)
-
-    @property
-    def folder(self) -> str:
-        if not isinstance(self.name, str):
-            return "."
-        return self.name if Path(self.name).is_dir() else str(Path(self.name).parent)
+        folder = Path(self.name) if isinstance(self.name, str) else Path()
+        return os.path.abspath(self.settings.image_root or (folder if folder.is_dir() else folder.parent))
 
 
 def build_row(record: Record, source: Source, name: str, look: bool = True) -> dict[str, Any]:
@@ -144,12 +139,12 @@ def build_row(record: Record, source: Source, name: str, look: bool = True) -> d
     if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else nothing to place
         if listed:
             messages = _place(messages, len(listed))
-        places = _image_parts(messages)
+        places = _places(messages)
         if places and places != len(images):
             raise RowError("images", f"expected {places}, one for each place in the prompt, got {len(images)}")
         if placed and listed:
             raise RowError("images", "expected images in the prompt or in their own column, got both")
-        if not images and (mark := _IMAGE_MARK.search(" ".join(_texts(messages)))):
+        if not images and (mark := _IMAGE_MARK.search(_words(messages))):
             raise RowError("images", f"expected an image for each {mark[0]} in the prompt, got none")
         messages = _simplest(messages)
     return {
@@ -260,9 +255,9 @@ def _message(message: Any, images: list) -> dict[str, Any]:
             image = image.get("url", image) if isinstance(image, dict) else image
             if image is not None:
                 budget = {name: part[name] for name in ("min_pixels", "max_pixels") if part.get(name) is not None}
-                if budget and not isinstance(image, dict):
-                    image = {"bytes" if isinstance(image, bytes) else "path": image}
-                images.append({**image, **budget} if budget else image)
+                if budget:
+                    image = {**(image if isinstance(image, dict) else {"path": image}), **budget}
+                images.append(image)
         else:
             raise RowError("prompt", f"expected parts of type text or image, got {reprlib.repr(part)}")
     return {"role": message["role"], "content": parts}
@@ -283,29 +278,37 @@ def in_parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _image_parts(messages: Sequence[dict[str, Any]]) -> int:
-    return sum(p["type"] == "image" for m in messages if not isinstance(m["content"], str) for p in m["content"])
+def _parts(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The parts of all messages, one after the other."""
+    return [part for message in in_parts(messages) for part in message["content"]]
 
 
-def _texts(messages: Sequence[dict[str, Any]]) -> list[str]:
-    return [m["content"] if isinstance(m["content"], str) else " ".join(p.get("text", "") for p in m["content"])
-            for m in messages]  # fmt: skip
+def _places(messages: Sequence[dict[str, Any]]) -> int:
+    return sum(part["type"] == "image" for part in _parts(messages))
+
+
+def _words(messages: Sequence[dict[str, Any]]) -> str:
+    return " ".join(part.get("text", "") for part in _parts(messages))
+
+
+def _first_question(messages: Sequence[dict[str, Any]]) -> int:
+    return next(i for i, message in enumerate(messages) if message["role"] == "user")
 
 
 def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     """Places for `count` images: where the messages have them, else where the text says <image>, else in front of the
     first question. Raises RowError where it says <image> of more or fewer images."""
-    if _image_parts(messages):
+    if _places(messages):
         return messages
     contents = [message["content"] for message in in_parts(messages)]
-    numbers = [number for content in contents for part in content for number in _IMAGE_MARK.findall(part["text"])]
+    numbers = [number for part in _parts(messages) for number in _IMAGE_MARK.findall(part["text"])]
     if numbers:
         if len(numbers) != count or numbers not in ([""] * count, [str(n + 1) for n in range(count)]):
             marks = ", ".join(f"<image{number and ' ' + number}>" for number in numbers)
             raise RowError("images", f"expected an image for each of {marks} in the prompt, in that order, got {count}")
         contents = [[place for part in content for place in _split(part["text"])] for content in contents]
     else:
-        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        first = _first_question(messages)
         contents[first] = [{"type": "image"}] * count + contents[first]
     return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
 
@@ -320,18 +323,12 @@ def _split(text: str) -> list[dict[str, Any]]:
 def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Contents as text where that says the same: no image, or all of them before the text of the first question. A
     model of text alone knows no parts, and the same question should look the same whichever way it was written."""
-
-    def text_of(content) -> str:
-        return content if isinstance(content, str) else "".join(p.get("text", "") for p in content)
-
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    content = messages[first]["content"]
-    leading = 0
-    if not isinstance(content, str):
-        leading = next((i for i, part in enumerate(content) if part["type"] == "text"), 0)
-    if leading != _image_parts(messages):
-        return in_parts(messages)
-    plain = [{**message, "content": text_of(message["content"])} for message in messages]
+    first = _first_question(messages)
+    parts = in_parts(messages)
+    leading = next((i for i, part in enumerate(parts[first]["content"]) if part["type"] == "text"), 0)
+    if leading != _places(parts):
+        return parts
+    plain = [{**message, "content": "".join(p.get("text", "") for p in message["content"])} for message in parts]
     if leading:
         plain[first]["content"] = plain[first]["content"].lstrip("\n")
     return plain
@@ -371,18 +368,15 @@ def _changed(message: dict[str, Any], change: Callable[[str], str]) -> dict[str,
     return {**message, "content": [*content[:last], {"type": "text", "text": change(text)}, *content[last + 1 :]]}
 
 
-def _without_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
-    return _changed(message, lambda text: text.removesuffix(suffix))
-
-
 def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of the last question, without the suffix."""
-    return _texts([_without_suffix(prompt[-1], suffix)])[0]
+    return _words([_changed(prompt[-1], lambda text: text.removesuffix(suffix))])
 
 
 def question_text(prompt: list[dict[str, Any]], suffix: str) -> str:
     """The words of a row's prompt, without the suffix and in one case and spacing: what two rows are compared by."""
-    return " ".join(" ".join(_texts([*prompt[:-1], _without_suffix(prompt[-1], suffix)])).casefold().split())
+    words = f"{_words(prompt[:-1])} {question_of(prompt, suffix)}"
+    return " ".join(words.casefold().split())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
