@@ -8,14 +8,14 @@ Code that comes with a dataset is never run (datasets 5 has no `trust_remote_cod
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from data.rows import BadInput
-from data.table import Entry
 
 
-def records(source: str, config: str | None = None, split: str = "train") -> Iterator[Entry]:
+def records(source: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
     """The records of one split, images as their bytes or paths. Raises BadInput."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
@@ -36,12 +36,15 @@ def records(source: str, config: str | None = None, split: str = "train") -> Ite
         if split not in loaded and len(loaded) > 1:
             raise BadInput(f"{source}: no split {split!r}; name one with --dataset_split: {', '.join(loaded)}")
         loaded = loaded[split if split in loaded else next(iter(loaded))]
-    return of(loaded)
+    return as_stored(loaded)
 
 
-def of(dataset) -> Iterator[Entry]:
-    """The records of a datasets.Dataset, images left as they are stored."""
-    from datasets import Image, LargeList, List
+def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
+    """The records of a datasets.Dataset, images left as they are stored; those of a list as they are."""
+    from datasets import Dataset, Image, IterableDataset, LargeList, List
+
+    if not isinstance(dataset, (Dataset, IterableDataset)):
+        return dataset
 
     def stored(feature):
         if isinstance(feature, Image):
@@ -52,8 +55,6 @@ def of(dataset) -> Iterator[Entry]:
 
     plain = dataset.with_format(None)
     for name, feature in (dataset.features or {}).items():  # None: a stream that has not said yet
-        if (as_stored := stored(feature)) != feature:
-            plain = plain.cast_column(name, as_stored)
-
-    for row, record in enumerate(plain):
-        yield row, None, record
+        if stored(feature) != feature:
+            plain = plain.cast_column(name, stored(feature))
+    return plain

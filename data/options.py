@@ -131,7 +131,7 @@ def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:
 # Which one is right
 
 
-def readings(answer: str, options: Options) -> dict[str, list[str]]:
+def _readings(answer: str, options: Options) -> dict[str, list[str]]:
     """What an answer may be: kind -> the labels that it would then name."""
     labels = list(options.texts)
     bare = _bare(answer)
@@ -159,17 +159,27 @@ def _same(answer: str, text: str, label: str) -> bool:
 
 def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:
     """The kinds that the answers of all these rows may be."""
-    kinds_of_rows = [set(kinds) for answer, options in rows if (kinds := readings(answer, options))]
+    kinds_of_rows = [set(kinds) for answer, options in rows if (kinds := _readings(answer, options))]
     return frozenset(set.intersection(*kinds_of_rows)) if kinds_of_rows else frozenset()
 
 
-def right_label(answer: str, options: Options, kind: str | None, common: frozenset[str]) -> str:
-    """The label of the right option. Raises RowError where it is none, or more than one could be meant.
+def right_label(answer: str, options: Options, letter: Any, kind: str | None, common: frozenset[str]) -> str:
+    """The label of the right option; the labels, where the answer names several by their letters. Raises RowError where
+    it is none, or more than one could be meant.
 
     Args:
+        letter: the right label, where the data say it apart from the answer.
         kind: what answers are, where that was said; else `common` is what the set's first ones may all be.
     """
-    possible = readings(answer, options)
+    possible = _readings(answer, options)
+    several = {part.strip() for part in answer.split(",")}
+    if not possible and len(several) > 1 and several <= options.texts.keys():  # LogicVista: "A, C"
+        return ", ".join(sorted(several))
+    if letter not in (None, ""):
+        letter = str(letter).strip()
+        if letter not in options.texts or (answer and not any(letter in named for named in possible.values())):
+            raise RowError("answer_option", f"expected the letter of the option {answer!r:.60}, got {letter!r:.60}")
+        return letter
     fitting = {k: named for k, named in possible.items() if k == kind or (kind is None and k in common)}
     if kind is None and not fitting and {"letter", "text"} & possible.keys():
         fitting = possible  # said in another way than the first rows, but not as a number that might count otherwise

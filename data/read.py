@@ -33,7 +33,7 @@ from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold
 from data.images import BadImage, NotFetched, is_embedded, pixels
-from data.options import check_letter, common_kinds, options_of, readings, right_label
+from data.options import check_letter, common_kinds, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
 from prompts import PROMPT_SUFFIX
 
@@ -254,7 +254,7 @@ class Reader:
         for i, line, record in self.records:
             if isinstance(record, dict):
                 self.columns |= dict.fromkeys(record)
-                record = (_as_json(record) if i >= self.checked else None) or record
+                record = _as_json(record) if i >= self.checked else record
             if isinstance(record, dict):
                 try:
                     record = self.build(record, self.source.row(i), self.look and looked < HEADERS)
@@ -274,28 +274,32 @@ class Reader:
         record = self.layout.record(raw)
         judged: dict[str, Any] = {}
         without_gold = record.solution is None and record.judged is not None
+        # Any of several golds will do in a benchmark; training knows one.
+        several_golds = self.use == "answer" or (self.use == "check" and "dataset" in raw)
         if self.use == "judge" or (self.use == "check" and without_gold):
             judged, record.solution = columns.for_judge(record.judged or {})
         elif without_gold:
             raise RowError("solution", "expected a gold answer, got a row for judging")
         elif record.options:
-            record.solution = self.layout.right_option(record)
-        elif isinstance(record.solution, list) and len(record.solution) > 1 and self._several_golds(raw):
+            answer, _ = extracted(record.solution)
+            kind = self.source.settings.answer_kind
+            record.solution = right_label(answer, record.options, record.letter, kind, self.layout.common)
+        elif isinstance(record.solution, list) and len(record.solution) > 1 and several_golds:
             record.solution = [gold(value, self.decimal_comma) for value in record.solution]
         else:
             record.solution = gold(record.solution, self.decimal_comma)
             check_letter(record.solution, raw, record.prompt)
         row = build_row(record, self.source, name, look)
         if self.use in ("answer", "judge"):
-            problem = question_of(row["prompt"], self.source.suffix)
-            row |= {"dataset": self._benchmark(raw), "problem": problem, **judged}
-            row |= {"image_path": _path_of(record.images), "categories": columns.categories(raw)}
-            row["group"] = columns.group_of(raw)
+            row |= {
+                "dataset": self._benchmark(raw),
+                "problem": question_of(row["prompt"], self.source.suffix),
+                **judged,
+                "image_path": _path_of(record.images),
+                "categories": columns.categories(raw),
+                "group": columns.group_of(raw),
+            }
         return row
-
-    def _several_golds(self, raw: dict[str, Any]) -> bool:
-        """Whether any of several golds will do, as in a benchmark; training knows one."""
-        return self.use == "answer" or (self.use == "check" and "dataset" in raw)
 
     def _benchmark(self, raw: dict[str, Any]) -> str:
         if "dataset" not in self.layout.columns:
@@ -317,40 +321,39 @@ def _path_of(images: Any) -> str | list[str] | None:
     return path if path and len(path) < 1000 and not is_embedded(path) else None
 
 
-def _as_json(record: dict[str, Any]) -> str | None:
+def _as_json(record: dict[str, Any]) -> str | dict[str, Any]:
+    """The record as text, if JSON can hold it."""
     try:
         return json.dumps(record)
     except (TypeError, ValueError, RecursionError):
-        return None
+        return record
 
 
 def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Entry]:
     """The records as they are; see `table.records` for `decoded`."""
-    name = source.name
+    name, settings = source.name, source.settings
+    suffix = Path(name).suffix.lower() if isinstance(name, str) and not Path(name).is_dir() else ""
+    if suffix in (".csv", ".tsv"):
+        return vlmevalkit.with_images(lambda: table.records(name))
+    if suffix in table.SUFFIXES:
+        return table.records(name, decoded)
     if name == "digits":
         from data.digits import digit_rows
 
-        split = "test" if source.settings.dataset_split == "test" else "train"
-        return ((i, None, row) for i, row in enumerate(digit_rows(split, EMBEDDED_ROWS)))
-    if name == "arithmetic":
+        found = digit_rows("test" if settings.dataset_split == "test" else "train", EMBEDDED_ROWS)
+    elif name == "arithmetic":
         from data.arithmetic import arithmetic_rows
 
-        return ((i, None, row) for i, row in enumerate(arithmetic_rows()))
-    if not isinstance(name, str):
-        from datasets import Dataset, IterableDataset
-
-        if isinstance(name, (Dataset, IterableDataset)):
-            return hub.of(name)
-        return ((i, None, record) for i, record in enumerate(name))
-    if not name.strip():
+        found = arithmetic_rows()
+    elif not isinstance(name, str):
+        found = hub.as_stored(name)
+    elif not name.strip():
         raise BadInput("data: expected a file, a folder or a hub name, got nothing")
-    if Path(name).suffix.lower() in table.SUFFIXES and not Path(name).is_dir():
-        if Path(name).suffix.lower() in (".csv", ".tsv"):
-            return vlmevalkit.with_images(lambda: table.records(name))
-        return table.records(name, decoded)
-    if Path(name).is_file():
+    elif Path(name).is_file():
         raise BadInput(f"{name}: expected one of {' '.join(table.SUFFIXES)}; a spreadsheet can be exported as CSV")
-    return hub.records(name, source.settings.dataset_config, source.settings.dataset_split)
+    else:
+        found = hub.records(name, settings.dataset_config, settings.dataset_split)
+    return ((i, None, record) for i, record in enumerate(found))
 
 
 class Layout:
@@ -432,27 +435,12 @@ class Layout:
         record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
         return record
 
-    def right_option(self, record: Record) -> str:
-        """The letter of the right option, or the letters where there are several. Raises RowError."""
-        answer, _ = extracted(record.solution)
-        labels = list(record.options.texts)
-        named = {label for kind in readings(answer, record.options).values() for label in kind}
-        several = {letter.strip() for letter in answer.split(",")}
-        if not named and len(several) > 1 and several <= set(labels):  # LogicVista: "A, C"
-            return ", ".join(sorted(several))
-        if record.letter in (None, ""):
-            return right_label(answer, record.options, self.source.settings.answer_kind, self.common)
-        letter = str(record.letter).strip()
-        if letter not in labels or (answer and letter not in named):
-            raise RowError("answer_option", f"expected the letter of the option {answer!r:.60}, got {letter!r:.60}")
-        return letter
-
     @property
     def counted_from(self) -> int | None:
         """What the answers to questions with options count from, if they are numbers."""
         kind = self.source.settings.answer_kind
-        kinds = {kind} if kind else set(self.common)
-        return {"from_0": 0, "from_1": 1}[kinds.pop()] if kinds in ({"from_0"}, {"from_1"}) else None
+        kinds = {kind} if kind else self.common
+        return 0 if kinds == {"from_0"} else 1 if kinds == {"from_1"} else None
 
     def column_of(self, field: str, raw: dict[str, Any]) -> str:
         """What the data call a field of the row."""
