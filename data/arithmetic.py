@@ -12,6 +12,7 @@ told to, and nearly always when it has been shown how. Recycled prompts keep the
 A fifth of the pairs of numbers is held out: `arithmetic_rows("test")`.
 """
 
+import itertools
 import operator
 import random
 from typing import Any, Literal
@@ -41,18 +42,16 @@ def arithmetic_rows(split: Literal["train", "test"] = "train", digits: int = 1) 
 
     Differences are not negative, and products of two-digit numbers have one digit on one side.
     """
-    numbers = range(10**digits)
     held_out = random.Random("arithmetic")
     rows = []
-    for a in numbers:
-        for b in numbers:
-            in_test = held_out.random() < 0.2
-            if in_test != (split == "test"):
+    for a, b in itertools.product(range(10**digits), repeat=2):
+        in_test = held_out.random() < 0.2
+        if in_test != (split == "test"):
+            continue
+        for sign, (function, *wordings) in OPERATIONS.items():
+            if (sign == "-" and b > a) or (sign == "*" and min(a, b) > 9):
                 continue
-            for sign, (function, *wordings) in OPERATIONS.items():
-                if (sign == "-" and b > a) or (sign == "*" and min(a, b) > 9):
-                    continue
-                for wording in wordings:
-                    question = {"role": "user", "content": wording.format(a=a, b=b)}
-                    rows.append({"prompt": [*examples(), question], "solution": str(function(a, b))})
+            for wording in wordings:
+                question = {"role": "user", "content": wording.format(a=a, b=b)}
+                rows.append({"prompt": [*examples(), question], "solution": str(function(a, b))})
     return rows

@@ -16,9 +16,10 @@ import os
 import re
 import sys
 from collections import Counter, deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from data.arguments import DataSettings
@@ -31,13 +32,13 @@ from data.table import batched
 EXPRESSIONS = 1000  # distinct golds that are no number or letter, for the verifier: it takes milliseconds for each
 LISTED = 10  # unusable rows, in the report as text
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so
-LENGTHS = (("min", 0.0), ("median", 0.5), ("p95", 0.95), ("max", 1.0))
 
 _INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)")
 _LETTER = re.compile(r"\(?[A-Za-z]\)?\.?")
 _SYMBOL = re.compile(r"[\d\\^=<>+*/(){}\[\]$%]")
 
 Entry = tuple[int, int | None, Row | BadRow]  # (row, line, ...)
+Examined = tuple[int, Row | BadRow, bytes]  # (row, ..., digest of its question)
 
 
 def kind_of(gold: str) -> str:
@@ -53,7 +54,7 @@ def kind_of(gold: str) -> str:
 # Rows and their images
 
 
-def examine(batch: list[Entry], suffix: str, allow_remote: bool) -> list[tuple[Entry, bytes]]:
+def examine(batch: list[Entry], suffix: str, allow_remote: bool) -> list[Examined]:
     """Each row with the sizes of its images filled in, or what is wrong with one of them, and the digest of its
     question: words and contents of images, wherever those are stored. Runs in worker processes."""
     examined = []
@@ -68,7 +69,7 @@ def examine(batch: list[Entry], suffix: str, allow_remote: bool) -> list[tuple[E
                     ref["bytes"] = None  # large, and of no more use
             except BadImage as error:
                 row = BadRow(number, line, "image", " ".join(str(error).split()))
-        examined.append(((number, line, row), digest.digest()))
+        examined.append((number, row, digest.digest()))
     return examined
 
 
@@ -81,7 +82,7 @@ def _content(ref: dict[str, Any]) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Entry, bytes]]:
+def examined_rows(reader: Reader, workers: int) -> Iterator[Examined]:
     """`examine` of every row in order, images in `workers` processes, with a progress bar. Raises BadInput."""
     source = reader.source
     arguments = (source.suffix, source.settings.allow_remote_images)
@@ -89,19 +90,16 @@ def examined_rows(reader: Reader, workers: int) -> Iterator[tuple[Entry, bytes]]
         ProcessPoolExecutor(max(1, workers), multiprocessing.get_context("spawn")) as pool,
         progress_bar(None, 0, str(source), unit=" rows", delay=1) as bar,
     ):
-        waiting: deque[Future | list] = deque()
+        waiting: deque[Callable[[], list[Examined]]] = deque()
         for batch in batched(reader, 64):
             bar.update(len(batch))
             has_images = any(isinstance(row, dict) and row["images"] for _, _, row in batch)
-            waiting.append(pool.submit(examine, batch, *arguments) if has_images else examine(batch, *arguments))
+            job = partial(examine, batch, *arguments)
+            waiting.append(pool.submit(job).result if has_images else job)
             if len(waiting) > 4 * workers:
-                yield from _result(waiting.popleft())
+                yield from waiting.popleft()()
         while waiting:
-            yield from _result(waiting.popleft())
-
-
-def _result(done: Future | list) -> list:
-    return done.result() if isinstance(done, Future) else done
+            yield from waiting.popleft()()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,8 +131,8 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     lengths: dict[str, list[int]] = {"prompt": [], "image": []}
     reader = Reader(source, "check", look=False)
     for batch in batched(examined_rows(reader, workers), 256):
-        good = [(number, row, key) for (number, _, row), key in batch if isinstance(row, dict)]
-        bad += [row for (_, _, row), _ in batch if isinstance(row, BadRow)]
+        good = [(number, row, key) for number, row, key in batch if isinstance(row, dict)]
+        bad += [row for _, row, _ in batch if isinstance(row, BadRow)]
         total += len(batch)
         for number, row, key in good:
             tasks[row["task"]] += 1
@@ -160,7 +158,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
     }
     if against is not None:
         shared, unusable, compared = [], 0, 0
-        for (number, _, row), key in examined_rows(Reader(against, "check", look=False), workers):
+        for number, row, key in examined_rows(Reader(against, "check", look=False), workers):
             compared += 1
             if isinstance(row, BadRow):
                 unusable += 1
@@ -175,8 +173,8 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
 
 
 def quantiles(values: list[int]) -> dict[str, int]:
-    values = sorted(values)
-    return {name: values[round(q * (len(values) - 1))] for name, q in LENGTHS}
+    values, quantile = sorted(values), {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+    return {name: values[round(q * (len(values) - 1))] for name, q in quantile.items()}
 
 
 def answers(golds: Counter) -> dict[str, Any]:

@@ -42,6 +42,14 @@ QUESTIONS = {
     "plus": ("What is {a}+{b}?", "Add {a} and {b}. What is the total?"),
     "factor": ("Which number times {a} is {b}?", "What must {a} be multiplied by to get {b}?"),
 }
+SOLUTIONS = {
+    "sum": sum,
+    "difference": lambda values: abs(values[0] - values[1]),
+    "largest": max,
+    "smallest": min,
+    "plus": sum,
+    "factor": lambda values: values[1] // values[0],
+}
 
 
 @cache
@@ -82,18 +90,7 @@ def _askew(tile: Image.Image, rng: random.Random) -> Image.Image:
 
 def solve(kind: str, values: tuple[int, ...]) -> int:
     """The exact answer. For the text kinds `values` are the two numbers of the question."""
-    match kind:
-        case "sum" | "plus":
-            return sum(values)
-        case "difference":
-            return abs(values[0] - values[1])
-        case "largest":
-            return max(values)
-        case "smallest":
-            return min(values)
-        case "factor":
-            return values[1] // values[0]
-    raise ValueError(f"kind: expected one of {', '.join(QUESTIONS)}, got {kind!r}")
+    return SOLUTIONS[kind](values)
 
 
 def question(rng: random.Random) -> tuple[str, tuple[int, ...], str]:

@@ -25,6 +25,7 @@ from data.cli import Parser, flag, progress_bar, refuse
 from data.progress import PartFile
 from data.rows import BadInput, BadRow
 from data.table import batched
+from engines import Request, prompt_text
 
 CHUNK = 256  # questions whose rates are written at once
 
@@ -76,8 +77,10 @@ def kept_rows(rates: dict[int, dict[str, int]], low: float, high: float) -> tupl
     for row, rate in sorted(rates.items()):
         if not rate["scored"]:
             unscorable.append(row)
+        elif low <= rate["right"] / rate["scored"] <= high:
+            kept.append(row)
         else:
-            (kept if low <= rate["right"] / rate["scored"] <= high else outside).append(row)
+            outside.append(row)
     return kept, outside, unscorable
 
 
@@ -93,28 +96,20 @@ class Sampler:
             engine["enable_chunked_prefill"] = False
         self.processor = AutoProcessor.from_pretrained(settings.model)
         self.llm = LLM(settings.model, seed=settings.seed, **engine)
-        self.sampling = SamplingParams(
-            n=settings.n,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_tokens=settings.max_tokens,
-            seed=settings.seed,  # of each request: a row's samples do not depend on its neighbours
-        )
+        drawn = {name: value for name, value in asdict(settings).items() if name not in ("model", "dataset")}
+        self.sampling = SamplingParams(**drawn)  # each request has the seed: its samples do not depend on others
 
     def answers(self, rows: list[dict[str, Any]]) -> list[list[str]]:
         """(len(rows), n) completions."""
-        requests = [self._request(row["prompt"], row.get("images") or []) for row in rows]
+        requests = []
+        for row in rows:
+            images = row.get("images")
+            text = prompt_text(self.processor, Request(row["prompt"], images or ()))
+            requests.append({"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})})
         return [
             [sample.text for sample in output.outputs]
             for output in self.llm.generate(requests, self.sampling, use_tqdm=False)
         ]
-
-    def _request(self, prompt: list[dict[str, Any]], images: list) -> dict[str, Any]:
-        from trl.data_utils import prepare_multimodal_messages
-
-        messages = prepare_multimodal_messages(prompt, images=images) if images else prompt
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
 
 
 def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:

@@ -28,10 +28,7 @@ class RowImage:
         {
             "bytes": pa.binary(),
             "path": pa.string(),
-            "min_pixels": pa.int64(),
-            "max_pixels": pa.int64(),
-            "width": pa.int64(),
-            "height": pa.int64(),
+            **dict.fromkeys(("min_pixels", "max_pixels", "width", "height"), pa.int64()),
         }
     )
     _type: str = field(default="RowImage", init=False, repr=False)
@@ -50,13 +47,8 @@ class RowImage:
             return error
 
     def cast_storage(self, storage: pa.StructArray) -> pa.StructArray:
-        """Whatever of the fields is there; the others are null."""
-        there = {storage.type.field(i).name for i in range(storage.type.num_fields)}
-        columns = [
-            storage.field(f.name).cast(f.type) if f.name in there else pa.nulls(len(storage), f.type)
-            for f in self.pa_type
-        ]
-        return pa.StructArray.from_arrays(columns, fields=list(self.pa_type), mask=storage.is_null())
+        """Fields that are not there are null."""
+        return storage.cast(self.pa_type)
 
 
 with warnings.catch_warnings():  # "experimental"; datasets is pinned

@@ -73,11 +73,9 @@ def is_none(value: Any) -> bool:
 def _image_columns(columns: tuple[str, ...]) -> tuple[list[str], list[str], list[str]]:
     """(the usual ones in order, image_1 and so on in order, all others)."""
     usual_names = [column for name in IMAGES for column in columns if column.lower() == name]
-    numbered = sorted(
-        (column for column in columns if _NUMBERED_IMAGE.fullmatch(column)),
-        key=lambda column: int(_NUMBERED_IMAGE.fullmatch(column)[1]),
-    )
-    return usual_names, numbered, [column for column in columns if column not in {*usual_names, *numbered}]
+    numbers = {column: int(match[1]) for column in columns if (match := _NUMBERED_IMAGE.fullmatch(column))}
+    others = [column for column in columns if column not in {*usual_names, *numbers}]
+    return usual_names, sorted(numbers, key=numbers.get), others
 
 
 def _holds_image(name: str, value: Any) -> bool:
@@ -115,13 +113,13 @@ def for_judge(fields: dict[str, Any]) -> tuple[dict[str, Any], str]:
         return {"response": _response("response", fields["response"]), "label": verdict}, verdict
     if fields.get("chosen") is None:
         raise RowError("chosen", "expected a pair of chosen and rejected, or a response with its label")
-    sides = {}
+    sides: dict[str, Any] = {}
     for name in PAIR:
-        value = fields[name]
-        several = list(value) if isinstance(value, (list, tuple)) and value else [value]
+        several = fields[name] if isinstance(fields[name], (list, tuple)) and fields[name] else [fields[name]]
         sides[name] = [_response(name, response) for response in several]
-    chosen = sides["chosen"]
-    return {"chosen": chosen[0] if len(chosen) == 1 else chosen, "rejected": sides["rejected"]}, "A"
+    if len(sides["chosen"]) == 1:
+        (sides["chosen"],) = sides["chosen"]
+    return sides, "A"
 
 
 def _response(field: str, text: Any) -> str:
