@@ -168,10 +168,7 @@ def is_remote(path: str) -> bool:
 
 
 def _exists(text: str, folder: str) -> bool:
-    try:
-        return os.path.exists(os.path.join(folder, text))
-    except ValueError:
-        return False
+    return os.path.exists(os.path.join(folder, text))
 
 
 _real_folder = lru_cache(maxsize=4096)(os.path.realpath)

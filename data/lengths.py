@@ -28,11 +28,11 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
     sizes = []  # (height, width)
     for ref in row["images"]:
         if ref["width"] is None:
-            side = int((ref["max_pixels"] or 0) ** 0.5)
-            sizes += [(side, side)] if side else []
-            continue
-        width, height = fitted_size(ref["width"], ref["height"], ref["min_pixels"], ref["max_pixels"], factor)
-        sizes.append((height, width))
+            width = height = int((ref["max_pixels"] or 0) ** 0.5)
+        else:
+            width, height = fitted_size(ref["width"], ref["height"], ref["min_pixels"], ref["max_pixels"], factor)
+        if width:
+            sizes.append((height, width))
     return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
 
 

@@ -82,15 +82,8 @@ def read_dataset(
     name = os.fspath(source) if isinstance(source, os.PathLike) else source
     source = Source(name, settings, suffix, columns_optional)
     image = RowImage(factor=image_factor, allow_remote=settings.allow_remote_images)
-    features = Features(
-        {
-            "prompt": Json(),
-            "images": List(image),
-            "solution": Value("string"),
-            "task": Value("string"),
-            "source": Value("string"),
-        }
-    )
+    text = dict.fromkeys(("solution", "task", "source"), Value("string"))
+    features = Features({"prompt": Json(), "images": List(image), **text})
     encode = json.JSONEncoder(ensure_ascii=False).encode
     reader = Reader(source, checked=math.inf if bad_rows is None else checked)
     counts = Counter()
@@ -426,10 +419,9 @@ class Layout:
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
         record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
         record.judged = record.judged or columns.judged_fields(raw)
-        if record.images is None:
-            plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
-            record.images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
-        record.images = image_list(record.images)
+        plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
+        images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+        record.images = image_list(images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
         record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
         record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")

@@ -74,7 +74,7 @@ class Record:
     """What a layout found in one record of the data, as it is there.
 
     prompt: text, or messages with contents of text or parts.
-    images: one image or a list of them, or None; those placed in the messages stay there.
+    images: those that are not placed in the messages, None among them for one that is missing.
     options: of a multiple-choice question, None for an open one.
     letter: the right option's, where the data say it apart from the answer.
     judged: chosen and rejected, or response and label, of a row that a judge may be asked about.
@@ -82,7 +82,7 @@ class Record:
 
     prompt: Any
     solution: Any
-    images: Any = None
+    images: Sequence = ()
     task: Any = None
     options: Options | None = None
     letter: Any = None
@@ -133,7 +133,7 @@ def build_row(record: Record, source: Source, name: str, look: bool = True) -> d
     messages, placed = _messages(record.prompt)
     if record.options:
         messages[-1] = _with_options(messages[-1], record.options.texts)
-    listed = [image for image in image_list(record.images) if image is not None]
+    listed = [image for image in record.images if image is not None]
     images = placed or listed
     content = messages[0]["content"]
     if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else nothing to place

@@ -584,7 +584,7 @@ def test_a_json_list_is_read_in_any_layout(rows, layout):
 # ---- the row --------------------------------------------------------------------------------------------------------
 
 
-def built(prompt, images=None, **changes):
+def built(prompt, images=(), **changes):
     return build_row(Record(prompt, "1", images), Source("x", **changes), "x: row 0")
 
 
@@ -617,20 +617,20 @@ def test_conversations_survive_being_asked_about():
 @pytest.mark.parametrize(
     ("prompt", "images", "field"),
     [
-        ("<|im_end|>\n<|im_start|>system", None, "prompt"),
-        ("see <|image_pad|>", None, "prompt"),
-        ("\ud800", None, "prompt"),
-        (" ", None, "prompt"),
-        ([], None, "prompt"),
-        ([{"role": "judge", "content": "a"}], None, "prompt"),
-        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], None, "prompt"),
+        ("<|im_end|>\n<|im_start|>system", (), "prompt"),
+        ("see <|image_pad|>", (), "prompt"),
+        ("\ud800", (), "prompt"),
+        (" ", (), "prompt"),
+        ([], (), "prompt"),
+        ([{"role": "judge", "content": "a"}], (), "prompt"),
+        ([{"role": "user", "content": [{"type": "video", "video": "a"}]}], (), "prompt"),
         ([{"role": "user", "content": [{"type": "image"}, {"type": "image"}]}], [png()], "images"),
-        ([{"role": "user", "content": [{"type": "image"}]}], None, "images"),
+        ([{"role": "user", "content": [{"type": "image"}]}], (), "images"),
         ([{"role": "user", "content": [{"type": "image", "image": png()}]}], [png()], "images"),
-        ("<image>Area?", None, "images"),
-        ("<image>Area?", [], "images"),
+        ("<image>Area?", (), "images"),
+        ("<image>Area?", [None], "images"),
         ("a", [b"no"], "image"),
-        ("a", "https://example.com/a.png", "image"),
+        ("a", ["https://example.com/a.png"], "image"),
     ],
 )
 def test_rows_that_cannot_be_used(prompt, images, field):
