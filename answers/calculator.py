@@ -303,6 +303,5 @@ def common_factor(a: Sequence, b: Sequence):
 def _close(x, y) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
-    x, y = _inexact(x), _inexact(y)
-    tiny = mp().mpf(10) ** -40
-    return abs(x - y) <= tiny * max(abs(x), abs(y), tiny)  # False for what is not a number
+    # 40 digits; False where one is infinite, as ln 0 is, or no number
+    return mp().almosteq(_inexact(x), _inexact(y), rel_eps=1e-40, abs_eps=1e-80)

@@ -199,6 +199,12 @@ def test_a_rounded_decimal_may_stand_for_an_exact_gold(pred, gold, equal):
     assert verify.is_equal(pred, gold) is equal
 
 
+@pytest.mark.parametrize("pred", [r"\ln(0)", r"-\ln(0)", r"x+\ln(0)", "ln 0"])
+@pytest.mark.parametrize("gold", ["5", "3.14", "x^2", r"\sqrt{2}", "y = 5"])
+def test_an_infinite_value_equals_nothing(pred, gold):
+    assert verify.is_equal(pred, gold) is False
+
+
 @pytest.mark.parametrize("gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"])
 def test_a_pair_without_a_usable_gold_is_unscorable(gold):
     assert verify.is_equal("5", gold) is None
