@@ -3,9 +3,8 @@ r"""Exact arithmetic on LaTeX: what an expression is worth, without sympy and wi
     evaluate(r"1\frac{1}{2}")       # (Fraction(3, 2),)
     evaluate("(x+1)^2")             # its values at four fixed random points
 
-Values are exact fractions as long as they are rational, then mpmath's complex numbers of 60 digits.
-Two expressions are the same if they agree at every point: that takes microseconds, where a computer
-algebra system simplifies for milliseconds.
+Values are exact fractions as long as they are rational, then mpmath's numbers of 60 digits. Two expressions are the
+same if they agree at every point: that takes microseconds, where a computer algebra system simplifies for milliseconds.
 """
 
 import operator
@@ -26,6 +25,7 @@ _GREEK = """
 _NAMED_FUNCTIONS = {"\\" + name for name in FUNCTIONS.split("|")} - {r"\sqrt"}
 _STOP = set(r") ] } | + - / = , * ^ ! % \cdot \times \div".split())
 _CONSTANTS = {r"\pi": "pi", "e": "e", "i": "j"}
+_CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|"}
 
 
 class Unreadable(Exception):
@@ -49,15 +49,10 @@ def mp():
     return context
 
 
-def _inexact(value):
-    """A value as a complex number of 60 digits, for what leaves the rationals."""
-    return mp().mpc(mp().mpf(value.numerator) / value.denominator) if isinstance(value, Fraction) else value
-
-
 def _combine(operation, a, b):
     """`operation` on two values, exact if both are."""
     if not (isinstance(a, Fraction) and isinstance(b, Fraction)):
-        return operation(_inexact(a), _inexact(b))
+        return operation(mp().convert(a), mp().convert(b))
     if max(a.numerator.bit_length(), a.denominator.bit_length()) > 4 * MAX_BITS:
         raise TooBig("number")
     return operation(a, b)
@@ -80,9 +75,9 @@ class _Calculator:
     def peek(self) -> str:
         return self.tokens[self.i] if self.i < len(self.tokens) else ""
 
-    def take(self, *expected: str) -> str:
+    def take(self, expected: str = "") -> str:
         token = self.peek()
-        if not token or (expected and token not in expected):
+        if not token or expected not in ("", token):
             raise Unreadable(token)
         self.i += 1
         return token
@@ -126,12 +121,12 @@ class _Calculator:
             if self.peek() != r"\circ":
                 return self.raised(base, self.exponent())
             self.take()  # degrees inside an expression
-            base = _combine(operator.mul, base, mp().mpc(mp().pi) / 180)
+            base = _combine(operator.mul, base, mp().pi / 180)
         return base
 
     def exponent(self):
         if self.peek() == "{":
-            return self.group("{", "}")
+            return self.primary()
         sign = -1 if self.peek() == "-" and self.take() else 1
         return sign * self.power()
 
@@ -141,12 +136,10 @@ class _Calculator:
             if abs(exponent) * max(size - 1, 0) > MAX_BITS:
                 raise TooBig("exponent")
             if exponent.denominator == 1:
-                if abs(base) == 1:  # any exponent, however large
-                    return base if exponent % 2 else Fraction(1)
                 return base ** int(exponent)
         if not base:
             raise Unreadable("power of zero")
-        base, exponent = _inexact(base), _inexact(exponent)
+        base, exponent = mp().convert(base), mp().convert(exponent)
         if abs(exponent) * abs(mp().ln(base)) > MAX_BITS:
             raise TooBig("exponent")
         return base**exponent
@@ -155,12 +148,6 @@ class _Calculator:
         if isinstance(value, Fraction) and isinstance(degree, Fraction) and value < 0 and degree % 2 == 1:
             return -self.raised(-value, 1 / degree)  # the real root
         return self.raised(value, 1 / degree)
-
-    def group(self, opening: str, closing: str):
-        self.take(opening)
-        value = self.sum()
-        self.take(closing)
-        return value
 
     def argument(self):
         """The argument of \\frac or \\sqrt: a group, or, as in LaTeX, one single digit."""
@@ -174,20 +161,17 @@ class _Calculator:
         if token[0].isdigit() or (token[0] == "." and len(token) > 1):
             value = self.number(token)
             return value + self.mixed() if value.denominator == 1 else value
-        if token in ("(", "[", "{"):
-            self.i -= 1
-            return self.group(token, {"(": ")", "[": "]", "{": "}"}[token])
-        if token == "|":
+        if token in _CLOSING:
             value = self.sum()
-            self.take("|")
-            return abs(value) if isinstance(value, Fraction) else mp().mpc(abs(value))
+            self.take(_CLOSING[token])
+            return abs(value) if token == "|" else value
         if token == r"\frac":
             return _combine(operator.truediv, self.argument(), self.argument())
         if token == r"\sqrt":
-            degree = self.group("[", "]") if self.peek() == "[" else Fraction(2)
+            degree = self.primary() if self.peek() == "[" else Fraction(2)
             return self.root(self.argument(), degree)
         if token in _CONSTANTS and self.peek() != "_":
-            return mp().mpc(getattr(mp(), _CONSTANTS[token]))
+            return +getattr(mp(), _CONSTANTS[token])
         if token in _NAMED_FUNCTIONS:
             return self.function(token[1:])
         if token.removeprefix("\\") in _GREEK or (len(token) == 1 and token.isascii() and token.isalpha()):
@@ -245,7 +229,7 @@ class _Calculator:
             elif self.peek() == "_":
                 self.take()
                 base = self.argument()
-        if self.peek() in ("(", "{", "[", "|"):
+        if self.peek() in _CLOSING:
             x = self.primary()
         else:  # \sin 2x y: everything up to the next operator
             x = self.power()
@@ -253,19 +237,17 @@ class _Calculator:
                 x = _combine(operator.mul, x, self.power())
         if power == -1 and name in ("sin", "cos", "tan"):
             name, power = "arc" + name, None
-        value = self.analytic(name, _inexact(x), base)
-        return value if power is None else self.raised(value, power)
-
-    def analytic(self, name: str, x, base):
         if name == "abs":
-            return mp().mpc(abs(x))
-        if name in ("ln", "log", "lg"):
-            return mp().ln(x) if name == "ln" else mp().ln(x) / mp().ln(_inexact(base))
-        if abs(x) > 10**6:
+            value = abs(x)
+        elif name == "ln":
+            value = mp().ln(x)
+        elif name in ("log", "lg"):
+            value = mp().log(x, base)
+        elif abs(x) > 10**6:
             raise TooBig("argument of a function")
-        if name in ("sec", "csc", "cot"):
-            return 1 / self.analytic({"sec": "cos", "csc": "sin", "cot": "tan"}[name], x, base)
-        return getattr(mp(), name.replace("arc", "a"))(x)
+        else:
+            value = getattr(mp(), name.replace("arc", "a"))(x)
+        return value if power is None else self.raised(value, power)
 
 
 @lru_cache(maxsize=4096)
@@ -287,9 +269,8 @@ def evaluate(text: str) -> tuple:
 
 def same_values(a: Sequence, b: Sequence) -> bool:
     """Whether two lists of values agree: exactly if rational, else to 40 digits."""
-    if len(a) != len(b):
-        a, b = a * (len(b) // len(a)) or a, b * (len(a) // len(b)) or b
-    return all(map(_close, a, b))
+    points = max(len(a), len(b))
+    return all(map(_close, a * (points // len(a)), b * (points // len(b))))
 
 
 def common_factor(a: Sequence, b: Sequence):
@@ -297,11 +278,11 @@ def common_factor(a: Sequence, b: Sequence):
     if len(a) != len(b) or not all(a) or not all(b):
         return None
     ratios = [_combine(operator.truediv, x, y) for x, y in zip(a, b, strict=True)]
-    return ratios[0] if same_values(ratios, ratios[:1] * len(ratios)) else None
+    return ratios[0] if same_values(ratios, ratios[:1]) else None
 
 
 def _close(x, y) -> bool:
     if isinstance(x, Fraction) and isinstance(y, Fraction):
         return x == y
     # 40 digits; False where one is infinite, as ln 0 is, or no number
-    return mp().almosteq(_inexact(x), _inexact(y), rel_eps=1e-40, abs_eps=1e-80)
+    return mp().almosteq(mp().convert(x), mp().convert(y), rel_eps=1e-40, abs_eps=1e-80)
