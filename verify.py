@@ -7,15 +7,15 @@ r"""Boxed answers, verdicts, answer equality and rewards: every training label r
 answers/ holds the rules. Departures from plain math-verify (https://github.com/huggingface/Math-Verify), which is the
 last resort here and not the first:
 
-1. Lists, tuples, sets, intervals, relations, units and words are taken apart before any algebra, so
-   (1,2) is not {1,2}, [1,2) is not (1,2], 2x = 10 is not 10, and `listen` is not `silent`.
-2. Numbers are exact fractions. A decimal gold is compared at its own precision: pi equals a gold 3.14. A decimal
-   equals an exact gold only if it is that gold rounded to six significant digits or more (five inside a list,
-   tuple or interval): 3.14159 equals a gold pi, 3.14 does not.
-3. Expressions are evaluated at fixed random points, exactly or with 60 digits, in microseconds.
-   Only what the calculator can't read (integrals, floors, ...) goes to math-verify in a worker.
-4. Workers that exceed their limit are killed. No text of a model is ever evaluated as code: sympy's
-   `parse_expr` (which calls eval) is never reached, only the LaTeX grammar of latex2sympy2.
+1. Lists, tuples, sets, intervals, relations, units and words are taken apart before any algebra, so (1,2) is not {1,2},
+   [1,2) is not (1,2], 2x = 10 is not 10, and `listen` is not `silent`.
+2. Numbers are exact fractions. A decimal gold is compared at its own precision: pi equals a gold 3.14. A decimal equals
+   an exact gold only if it is that gold rounded to six significant digits or more (five inside a list, tuple or
+   interval): 3.14159 equals a gold pi, 3.14 does not.
+3. Expressions are evaluated at fixed random points, exactly or with 60 digits, in microseconds. Only what the
+   calculator can't read (integrals, floors, ...) goes to math-verify in a worker.
+4. Workers that exceed their limit are killed. No text of a model is ever evaluated as code: sympy's `parse_expr` (which
+   calls eval) is never reached, only the LaTeX grammar of latex2sympy2.
 """
 
 import logging
@@ -75,9 +75,8 @@ _VERDICT = re.compile(
 def parse_verdict(text: str) -> str | None:
     r"""A judge's verdict: "Yes", "No", "A", "B", or None for anything else.
 
-    `text` is a completion, whose last box counts, or the bare verdict itself. Case and the usual
-    decoration are accepted (`\text{Yes}`, `Yes.`, `**No**`, `(A)`, `Answer: B`); a sentence, both
-    verdicts, or an unclosed box are not.
+    `text` is a completion, whose last box counts, or the bare verdict itself. Case and the usual decoration are
+    accepted (`\text{Yes}`, `Yes.`, `**No**`, `(A)`, `Answer: B`); a sentence, both verdicts, an unclosed box are not.
     """
     if "\\boxed" in text or "\\fbox" in text:
         text = extract_boxed(text) or ""
@@ -89,6 +88,8 @@ def parse_verdict(text: str) -> str | None:
 
 # --------------------------------------------------------------------------- equality
 
+_RANK = (False, None, True)  # the best verdict over the golds counts; None beats False, for the pair may be right
+
 
 def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Result]:
     """`verify_many` with reasons: one Result(verdict, reason) for each pair, in order."""
@@ -99,7 +100,11 @@ def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Resul
     results = {key: decide(*key) for key in dict.fromkeys((pred, gold) for pred, golds in answers for gold in golds)}
     undecided = [key for key, result in results.items() if result is None]
     results.update(zip(undecided, workers.pool.run(undecided, timeout), strict=True))
-    return [_best([results[pred, gold] for gold in golds]) for pred, golds in answers]
+    no_gold = Result(None, "no usable gold")
+    return [
+        max((results[pred, gold] for gold in golds), key=lambda result: _RANK.index(result.verdict), default=no_gold)
+        for pred, golds in answers
+    ]
 
 
 def _usable(gold) -> bool:
@@ -108,24 +113,17 @@ def _usable(gold) -> bool:
     return isinstance(gold, (int, float)) and not isinstance(gold, bool) and abs(gold) < float("inf")
 
 
-def _best(results: list[Result]) -> Result:
-    """The best result over the acceptable golds; None is better than False, for the pair may be right."""
-    if not results:
-        return Result(None, "no usable gold")
-    return max(results, key=lambda result: {True: 2, None: 1, False: 0}[result.verdict])
-
-
 def verify_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[bool | None]:
     """Whether each prediction equals its gold.
 
     Args:
-        pairs: (pred, gold) each. `pred` is an extracted answer, None if there was no box; `gold` is
-            a string (or a number), or a list of acceptable ones.
+        pairs: (pred, gold) each. `pred` is an extracted answer, None if there was no box; `gold` is a string (or a
+            number), or a list of acceptable ones.
         timeout: seconds of wall time for one pair in a worker.
 
     Returns:
-        In order: True, False, or None where the pair is unscorable: no usable gold, or the limit of
-        time or memory was hit. `explain_many` gives the reasons.
+        In order: True, False, or None where the pair is unscorable: no usable gold, or the limit of time or memory was
+        hit. `explain_many` gives the reasons.
 
     Raises:
         RuntimeError: a worker cannot start (math-verify is not installed).
@@ -145,7 +143,6 @@ def warm_up() -> None:
 
 
 # --------------------------------------------------------------------------- rewards
-# TRL's signature: f(prompts, completions, **columns) -> one float or None (excluded) per row.
 
 _logged: set[str] = set()
 
@@ -168,28 +165,13 @@ def log_unscorable(row: int, gold, reason: str) -> None:
 
 
 def answer_reward(prompts, completions, solution, **columns) -> list[float | None]:
-    """1.0 where the boxed answer equals `solution`, else 0.0; None where it is unscorable."""
+    """1.0 where the boxed answer equals `solution`, else 0.0; None, which TRL leaves out, where it is unscorable."""
     pairs = [(extract_boxed(t), s) for t, s in zip(map(last_text, completions), solution, strict=True)]
     rewards = []
     for row, (result, (_, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
             log_unscorable(row, gold, result.reason)
         rewards.append(None if result.verdict is None else float(result.verdict))
-    return rewards
-
-
-def verdict_reward(prompts, completions, label, **columns) -> list[float | None]:
-    """1.0 where the judge's verdict is `label` (Yes, No, A, B), else 0.0, also if unparsed.
-
-    None where the label is none of the four.
-    """
-    rewards = []
-    for row, (text, gold) in enumerate(zip(map(last_text, completions), label, strict=True)):
-        if gold not in ("Yes", "No", "A", "B"):
-            log_unscorable(row, gold, "no such label")
-            rewards.append(None)
-        else:
-            rewards.append(float(parse_verdict(text) == gold))
     return rewards
 
 

@@ -264,18 +264,6 @@ def test_an_answer_is_rewarded_by_its_box(wrap):
     ]
 
 
-@pytest.mark.parametrize("wrap", [str, chat])
-def test_a_verdict_is_rewarded_by_its_label(wrap):
-    completions = [wrap(r"\boxed{Yes}"), wrap(r"\boxed{yes}"), wrap("Hm."), wrap(r"\boxed{(B)}"), wrap(r"\boxed{A}")]
-    assert verify.verdict_reward(["q"] * 5, completions, label=["Yes", "No", "Yes", "B", None]) == [
-        1.0,
-        0.0,
-        0.0,
-        1.0,
-        None,
-    ]
-
-
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):
     gold = r"\boxed{}"
     with caplog.at_level(logging.WARNING, logger="verify"):
