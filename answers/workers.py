@@ -2,10 +2,9 @@
 
     pool.run([(pred, gold), ...], limit=2.0)    # a Result each, in order
 
-sympy, under math-verify, may hang in C code or take all memory over a short text of a model; no alarm
-inside the process stops that for certain. So it runs in processes with a limit of time and memory,
-started when first needed, kept, and replaced when they die. They send and receive JSON over a socket,
-see no GPU and import no torch.
+sympy, under math-verify, may hang in C code or take all memory over a short text of a model; no alarm inside a process
+stops that for certain. So it runs in processes with a limit of time and memory, started when first needed, kept, and
+replaced when they die. They send and receive JSON over a socket, see no GPU and import no torch.
 """
 
 import atexit
@@ -20,6 +19,8 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from multiprocessing.connection import Connection, Pipe
 
 from answers import rules
@@ -79,8 +80,8 @@ def _interrupt(*_) -> None:
 def _compare(pred: str, gold: str, limit: float) -> Result:
     """One comparison, interrupted by an exception at its limit: the worker, with all it has imported, stays.
 
-    Where a long C call keeps that from happening, the parent kills the worker; if the parent is dead,
-    a second timer does, one second of processor time after the limit.
+    Where a long C call keeps that from happening, the parent kills the worker; if the parent is dead, a second timer
+    does, one second of processor time after the limit.
     """
     signal.setitimer(signal.ITIMER_VIRTUAL, limit + 1.0)  # default action: the process ends
     try:
@@ -177,75 +178,70 @@ class _Worker:
 
 
 class Pool:
-    """Workers, started when first needed and kept; a thread serves each during a batch."""
+    """Workers, started when first needed and kept; a thread for each during a batch."""
 
     def __init__(self):
         self.size = max(2, min(4, (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.workers: list[_Worker] = []
-        self.results: dict[tuple[str, str], tuple[Result, float]] = {}  # with the limit each had; the latest last
+        self.results: dict[tuple[str, str], tuple[Result, float]] = {}  # with the limit each had
         self.lock = threading.Lock()
 
     def run(self, pairs: list[tuple[str, str]], limit: float) -> list[Result]:
         """Results of `pairs` in order; each takes at most `limit` seconds, killing its worker included."""
         with self.lock:
-            waiting = deque(pair for pair in pairs if not self._known(pair, limit))
-            threads = [
-                threading.Thread(target=self._serve, args=(slot, waiting, limit), daemon=True)
-                for slot in range(self._grow(len(waiting)))
-            ]
-            try:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            except BaseException:  # Ctrl-C: the answers are no longer wanted
-                waiting.clear()
-                self.close()
-                raise
-            if not all(pair in self.results for pair in pairs):
-                raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
+            unknown = [pair for pair in pairs if not self._is_known(pair, limit)]
+            self._grow(len(unknown))
+            idle = deque(range(len(self.workers)))
+            with ThreadPoolExecutor(self.size) as threads:
+                try:
+                    answers = threads.map(self._ask, unknown, repeat(limit), repeat(idle))
+                    for pair, result in zip(unknown, answers, strict=True):
+                        self.results[pair] = result, limit
+                except BaseException:  # Ctrl-C, or no worker starts: the answers are no longer wanted
+                    self.close()
+                    raise
             results = [self.results[pair][0] for pair in pairs]
             for pair in list(self.results)[:-MAX_CACHED]:
                 del self.results[pair]
         return results
 
-    def _known(self, pair: tuple[str, str], limit: float) -> bool:
+    def _is_known(self, pair: tuple[str, str], limit: float) -> bool:
         """Whether the result is kept; one that hit its limit says nothing about a longer limit."""
         result, had = self.results.get(pair, (None, 0.0))
-        if result is None or (result.verdict is None and had < limit):
-            self.results.pop(pair, None)
-            return False
-        return True
+        return result is not None and (result.verdict is not None or had >= limit)
 
-    def _grow(self, wanted: int) -> int:
+    def _grow(self, wanted: int) -> None:
         self.workers += [_Worker() for _ in range(min(self.size, wanted) - len(self.workers))]
-        return min(self.size, wanted)
 
-    def _serve(self, slot: int, waiting: deque, limit: float) -> None:
-        """Give the worker of one slot a pair after the other; replace it when it is late or dead."""
-        pair, deaths = None, 0
-        while (pair or waiting) and deaths < 3:
+    def _ask(self, pair: tuple[str, str], limit: float, idle: deque[int]) -> Result:
+        """Give a pair to an idle worker, which is replaced when it is late or dead."""
+        slot = idle.popleft()  # there are no more threads than workers
+        try:
+            for _ in range(2):  # the first death may be a kill from outside: the pair is tried again
+                self._start(slot)
+                try:
+                    return self.workers[slot].ask(*pair, 0.9 * limit)  # the rest is for killing it
+                except TimeoutError:
+                    self._replace(slot)
+                    return Result(None, "time limit")
+                except (EOFError, OSError, ValueError):
+                    self._replace(slot)
+            return Result(None, "its worker died (memory or stack)")
+        finally:
+            idle.appendleft(slot)
+
+    def _start(self, slot: int) -> None:
+        for _ in range(3):
             try:
-                self.workers[slot].start()
-                pair = pair or waiting.popleft()
-                result = self.workers[slot].ask(*pair, 0.9 * limit)  # the rest is for killing it
-                self.results[pair] = result, limit
-                pair, deaths = None, 0
-                continue
-            except IndexError:  # another thread took the last pair, or the pool was closed
-                return
-            except TimeoutError:
-                deaths += pair is None
-                reason = "time limit"
+                return self.workers[slot].start()
             except (EOFError, OSError, ValueError):
-                deaths += 1
-                reason = "its worker died (memory or stack)" if deaths == 2 else None
-            if pair and reason:  # the first death may be a kill from outside: the pair is tried again
-                self.results[pair] = Result(None, reason), limit
-                pair, deaths = None, 0
-            if slot < len(self.workers):
-                self.workers[slot].kill()
-                self.workers[slot] = _Worker()  # it starts while the others work
+                self._replace(slot)
+        raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
+
+    def _replace(self, slot: int) -> None:
+        """A fresh worker, which starts while the others work. IndexError ends the thread of a closed pool."""
+        self.workers[slot].kill()
+        self.workers[slot] = _Worker()
 
     def warm_up(self) -> None:
         with self.lock:
