@@ -13,7 +13,6 @@ Whatever a model wrote is hostile: text is escaped and its invisible characters 
 encoded anew, and the page's own policy forbids scripts and requests.
 """
 
-import argparse
 import base64
 import io
 import json
@@ -21,12 +20,14 @@ import math
 import random
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import verify
+from data.cli import Parser, refuse
 from data.rows import BadInput
 
 Row = dict[str, Any]
@@ -82,12 +83,7 @@ TILES = (  # what a run is summed up by
     ("reflection/fix_rate", "wrong answers fixed"),
 )
 JUDGED = (("judge/pointwise/balanced_accuracy", "one answer, balanced"), ("judge/pairwise/accuracy", "pairs"))
-TASKS = {
-    "answer": "Answer",
-    "pointwise": "Judge one answer",
-    "pairwise": "Judge a pair",
-    "reflection": "Look again",
-}
+TASKS = {"answer": "Answer", "pointwise": "Judge one answer", "pairwise": "Judge a pair", "reflection": "Look again"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,7 +103,7 @@ class Run:
     spread: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     settings: Row = field(default_factory=dict)
     tables: dict[str, list[Path]] = field(default_factory=dict)
-    metrics: Row | None = None
+    metrics: Row = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -117,21 +113,22 @@ def read_runs(paths: list[str | Path]) -> list[Run]:
     Raises BadInput for a folder that is no run, or a log that is not JSON.
     """
     folders: list[Path] = []
-    outer_metrics: dict[Path, Row] = {}
+    runs: list[Run] = []
     for path in map(Path, paths):
         if not path.is_dir():
             raise BadInput(f"{path}: no such folder; expected a run's output_dir")
+        metrics = read_json(path / "metrics.json")
         inside = [path] if is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and is_run(p))
-        if not inside and not (path / "metrics.json").exists():
+        if not inside and not metrics:
             raise BadInput(f"{path}: not a run: expected trainer_state.json, checkpoint-*/ or completions/ in it")
-        if inside and inside != [path] and (path / "metrics.json").exists():
-            outer_metrics[inside[0]] = read_json(path / "metrics.json")
+        found = [read_run(folder) for folder in inside or [path]]
+        found[0].metrics = found[0].metrics or metrics
         folders += inside or [path]
+        runs += found
     parts = [path.resolve().parts for path in folders]
     depth = next((n for n in range(1, 10) if len({p[-n:] for p in parts}) == len(parts)), 1)
-    runs = [read_run(path, "/".join(p[-depth:])) for path, p in zip(folders, parts, strict=True)]
-    for path, run in zip(folders, runs, strict=True):
-        run.metrics = run.metrics or outer_metrics.get(path)
+    for run, names in zip(runs, parts, strict=True):
+        run.name = "/".join(names[-depth:])
     return runs
 
 
@@ -139,9 +136,10 @@ def is_run(path: Path) -> bool:
     return any(any(path.glob(glob)) for glob in (*STATES, "completions/*.parquet"))
 
 
-def read_run(path: Path, name: str) -> Run:
+def read_run(path: Path) -> Run:
     states = [read_json(p) for glob in STATES for p in path.glob(glob)]
-    run = Run(name, max(states, key=lambda state: state.get("global_step", 0), default={}))
+    state = max(states, key=lambda state: state.get("global_step", 0), default={})
+    run = Run(path.name, state, settings=read_json(path / "settings.json"), metrics=read_json(path / "metrics.json"))
     for entry in read_log(path) or run.state.get("log_history", []):
         for key, value in entry.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -150,10 +148,6 @@ def read_run(path: Path, name: str) -> Run:
                 values.append(float(value))
     for kind in ("recycled", "completions"):
         run.tables[kind] = sorted((path / "completions").glob(f"{kind}_*.parquet"))
-    if (path / "metrics.json").exists():
-        run.metrics = read_json(path / "metrics.json")
-    if (path / "settings.json").exists():
-        run.settings = read_json(path / "settings.json")
     return run
 
 
@@ -197,6 +191,9 @@ def differences(runs: list[Run]) -> list[tuple[str, list[Any]]]:
 
 
 def read_json(path: Path) -> Row:
+    """The object in a file; {} where there is no file."""
+    if not path.exists():
+        return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -212,25 +209,20 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
 
     try:
         rows = pq.read_table(path).to_pylist()
-        items: list[list[Row]] = []
+        item, images, group = None, [], []
         for row in rows:
-            images = list(row.get("images") or [])
             row["task"] = str(row.get("task") or task)
             row["prompt"], row["completion"] = verify.last_text(row["prompt"]), verify.last_text(row["completion"])
-            same = items and (row["task"], row["prompt"]) == (items[-1][0]["task"], items[-1][0]["prompt"])
-            if images or not same:  # images come with the first rollout of an item only
-                items.append([])
+            if row.get("images") or (row["task"], row["prompt"]) != item:  # only an item's first rollout has them
+                item, images, group = (row["task"], row["prompt"]), list(row.get("images") or []), []
             if "reward" not in row:  # TRL's table has a column for each reward function, by its name
                 row["reward"] = next(v for k, v in row.items() if isinstance(v, float) and k != "advantage")
-            row["images"] = images if images or not items[-1] else items[-1][0]["images"]
-            items[-1].append(row)
+            group.append(row["reward"])
+            row["images"], row["group"] = images, group
     except Exception as error:  # a file cut off by a crash must not cost the report
         notes.append(f"{path.name} could not be read ({type(error).__name__})")
         return []
-    for item in items:
-        for row in item:
-            row["group"] = [other["reward"] for other in item]
-    return [row for item in items for row in item]
+    return rows
 
 
 def draw_rollouts(run: Run, late: bool, count: int) -> list[Row]:
@@ -262,19 +254,24 @@ COLOURS = {
 }
 INK = {"light": ("#ffffff", "#1f2328", "#d6dbe1"), "dark": ("#171c23", "#e6e9ee", "#37404b")}  # paper, ink, grid
 DASHES = ["-", (0, (5, 2)), (0, (1.2, 1.5)), (0, (6, 2, 1, 2))]
+DOTTED = {"linewidth": 0.9, "linestyle": (0, (2, 3)), "alpha": 0.7}
 MARKERS = ["o", "s", "^", "D", "v", "P"]
+SHARE = (-0.03, 1.03)  # an axis from 0 to 1
+
+
+def marked(i: int, theme: str) -> dict[str, str]:
+    """Colour and marker of the i-th of several runs or files."""
+    return {"color": COLOURS[theme][i % len(COLOURS[theme])], "marker": MARKERS[i % len(MARKERS)]}
 
 
 def smooth(values: list[float]) -> list[float]:
     """Each point's neighbourhood mean (a Gaussian over about a tenth of the run), which does not lag behind."""
-    import numpy as np
+    from scipy.ndimage import gaussian_filter1d
 
-    y = np.asarray(values)
-    width = max(len(y) / 25, 0.5)
-    reach = min(int(4 * width) + 1, len(y) - 1)
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
-    total = np.convolve(y, kernel)[reach : reach + len(y)]
-    return (total / np.convolve(np.ones_like(y), kernel)[reach : reach + len(y)]).tolist()
+    width = max(len(values) / 25, 0.5)
+    ones = [1.0] * len(values)
+    total, weight = (gaussian_filter1d(y, width, mode="constant", radius=int(4 * width) + 1) for y in (values, ones))
+    return (total / weight).tolist()
 
 
 def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
@@ -282,44 +279,36 @@ def draw_panel(ax, panel: Panel, runs: list[Run], theme: str) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
-    (_, ink, _), colours, several = INK[theme], COLOURS[theme], len(runs) > 1
+    (_, ink, _), several = INK[theme], len(runs) > 1
     legend = {}
     for m, (metric, label) in enumerate(panel.lines):
-        dash = DASHES[m % len(DASHES)]
+        line = {"linestyle": DASHES[m % len(DASHES)], "linewidth": 1.9}
         for r, run in enumerate(runs):
             if metric not in run.series:
                 continue
             steps, values = run.series[metric]
             thin = slice(None, None, math.ceil(len(steps) / MAX_POINTS))
-            look = {"color": colours[(r if several else m) % len(colours)], "linestyle": dash, "linewidth": 1.9}
-            if several:
-                every = max(len(steps[thin]) // 4, 1)
-                look |= {
-                    "marker": MARKERS[r % len(MARKERS)],
-                    "markersize": 4.5,
-                    "markevery": (every * r // len(runs), every),
-                }
+            look = marked(r if several else m, theme)
+            colour, every = look["color"], max(len(steps[thin]) // 4, 1)
+            look |= {"markersize": 4.5, "markevery": (every * r // len(runs), every)} if several else {"marker": None}
             if metric in run.spread:
                 low, high = (smooth(edge)[thin] for edge in run.spread[metric])
-                ax.fill_between(steps[thin], low, high, color=look["color"], alpha=0.18, linewidth=0)
+                ax.fill_between(steps[thin], low, high, color=colour, alpha=0.18, linewidth=0)
             else:
-                ax.plot(
-                    steps[thin], values[thin], ".", color=look["color"], alpha=0.28, markersize=3.5, rasterized=True
-                )
-            ax.plot(steps[thin], smooth(values)[thin], **look)
+                ax.plot(steps[thin], values[thin], ".", color=colour, alpha=0.28, markersize=3.5, rasterized=True)
+            ax.plot(steps[thin], smooth(values)[thin], **line, **look)
             if len(panel.lines) > 1:
-                legend[label] = Line2D([], [], color=ink if several else look["color"], linestyle=dash, linewidth=1.9)
+                legend[label] = Line2D([], [], color=ink if several else colour, **line)
     for r, run in enumerate(runs if several and ax.lines else []):
-        look = {"color": colours[r % len(colours)], "marker": MARKERS[r % len(MARKERS)], "linewidth": 1.9}
-        legend[" " + visible(run.name)[-28:]] = Line2D([], [], **look)
+        legend[" " + visible(run.name)[-28:]] = Line2D([], [], linewidth=1.9, **marked(r, theme))
     if not ax.lines:
         ax.text(0.5, 0.5, "not logged", transform=ax.transAxes, ha="center", va="center", color=ink)
     if panel.chance is not None:
-        ax.axhline(panel.chance, color=ink, linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
+        ax.axhline(panel.chance, color=ink, **DOTTED)
         ax.annotate("chance", (1, panel.chance), (-2, 2), ("axes fraction", "data"), "offset points",
                     ha="right", va="bottom", fontsize=8, color=ink)  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_ylim(*((-0.03, 1.03) if panel.share else (min(0, ax.get_ylim()[0]), None)))
+    ax.set_ylim(*(SHARE if panel.share else (min(0, ax.get_ylim()[0]), None)))
     finish(ax, theme, "step", legend)
 
 
@@ -342,18 +331,17 @@ def draw_coevolution(ax, runs: list[Run], theme: str) -> None:
     """Judging against answering: each run a path from its start (hollow) to its end (full)."""
     legend = {}
     for r, run in enumerate(runs):
-        colour, marker = COLOURS[theme][r % len(COLOURS[theme])], MARKERS[r % len(MARKERS)]
         for m, (metric, name) in enumerate(JUDGED):
             path = co_evolution(run, metric)
             if not path:
                 continue
-            colour = COLOURS[theme][(r if len(runs) > 1 else m) % len(COLOURS[theme])]
+            colour, marker = marked(r if len(runs) > 1 else m, theme)["color"], MARKERS[r % len(MARKERS)]
             (line,) = ax.plot(*zip(*path, strict=True), color=colour, linestyle=DASHES[m], linewidth=1.6)
             ax.plot(*path[0], marker, color=colour, markerfacecolor=INK[theme][0], markersize=6)
             ax.plot(*path[-1], marker, color=colour, markersize=7)
             legend[name if len(runs) == 1 else f" {visible(run.name)[-28:]}, {name}"] = line
-    ax.plot([0, 1], [0.5, 0.5], color=INK[theme][1], linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    ax.plot([0, 1], [0.5, 0.5], color=INK[theme][1], **DOTTED)
+    ax.set(xlim=SHARE, ylim=SHARE)
     ax.set_ylabel("judging", fontsize=8, color=INK[theme][1])
     finish(ax, theme, "answering: policy accuracy", legend)
 
@@ -373,14 +361,11 @@ def co_evolution(run: Run, metric: str) -> list[tuple[float, float]]:
 def draw_reliability(ax, rows: list[Row], theme: str) -> None:
     """How often verdicts are right, by their probability."""
     legend = {}
-    for r, (name, bins) in enumerate((row["name"], row["calibration"]["bins"]) for row in rows):
-        bars = [[abs(b["interval"][i] - b["accuracy"]) for b in bins] for i in (0, 1)]
-        look = {"color": COLOURS[theme][r % len(COLOURS[theme])], "marker": MARKERS[r % len(MARKERS)], "linewidth": 1.4}
-        legend[visible(name)[-40:]] = ax.errorbar(
-            [b["probability"] for b in bins], [b["accuracy"] for b in bins], bars, capsize=2, **look
-        )
-    ax.plot([0, 1], [0, 1], color=INK[theme][1], linewidth=0.9, linestyle=(0, (2, 3)), alpha=0.7)
-    ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    for r, row in enumerate(rows):
+        look = {**marked(r, theme), "linewidth": 1.4}
+        legend[visible(row["name"])[-40:]] = draw_accuracy(ax, row["calibration"]["bins"], "probability", **look)
+    ax.plot([0, 1], [0, 1], color=INK[theme][1], **DOTTED)
+    ax.set(xlim=SHARE, ylim=SHARE)
     finish(ax, theme, "probability of the verdict", legend)
 
 
@@ -389,16 +374,20 @@ def draw_price(ax, rows: list[Row], theme: str) -> None:
     legend: dict[str, Any] = {}
     for r, row in enumerate(rows):
         for w, way in enumerate(dict.fromkeys(each["way"] for each in row["price"])):
-            points = [
-                each for each in row["price"] if each["way"] in (way, "first answer" if way == "majority" else way)
-            ]
-            bars = [[abs(each["interval"][i] - each["accuracy"]) for each in points] for i in (0, 1)]
-            look = {"color": COLOURS[theme][w % len(COLOURS[theme])], "linestyle": DASHES[r % len(DASHES)]}
+            ways = {way, "first answer"} if way == "majority" else {way}
+            points = [each for each in row["price"] if each["way"] in ways]
+            look = {**marked(w, theme), "markersize": 4.5, "linestyle": DASHES[r % len(DASHES)]}
             name = way if len(rows) == 1 else f"{visible(row['name'])[-28:]}, {way}"
-            legend[name] = ax.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points], bars,
-                                       marker=MARKERS[w % len(MARKERS)], markersize=4.5, capsize=2, **look)  # fmt: skip
+            legend[name] = draw_accuracy(ax, points, "tokens", **look)
     ax.set_xscale("log")
     finish(ax, theme, "tokens generated a question", legend)
+
+
+def draw_accuracy(ax, points: list[Row], against: str, **look):
+    """A curve of accuracies with their intervals."""
+    bars = [[abs(point["interval"][i] - point["accuracy"]) for point in points] for i in (0, 1)]
+    x, y = ([point[name] for point in points] for name in (against, "accuracy"))
+    return ax.errorbar(x, y, bars, capsize=2, **look)
 
 
 def grid_of_axes(count: int, entries: int, theme: str):
@@ -418,14 +407,17 @@ def grid_of_axes(count: int, entries: int, theme: str):
     return figure, list(axes.flat)
 
 
+def legend_entries(panels: Sequence[Panel], runs: list[Run]) -> int:
+    names = max(len(panel.lines) for panel in panels)
+    return names * (names > 1) + len(runs) * (len(runs) > 1)
+
+
 def draw(panels: Sequence[Panel], runs: list[Run], file) -> None:
     """All panels as one PNG."""
-    names = max(len(panel.lines) for panel in panels)
-    figure, axes = grid_of_axes(len(panels), names * (names > 1) + len(runs) * (len(runs) > 1), "light")
+    figure, axes = grid_of_axes(len(panels), legend_entries(panels, runs), "light")
     for ax, panel in zip(axes, panels, strict=False):
         draw_panel(ax, panel, runs, "light")
-        if len(panels) > 1:
-            ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
+        ax.set_title(panel.title, loc="left", fontsize=11, fontweight="bold")
     for ax in axes[len(panels) :]:
         ax.axis("off")
     figure.savefig(file, format="png", dpi=150)
@@ -500,17 +492,6 @@ def number(value: float) -> str:
 def pictures(runs: list[Run]) -> list[Row]:
     """The panels for light and for dark pages, and what they show in words; neither where nothing was logged."""
     shown = []
-    for panel in PANELS:
-        logged = any(metric in run.series for run in runs for metric, _ in panel.lines)
-        words = [
-            f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
-            for run in runs
-            for metric, label in panel.lines
-            if (ends := start_and_end(run, metric))
-        ]
-        entries = len(panel.lines) * (len(panel.lines) > 1) + len(runs) * (len(runs) > 1)
-        sources = plotted(lambda ax, theme, panel=panel: draw_panel(ax, panel, runs, theme), entries) if logged else {}
-        shown.append({"title": panel.title, "about": panel.about, "words": "; ".join(words), **sources})
     paths = [(run, name, path) for run in runs for metric, name in JUDGED if (path := co_evolution(run, metric))]
     if paths:
         words = (
@@ -519,21 +500,30 @@ def pictures(runs: list[Run]) -> list[Row]:
             for run, name, path in paths
         )
         about = "Judging against answering over the steps, from the hollow mark to the full one. Dotted: a coin."
-        sources = plotted(lambda ax, theme: draw_coevolution(ax, runs, theme), len(paths))
-        shown.insert(0, {"title": "Co-evolution", "about": about, "words": "; ".join(words), **sources})
+        drawing = partial(draw_coevolution, runs=runs)
+        shown.append(picture("Co-evolution", about, words, len(paths), drawing))
+    for panel in PANELS:
+        words = [
+            f"{run.name} {label} from {number(ends[0])} to {number(ends[1])}"
+            for run in runs
+            for metric, label in panel.lines
+            if (ends := start_and_end(run, metric))
+        ]
+        drawing = partial(draw_panel, panel=panel, runs=runs) if words else None
+        shown.append(picture(panel.title, panel.about, words, legend_entries([panel], runs), drawing))
     return shown
 
 
-def plotted(draw_on, entries: int) -> dict[str, str]:
-    """What `draw_on(axes, theme)` draws, as pictures for light and for dark pages."""
-    sources = {}
-    for theme in ("light", "dark"):
+def picture(title: str, about: str, words: Iterable[str], entries: int, drawing: Callable | None) -> Row:
+    """What `drawing(ax, theme=...)` draws, for light and for dark pages; `entries` of its legend need room."""
+    shown = {"title": title, "about": about, "words": "; ".join(words)}
+    for theme in ("light", "dark") if drawing else ():
         figure, (ax,) = grid_of_axes(1, entries, theme)
-        draw_on(ax, theme)
+        drawing(ax, theme=theme)
         with io.BytesIO() as file:
             figure.savefig(file, format="svg", dpi=150)
-            sources[theme] = data_uri(file.getvalue(), "svg+xml")
-    return sources
+            shown[theme] = data_uri(file.getvalue(), "svg+xml")
+    return shown
 
 
 def results_pictures(files: Sequence[str | Path]) -> list[Row]:
@@ -555,8 +545,8 @@ def results_pictures(files: Sequence[str | Path]) -> list[Row]:
             for row in judged
         )
         about = "How often verdicts are right, by their probability, with 95 % intervals. Dotted: calibrated."
-        sources = plotted(lambda ax, theme: draw_reliability(ax, judged, theme), len(judged))
-        shown.append({"title": "Calibration of the judge", "about": about, "words": "; ".join(words), **sources})
+        drawing = partial(draw_reliability, rows=judged)
+        shown.append(picture("Calibration of the judge", about, words, len(judged), drawing))
     if priced:
         words = (
             f"{row['name']}, {each['way']}, n = {each['n']}: {number(each['accuracy'])}, {each['tokens']:,.0f} tokens"
@@ -564,9 +554,8 @@ def results_pictures(files: Sequence[str | Path]) -> list[Row]:
             for each in row["price"]
         )
         entries = sum(len({each["way"] for each in row["price"]}) for row in priced)
-        sources = plotted(lambda ax, theme: draw_price(ax, priced, theme), entries)
         about = "Each way of test-time scaling with 1, 2, 4, ... answers, with 95 % intervals."
-        shown.append({"title": "Accuracy against tokens", "about": about, "words": "; ".join(words), **sources})
+        shown.append(picture("Accuracy against tokens", about, words, entries, partial(draw_price, rows=priced)))
     if not shown:
         names = ", ".join(map(str, files))
         raise BadInput(f"{names}: expected results of --mode judge, or of --mode tts --tts compare")
@@ -643,11 +632,13 @@ def tiles(run: Run) -> list[tuple[str, str, str]]:
     return [(label, number(pair[0]), number(pair[1])) for label, pair in ends.items() if pair]
 
 
-def rollouts(run: Run, late: int) -> list[Row]:
-    """Cards of the last steps and of the first ones."""
-    drawn = [("late", row) for row in draw_rollouts(run, True, late)]
-    drawn += [("early", row) for row in draw_rollouts(run, False, max(late // 3, 1))]
-    return [{"when": when, **card(row)} for when, row in drawn]
+def rollouts(run: Run, several: bool) -> list[Row]:
+    """Cards of the last steps and of the first ones; half as many where there are several runs."""
+    return [
+        {"when": when, **card(row)}
+        for when, count in (("late", LATE), ("early", EARLY))
+        for row in draw_rollouts(run, when == "late", count // 2 if several else count)
+    ]
 
 
 def before_after(metrics: Row) -> Row:
@@ -677,9 +668,8 @@ def page(runs: list[Run], tables: list[tuple[str, Row]], results: list[Row]) -> 
         lstrip_blocks=True,
     )
     environment.filters["shorten"] = shorten
-    late = LATE if len(runs) == 1 else max(LATE // 2, 1)
     sections = [
-        {"name": run.name, "facts": facts(run), "tiles": tiles(run), "rollouts": rollouts(run, late),
+        {"name": run.name, "facts": facts(run), "tiles": tiles(run), "rollouts": rollouts(run, len(runs) > 1),
          "settings": sorted(run.settings.items())} for run in runs
     ]  # fmt: skip
     curves = by_seed(runs)
@@ -716,17 +706,15 @@ def write_report(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="a train_spark.py output_dir")
     parser.add_argument("--results", nargs="+", default=(), metavar="FILE", help="results of evaluate.py")
     parser.add_argument("--output", type=Path, default=Path("report.html"))
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     try:
         print(write_report(args.run_dirs, args.output, results=args.results))
     except (BadInput, OSError) as error:
-        print(f"report.py: {' '.join(visible(error).split())}", file=sys.stderr)
-        return 2
+        return refuse("report.py", error)
     return 0
 
 
