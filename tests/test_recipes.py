@@ -281,9 +281,9 @@ def test_a_steps_seconds_are_those_worked_out_by_hand():
         ["--dataset", "digits", "--output_dir", "x", *batch, "--gradient_checkpointing", "false"]
     )
     lengths = Lengths(prompt=10, recycled_prompt=40, completion=50)
-    for processes, share in ((1, 1.0), (1, 0.5), (2, 1.0)):
+    for processes in (1, 2):
         run = plan.settings(data, args, parsed, plan.Launch(processes, "none"), None, None)
-        parts = generation_seconds(run, plan.steps(run), model, lengths, card, share)
+        parts = generation_seconds(run, plan.steps(run), model, lengths, card)
         # A step of 16 x processes rollouts, 2 x processes prompts. The cache has 4 bytes a token. Each card reads 2 MB
         # of weights 100 times, and 16 caches that grow from 10 to 60 tokens.
         assert parts["policy generation"] == pytest.approx(
@@ -291,7 +291,7 @@ def test_a_steps_seconds_are_those_worked_out_by_hand():
         )
         tokens = 16 * (10 + 50) + 16 * (40 + 50)
         assert parts["forward, backward"] == pytest.approx(
-            max(3 * 2e6 * tokens / (1e9 * 0.5) * share, (processes > 1) * 2 * 2e6 / 1e6)
+            max(3 * 2e6 * tokens / (1e9 * 0.5), (processes > 1) * 2 * 2e6 / 1e6)
         )
         assert parts["log-probs"] == 0
         assert parts["weight sync"] == 2e6 / 1e6 * processes  # gathered by two, and written

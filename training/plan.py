@@ -29,7 +29,7 @@ ENGINE_OVERHEAD = 2 * GIB  # vLLM's own: CUDA graphs, the profiling run's activa
 HEAD_TILE = (4096, 32768)  # tokens and vocabulary that TRL's fused head holds logits of at once
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)  # GiB
 USABLE = 0.95
-UNKNOWN = "memory     unknown, as the model is"
+TEMPLATE_TOKENS = 128  # of any template of prompts.py at most, responses not counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,6 +77,13 @@ class Run:
     max_pixels: int | None
 
     @property
+    def longest_rows(self) -> tuple[int, int]:
+        """Tokens of a policy row and of a recycled row at most: the latter also quotes one rollout or two, and asks."""
+        policy = self.args.max_prompt_length + self.args.max_completion_length
+        quoted = 2 if "pairwise" in self.args.recycle_tasks else 1
+        return policy, policy + quoted * self.args.max_completion_length + TEMPLATE_TOKENS
+
+    @property
     def micro_steps(self) -> int:
         """Of a generation."""
         return self.args.steps_per_generation * self.args.num_iterations
@@ -101,10 +108,8 @@ class Steps:
 
     prompts: int
     rollouts: int
-    recycled_prompts: int  # at most, as the two below
+    recycled_prompts: int  # at most, as recycled_rollouts
     recycled_rollouts: int
-    generated_tokens: int
-    trained_tokens: int  # prompts and completions
     optimizer_steps: Fraction
     total_generations: int | None
     total_optimizer_steps: int | None
@@ -150,28 +155,28 @@ def architecture(config, peft_config=None) -> Architecture:
             parameters += trained
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    sizes = {
-        "name": name,
-        "parameters": parameters,
-        "trained": trained,
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "intermediate": text.intermediate_size,
-        "kv_width": text.num_key_value_heads * head,
-        "vocab": text.vocab_size,
-    }
-    vision = getattr(config, "vision_config", None)
-    sizes["sees"] = vision is not None
+    vision, vision_sizes = getattr(config, "vision_config", None), {}
     if hasattr(vision, "spatial_merge_size"):  # the Qwen-VL family; others are not reckoned
         merged = vision.spatial_merge_size**2
-        sizes |= {
+        vision_sizes = {
             "vision_layers": vision.depth,
             "vision_hidden": vision.hidden_size,
             "pixels_per_token": vision.patch_size**2 * merged,
             "patches_per_token": merged,
             "patch_values": vision.patch_size**2 * vision.in_channels * vision.temporal_patch_size,
         }
-    return Architecture(**sizes)
+    return Architecture(
+        name,
+        parameters,
+        trained,
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        kv_width=text.num_key_value_heads * head,
+        vocab=text.vocab_size,
+        sees=vision is not None,
+        **vision_sizes,
+    )
 
 
 def settings(data, args, model, launch: Launch, config, rows: int | None, images: bool = False) -> Run:
@@ -194,8 +199,6 @@ def steps(run: Run) -> Steps:
     prompts = rollouts // args.num_generations
     multiple = world // math.gcd(world, args.num_generations)  # so that recycled rollouts divide over the processes
     recycled = math.ceil(args.recycle_ratio * prompts / multiple - 1e-9) * multiple
-    recycled_rollouts = recycled * args.num_generations
-    policy_tokens, recycled_tokens = args.longest_rows
     optimizer_steps = Fraction(run.micro_steps, args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else None
     if total is None and run.rows is not None:  # the last incomplete generation of an epoch is dropped
@@ -205,9 +208,7 @@ def steps(run: Run) -> Steps:
         prompts=prompts,
         rollouts=rollouts,
         recycled_prompts=recycled,
-        recycled_rollouts=recycled_rollouts,
-        generated_tokens=(rollouts + recycled_rollouts) * args.max_completion_length,
-        trained_tokens=rollouts * policy_tokens + recycled_rollouts * recycled_tokens,
+        recycled_rollouts=recycled * args.num_generations,
         optimizer_steps=optimizer_steps,
         total_generations=None if total is None else math.ceil(total / optimizer_steps),
         total_optimizer_steps=total,
@@ -243,7 +244,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
 
     per_device = args.per_device_train_batch_size
     rollouts = per_device * args.steps_per_generation  # of a process and a generation
-    policy_tokens, recycled_tokens = args.longest_rows
+    policy_tokens, recycled_tokens = run.longest_rows
     longest = recycled_tokens if args.recycle_ratio > 0 else policy_tokens
     tokens = max(per_device * policy_tokens, longest)
     visual = 0  # tokens of an image
@@ -337,16 +338,16 @@ def remarks(run: Run) -> list[str]:
     recycles = run.args.recycle_ratio > 0
     drops_rows = run.args.drop_zero_advantage is not False and not run.args.has_extra_terms
     deepspeed = run.launch.sharding in ("zero2", "zero3")
-    texts = {
-        "use_vllm: vLLM is not installed here": run.engine_share is not None and not find_spec("vllm"),
-        "DeepSpeed is not installed here": deepspeed and not find_spec("deepspeed"),
-        "drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)": recycles
-        and not drops_rows,
-        "dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away": run.weight_bytes == 2
-        and not run.model.use_peft
-        and not deepspeed,
-    }
-    return [text for text, holds in texts.items() if holds]
+    found = []
+    if run.engine_share is not None and not find_spec("vllm"):
+        found.append("use_vllm: vLLM is not installed here")
+    if deepspeed and not find_spec("deepspeed"):
+        found.append("DeepSpeed is not installed here")
+    if recycles and not drops_rows:
+        found.append("drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)")
+    if run.weight_bytes == 2 and not run.model.use_peft and not deepspeed:
+        found.append("dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away")
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -429,14 +430,17 @@ def show(data, args, model, launch: Launch) -> None:
 
     run = settings(data, args, model, launch, config, rows, images)
     reasons = refusals(run, counted)
+    estimates = ["memory     unknown, as the model is"]
+    if counted:
+        estimates = [*_memory(run, counted), "", *_seconds(run, counted)]
     lines = [
         f"model      {model_line}",
         f"data       {data_line}",
         f"launch     {launch.processes} process{'es' * (launch.processes > 1)}, sharding {launch.sharding}",
         "",
-        *_table(steps(run)),
+        *_table(run, steps(run)),
         "",
-        *([*_memory(run, memory(run, counted)), "", *_seconds(run, counted)] if counted else [UNKNOWN]),
+        *estimates,
         "",
         *(f"remark     {remark}" for remark in remarks(run)),
         *(f"refused    {reason}" for reason in reasons or ["nothing"]),
@@ -446,16 +450,17 @@ def show(data, args, model, launch: Launch) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _table(counts: Steps) -> list[str]:
+def _table(run: Run, counts: Steps) -> list[str]:
     """The counts of a generation and of the run."""
-    n = counts.total_generations
-    rows: dict[str, Any] = {
+    n, (policy, recycled) = counts.total_generations, run.longest_rows
+    all_rollouts = counts.rollouts + counts.recycled_rollouts
+    rows = {
         "prompts": counts.prompts,
         "rollouts": counts.rollouts,
         "recycled prompts, at most": counts.recycled_prompts,
         "recycled rollouts, at most": counts.recycled_rollouts,
-        "tokens generated, at most": counts.generated_tokens,
-        "tokens trained on, at most": counts.trained_tokens,
+        "tokens generated, at most": all_rollouts * run.args.max_completion_length,
+        "tokens trained on, at most": counts.rollouts * policy + counts.recycled_rollouts * recycled,
     }
     totals = [(name, each, None if n is None else n * each) for name, each in rows.items()]
     totals.append(("optimizer steps", counts.optimizer_steps, counts.total_optimizer_steps))
@@ -465,8 +470,9 @@ def _table(counts: Steps) -> list[str]:
     ]
 
 
-def _memory(run: Run, parts: dict[str, float]) -> list[str]:
+def _memory(run: Run, model: Architecture) -> list[str]:
     """The parts and the peaks, on the smallest GPU where they fit."""
+    parts = memory(run, model)
     lines = ["memory of each GPU, GiB (an estimate)"]
     lines += [f"  {name:<28}{size / GIB:>18.1f}" for name, size in parts.items() if size]
     card = smallest_card(run, parts)

@@ -44,53 +44,42 @@ def average_lengths(run: "Run", model: "Architecture") -> Lengths:
 
 
 def generation_seconds(
-    run: "Run",
-    counts: "Steps",
-    model: "Architecture",
-    lengths: Lengths,
-    card: Card,
-    trained_share: float = 1.0,
+    run: "Run", counts: "Steps", model: "Architecture", lengths: Lengths, card: Card
 ) -> dict[str, float]:
-    """Seconds of one generation by part, on cards of one kind.
+    """Seconds of one generation by part, on cards of one kind, with every row trained on.
 
     2 floating point operations a parameter and token forward, 4 backward, 2 more where activations are computed again;
     attention itself and the vision tower's share of the parameters are in that, roughly. Decoding reads the weights
     once a token of the longest completion, and the cache of every sequence; a group's prompt is prefilled once.
-
-    Args:
-        trained_share: of the rows, that go through the passes (`recycle/trained_share`).
     """
     args, processes = run.args, run.launch.processes
-    engines = processes / args.vllm_tensor_parallel_size if run.engine_share is not None else processes
+    gpus = args.vllm_tensor_parallel_size if run.engine_share is not None else 1  # of an engine
     weights = 2 * model.parameters  # bytes, bfloat16
     cache = 4 * model.layers * model.kv_width  # bytes a token
 
     def generating(prompts: float, rollouts: float, prompt: float) -> float:
-        gpus = processes / engines
-        sequences = rollouts / engines
+        if not prompts:
+            return 0.0
+        sequences = rollouts * gpus / processes
         prefill = 2 * model.parameters * prompts * prompt / (processes * card.flops * card.prefill)
         cached = sequences * lengths.completion * (prompt + lengths.completion / 2) * cache
         reads = args.max_completion_length * weights + cached
         compute = 2 * model.parameters * sequences * lengths.completion / (gpus * card.flops * card.prefill)
         return prefill + max(reads / (gpus * card.memory * card.decoding), compute)
 
-    rows = {
-        "policy": counts.rollouts * (lengths.prompt + lengths.completion),
-        "recycled": counts.recycled_rollouts * (lengths.recycled_prompt + lengths.completion),
-    }
-    tokens = sum(rows.values()) / processes
+    policy_tokens = counts.rollouts * (lengths.prompt + lengths.completion)
+    recycled_tokens = counts.recycled_rollouts * (lengths.recycled_prompt + lengths.completion)
+    tokens = (policy_tokens + recycled_tokens) / processes
     forward = 2 * model.parameters * tokens / (card.flops * card.training)
     links = card.links if processes <= card.per_node else card.network
     sharded = run.launch.sharding in ("zero3", "fsdp2")
     # Weights gathered forward and backward and gradients spread in each micro-step, or one exchange an optimizer step.
     exchanges = 3 * run.micro_steps * (1 + args.recycle_ratio) if sharded else 2 * float(counts.optimizer_steps)
-    compute = forward * (4 if args.gradient_checkpointing else 3) * trained_share * args.num_iterations
+    compute = forward * (4 if args.gradient_checkpointing else 3) * args.num_iterations
     exchanged = exchanges * weights / links if processes > 1 else 0.0
     return {
         "policy generation": generating(counts.prompts, counts.rollouts, lengths.prompt),
-        "recycled generation": generating(counts.recycled_prompts, counts.recycled_rollouts, lengths.recycled_prompt)
-        if counts.recycled_prompts
-        else 0.0,
+        "recycled generation": generating(counts.recycled_prompts, counts.recycled_rollouts, lengths.recycled_prompt),
         "log-probs": forward * (run.scores + (args.beta != 0)),
         "forward, backward": max(compute, exchanged),  # they overlap
         "weight sync": weights / links * (processes > 1) + weights / card.memory,
