@@ -35,8 +35,6 @@ PROMPT_SUFFIX = (
 # Templates. {response}, {first} and {second} are quoted rollouts; {if_a} and {if_b} are "correct" and "incorrect" in
 # either order, so that no letter stands for one verdict.
 
-TEMPLATE_TOKENS = 128  # an upper bound on the tokens of any template, responses not counted
-
 POINTWISE_YES_NO = (
     "Proposed solution:\n{response}\nIs it correct? Work it out, then put Yes or No in \\boxed{}.",
     "Somebody answered:\n{response}\nDid they get it right? Reason first and end with Yes or No in \\boxed{}.",
@@ -230,10 +228,5 @@ def reflection_instruction(response: str, form: Form, template: int = 0) -> str:
 
 def instructions() -> list[str]:
     """Every instruction with empty responses, to count the tokens of its wording."""
-    return [
-        *(pointwise_instruction("", i) for i in range(len(POINTWISE_YES_NO))),
-        *(pointwise_instruction("", i, "A") for i in range(len(POINTWISE_A_B))),
-        *(pairwise_instruction("", "", i) for i in range(len(PAIRWISE))),
-        *(reflection_instruction("", "cot", i) for i in range(len(REFLECT_ON_COT))),
-        *(reflection_instruction("", "answer", i) for i in range(len(REFLECT_ON_ANSWER))),
-    ]
+    slots = {"response": quote(""), "first": quote("", "A"), "second": quote("", "B")}
+    return [fill(template, **slots, if_a="correct", if_b="incorrect") for template in TEMPLATES]

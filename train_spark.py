@@ -32,21 +32,22 @@ import copy
 import math
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import AutoConfig, ProcessorMixin
-from trl import GRPOConfig, GRPOTrainer
+from transformers import AutoConfig, AutoProcessor
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
 import verify
 from data.arguments import DataArguments
+from data.cli import flag
 from data.rows import BadInput, question_key
-from prompts import TEMPLATE_TOKENS, instructions
+from prompts import instructions
 from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, recycle
-from training import console
+from training import console, plan
 from training.batch import join, share_images
 from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, show_progress
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
@@ -57,65 +58,40 @@ from training.model_card import SparkModelCard
 from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
 from training.settings import attention, check_columns, check_files, check_installation, check_weights, refusing
-from training.vllm import SparkGeneration, check_server
+from training.vllm import adopt_engine
 
 
 @dataclass
 class SparkConfig(RecycleConfig, GRPOConfig):
     """GRPOConfig and the settings of recycling (recycle.RecycleConfig: the `recycle_*` fields, `prompt_suffix`)."""
 
-    use_vllm: bool | None = field(
-        default=None, metadata={"help": "Generate with vLLM; default: where it is installed and there is a GPU."}
+    use_vllm: bool | None = flag(None, "Generate with vLLM; default: where it is installed and there is a GPU.")
+    max_prompt_length: int = flag(
+        8192,
+        "Longest policy prompt in tokens, images included; longer rows are left out. vLLM has room for that, two "
+        "quoted rollouts and a completion (vllm_max_model_length); longer recycled prompts are skipped.",
     )
-
-    max_prompt_length: int = field(
-        default=8192,
-        metadata={
-            "help": "Longest policy prompt in tokens, images included; longer rows are left out. vLLM has room for "
-            "that, two quoted rollouts and a completion (vllm_max_model_length); longer recycled prompts are skipped."
-        },
+    correct_at: float | None = flag(
+        None,
+        "Least reward of the first reward function that makes a rollout right. Default: it gives 0 or 1, and anything "
+        "else is refused.",
     )
-
-    correct_at: float | None = field(
-        default=None,
-        metadata={
-            "help": "Least reward of the first reward function that makes a rollout right. Default: it gives 0 or 1, "
-            "and anything else is refused."
-        },
+    recycle_every: int = flag(1, "Recycle in every so many-th generation; the others are plain GRPO.")
+    recycle_in_evaluation: bool = flag(
+        True,
+        "Evaluation during training measures judging and reflecting as well, on everything that its rollouts can be "
+        "recycled into. Give it several questions a batch (per_device_eval_batch_size).",
     )
-
-    recycle_every: int = field(
-        default=1,
-        metadata={"help": "Recycle in every so many-th generation; the others are plain GRPO."},
+    recycle_weight: float = flag(1.0, "Weight of a recycled row in the loss, a policy row's being 1.")
+    recycle_apart: bool = flag(
+        False,
+        "Recycled rows have optimizer steps of their own, after those of the policy's, as in the release: needs "
+        "steps_per_generation of twice gradient_accumulation_steps or more.",
     )
-
-    recycle_in_evaluation: bool = field(
-        default=True,
-        metadata={
-            "help": "Evaluation during training measures judging and reflecting as well, on everything that its "
-            "rollouts can be recycled into. Give it several questions a batch (per_device_eval_batch_size)."
-        },
-    )
-
-    recycle_weight: float = field(
-        default=1.0,
-        metadata={"help": "Weight of a recycled row in the loss, a policy row's being 1."},
-    )
-
-    recycle_apart: bool = field(
-        default=False,
-        metadata={
-            "help": "Recycled rows have optimizer steps of their own, after those of the policy's, as in the release: "
-            "needs steps_per_generation of twice gradient_accumulation_steps or more."
-        },
-    )
-
-    drop_zero_advantage: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Leave rows without gradient (advantage 0) out of the passes. Default: with recycling on, where "
-            "that changes no gradient (no KL term, entropy bonus, auxiliary loss or entropy quantile)."
-        },
+    drop_zero_advantage: bool | None = flag(
+        None,
+        "Leave rows without gradient (advantage 0) out of the passes. Default: with recycling on, where that changes "
+        "no gradient (no KL term, entropy bonus, auxiliary loss or entropy quantile).",
     )
 
     def __post_init__(self):
@@ -147,13 +123,6 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     def has_extra_terms(self) -> bool:
         """More than its advantage decides a row's gradient."""
         return self.beta != 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
-
-    @property
-    def longest_rows(self) -> tuple[int, int]:
-        """Tokens of a policy row and of a recycled row at most: the latter also quotes one rollout or two, and asks."""
-        policy = self.max_prompt_length + self.max_completion_length
-        quoted = 2 if "pairwise" in self.recycle_tasks else 1
-        return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
 
     def longest_sequence(self, config) -> int:
         """Tokens that the engine has room for: the longest recycled row, capped at the model's context."""
@@ -193,10 +162,20 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     something verifiable, and an environment would add its own reward to the judge's.
     """
 
-    def __init__(self, model, reward_funcs=verify.answer_reward, args: SparkConfig | None = None, *rest, **kwargs):
+    def __init__(
+        self,
+        model,
+        reward_funcs=verify.answer_reward,
+        args: SparkConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        *rest,
+        **kwargs,
+    ):
         args = copy.copy(args if args is not None else SparkConfig("spark"))
-        for name, dataset in zip(("train_dataset", "eval_dataset"), (*rest, None, None), strict=False):
-            check_columns(name, kwargs.get(name, dataset), reward_funcs)
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        check_columns("train_dataset", train_dataset, reward_funcs)
+        check_columns("eval_dataset", eval_dataset, reward_funcs)
         if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
         revision = (args.model_init_kwargs or {}).get("revision")
@@ -204,26 +183,18 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         longest = args.longest_sequence(config)
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         self._rewards = JudgingRewards(reward_funcs, args.recycle_ratio > 0, args.correct_at)
-        super().__init__(model, self._rewards.functions, args, *rest, **kwargs)
+        super().__init__(model, self._rewards.functions, args, train_dataset, eval_dataset, *rest, **kwargs)
         self.log_multimodal = False  # TRL gathers images only from processes that have some; `_log_images` from all
-        exact = not (args.has_extra_terms or self.aux_loss_enabled)
-        if args.drop_zero_advantage and not exact:
+        exact, drop = not (args.has_extra_terms or self.aux_loss_enabled), args.drop_zero_advantage
+        if drop and not exact:
             raise ValueError(
                 "drop_zero_advantage: expected false where more than the advantage enters the loss (beta, entropy "
                 "bonus, auxiliary loss, top_entropy_quantile)"
             )
-        self._drop_rows = (
-            exact and args.recycle_ratio > 0 if args.drop_zero_advantage is None else args.drop_zero_advantage
-        )
+        self._drop_rows = exact and args.recycle_ratio > 0 if drop is None else drop
         if self.use_vllm:
-            image_token = config.image_token_id if isinstance(self.processing_class, ProcessorMixin) else None
-            SparkGeneration.adopt(
-                self.vllm_generation, image_token and self._tokenizer.convert_ids_to_tokens(image_token)
-            )
-            if self.vllm_mode == "server" and self.accelerator.is_main_process:
-                check_server(self.vllm_generation, longest)
+            adopt_engine(self, longest)
         self._longest_prompt = longest - self.max_completion_length
         self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
         added = self._tokenizer.get_added_vocab()
@@ -373,11 +344,6 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
 
 def main() -> None:
-    from transformers import AutoProcessor
-    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-
-    from training import plan
-
     with refusing(ValueError, TypeError, OSError):  # TypeError: a recipe's list where a number is expected
         check_files(sys.argv[1:])
         launch = plan.requested(sys.argv[1:])
@@ -385,7 +351,8 @@ def main() -> None:
         parser = TrlParser((DataArguments, config_class, ModelConfig))
         parser.error = lambda message: parser.exit(2, f"train_spark.py: {message}\n")  # one line, without the usage
         if "--help_all" in sys.argv:
-            return console.help_all(parser)
+            parser.usage = console.USAGE
+            return parser.print_help()
         data, args, model = parser.parse_args_and_config()
         if launch is not None:
             plan.show(data, args, model, launch)

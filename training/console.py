@@ -77,24 +77,12 @@ def help_lines(source: Path) -> Iterator[str]:
     yield from map(_entry_of, sorted(fields(DataArguments), key=lambda each: each.name in reading))  # `dataset` first
     yield "\nSPARK:"
     yield from map(_entry_of, fields(RecycleConfig))
-    yield from (_entry(*declared) for declared in declared_fields(module, "SparkConfig"))
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == "SparkConfig")
+    for node in body:  # read, not imported: what it inherits from takes seconds
+        if isinstance(node, ast.AnnAssign):
+            yield _entry(node.target.id, *map(ast.literal_eval, node.value.args))
     yield "\nThe fields of TRL's GRPOConfig and ModelConfig are settings too (model_name_or_path, output_dir,"
     yield "max_steps, learning_rate, num_generations, use_peft, ...). --help_all lists all of them."
-
-
-def help_all(parser) -> None:
-    """All settings, as TRL's parser knows them."""
-    parser.usage = USAGE
-    parser.print_help()
-
-
-def declared_fields(module: ast.Module, name: str) -> Iterator[tuple[str, Any, str]]:
-    """(name, default, help) of the fields that a class declares itself, without importing what it inherits from."""
-    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef) and node.name == name)
-    for node in body:
-        if isinstance(node, ast.AnnAssign):
-            options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
-            yield node.target.id, options["default"], options["metadata"]["help"]
 
 
 def _entry_of(each) -> str:

@@ -74,10 +74,9 @@ def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
             raise ValueError(f"{setting}: {file} can't be read: {error}") from None
 
 
-def check_columns(name: str, dataset: Any, reward_funcs: Any) -> None:
+def check_columns(name: str, dataset: Any, reward_funcs: list) -> None:
     """A data set given from Python has the columns that its rows are asked and scored by."""
-    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-    needed = ["prompt", *(["solution"] if verify.answer_reward in functions else [])]
+    needed = ["prompt", *(["solution"] if verify.answer_reward in reward_funcs else [])]
     for each in dataset.values() if isinstance(dataset, dict) else [dataset]:
         there = getattr(each, "column_names", None)
         if missing := [column for column in needed if there is not None and column not in there]:

@@ -12,34 +12,47 @@ What differs from TRL's VLLMGeneration:
     - On the CPU the weights go through vLLM's layer-wise reload, because it repacks linear layers after loading.
 """
 
-from contextlib import contextmanager
-
+from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
 
 from data.rows import BadInput
 
 
+def adopt_engine(trainer, longest: int) -> None:
+    """Turn the trainer's VLLMGeneration into a SparkGeneration (TRL offers no other way).
+
+    Raises ValueError where a vLLM server takes fewer tokens than `longest`, the longest prompt with its completion.
+    """
+    generation = trainer.vllm_generation
+    generation.__class__ = SparkGeneration
+    if isinstance(trainer.processing_class, ProcessorMixin):
+        # Never sampled: the forward pass would look for that image, and fail.
+        image_token = trainer._tokenizer.convert_ids_to_tokens(trainer.model.config.image_token_id)
+        kwargs = generation.generation_kwargs
+        generation.generation_kwargs = {**kwargs, "bad_words": [*kwargs.get("bad_words", ()), image_token]}
+    generation.sleeps = generation.asleep = generation.mode == "colocate" and generation.enable_sleep_mode
+    generation.enable_sleep_mode = False  # TRL would sleep after each generation
+    if generation.mode == "server" and trainer.accelerator.is_main_process:
+        client = generation.vllm_client
+        served = client.get_server_info()["model_config"]["max_model_len"]
+        if served < longest:
+            raise ValueError(
+                f"{client.base_url}: takes {served} tokens, expected {longest}; restart it with --max-model-len "
+                f"{longest}, or set vllm_max_model_length: {served} (longer recycled prompts are skipped)"
+            )
+
+
 class SparkGeneration(VLLMGeneration):
-    """VLLMGeneration of a SPARK step; `adopt` turns TRL's own object into one (TRL offers no other way).
+    """VLLMGeneration of a SPARK step.
 
     Attributes:
         stay_awake: another generation of the same step follows.
         placeholder_ids: the next prompts as the engine is to read them (see `placeholders`); None: as they are.
     """
 
-    @classmethod
-    def adopt(cls, generation: VLLMGeneration, image_token: str | None) -> "SparkGeneration":
-        """`image_token` is never sampled: the forward pass would look for that image, and fail."""
-        generation.__class__ = cls
-        if image_token is not None:
-            kwargs = generation.generation_kwargs
-            generation.generation_kwargs = {**kwargs, "bad_words": [*kwargs.get("bad_words", ()), image_token]}
-        generation.sleeps = generation.asleep = generation.mode == "colocate" and generation.enable_sleep_mode
-        generation.enable_sleep_mode = False  # TRL would sleep after each generation
-        generation.stay_awake = False
-        generation.placeholder_ids = None
-        return generation
+    stay_awake = False
+    placeholder_ids: list[list[int]] | None = None
 
     def sync_weights(self) -> None:
         """The trainer's weights into the engine, woken if it sleeps; what the old ones cached is dropped."""
@@ -49,9 +62,14 @@ class SparkGeneration(VLLMGeneration):
             empty_cache()
             self.llm.wake_up(tags=["weights"])
         if self.accelerator.device.type == "cpu":
+            from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
             runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
             runner.reload_weights(weights_iterator=self._iter_named_params())
-            self._repack_embeddings(runner.model)
+            # An output layer tied to the embeddings computes with a packed copy of them, which the reload leaves old.
+            for layer in runner.model.modules():
+                if isinstance(layer, VocabParallelEmbedding):
+                    layer.quant_method.process_weights_after_loading(layer)
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()
@@ -59,15 +77,6 @@ class SparkGeneration(VLLMGeneration):
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-
-    @staticmethod
-    def _repack_embeddings(model) -> None:
-        """An output layer tied to the embeddings computes with a packed copy of them, which the reload leaves old."""
-        from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-
-        for layer in model.modules():
-            if isinstance(layer, VocabParallelEmbedding):
-                layer.quant_method.process_weights_after_loading(layer)
 
     def sleep(self) -> None:
         """Free the engine's memory for the optimizer step (level 2: the weights are sent anew in the next step)."""
@@ -85,13 +94,14 @@ class SparkGeneration(VLLMGeneration):
         requests, self.placeholder_ids = self.placeholder_ids or prompts, None
         first = self.accelerator.process_index * len(prompts)
         whole = first % num_generations == 0 and len(prompts) % num_generations == 0
-        if whole and self.tensor_parallel_size == 1:  # across a tensor-parallel group TRL slices by row
-            with self._samples_per_prompt(num_generations):
-                every = slice(None, None, num_generations)
-                read, *rollouts = super().generate(requests[every], images and images[every], num_generations, profiler)
-            read = [ids for ids in read for _ in range(num_generations)]
-        else:
-            read, *rollouts = super().generate(requests, images, num_generations, profiler)
+        n = num_generations if whole and self.tensor_parallel_size == 1 else 1  # a tensor-parallel group slices by row
+        kwargs = self.generation_kwargs
+        self.generation_kwargs = {**kwargs, "n": n}  # TRL asks for one rollout a row; these win
+        try:
+            read, *rollouts = super().generate(requests[::n], images and images[::n], num_generations, profiler)
+        finally:
+            self.generation_kwargs = kwargs
+        read = [ids for ids in read for _ in range(n)]
         if requests is not prompts and read != prompts:
             n_read, n_prompt = (sum(map(len, ids)) for ids in (read, prompts))
             raise BadInput(
@@ -102,16 +112,6 @@ class SparkGeneration(VLLMGeneration):
         if not self.stay_awake:
             self.sleep()
         return read, *rollouts
-
-    @contextmanager
-    def _samples_per_prompt(self, n: int):
-        """TRL asks for one rollout a row; `generation_kwargs` is where it lets that be said otherwise."""
-        before = self.generation_kwargs
-        self.generation_kwargs = {**before, "n": n}
-        try:
-            yield
-        finally:
-            self.generation_kwargs = before
 
 
 def placeholders(trainer, prompts: list) -> list[list[int]]:
@@ -127,14 +127,3 @@ def placeholders(trainer, prompts: list) -> list[list[int]]:
     tokenizer = trainer.processing_class.tokenizer
     has_bos = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)  # from the template
     return tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]
-
-
-def check_server(generation: VLLMGeneration, longest: int) -> None:
-    """Raise ValueError where a vLLM server takes fewer tokens than the longest prompt with its completion."""
-    client = generation.vllm_client
-    served = client.get_server_info()["model_config"]["max_model_len"]
-    if served < longest:
-        raise ValueError(
-            f"{client.base_url}: takes {served} tokens, expected {longest}; restart it with --max-model-len {longest}, "
-            f"or set vllm_max_model_length: {served} (longer recycled prompts are skipped)"
-        )
