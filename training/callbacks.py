@@ -23,19 +23,18 @@ from training import console
 
 WINDOW = 20  # logs
 LINES = 50  # of progress at most, where it goes into a file
+SHOWN = {  # in it
+    "policy": "policy/accuracy",
+    "pointwise": "judge/pointwise/balanced_accuracy",
+    "pairwise": "judge/pairwise/accuracy",
+    "fixed": "reflection/fix_rate",
+}
 TABLE_ROWS = 32  # of a logger's table
 
 
 class Progress(TrainerCallback):
     """First what the run will do, then one bar with the numbers that matter; where stderr is no terminal (or with
     disable_tqdm), a line every so many steps."""
-
-    SHOWN = {  # noqa: RUF012
-        "policy": "policy/accuracy",
-        "pointwise": "judge/pointwise/balanced_accuracy",
-        "pairwise": "judge/pairwise/accuracy",
-        "fixed": "reflection/fix_rate",
-    }
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -60,7 +59,7 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:  # of an evaluation, or at the end
             return
-        self._figures = {k: f"{logs[name]:.2f}" for k, name in self.SHOWN.items() if logs.get(name) is not None}
+        self._figures = {k: f"{logs[name]:.2f}" for k, name in SHOWN.items() if logs.get(name) is not None}
         if self._bar is not None:
             self._bar.set_postfix(self._figures)
         else:
@@ -74,7 +73,11 @@ class Progress(TrainerCallback):
     def _line(self, state) -> None:
         step, every = state.global_step, max(state.max_steps // LINES, 1)
         if step == self._first + 1 or step % every == 0 or step == state.max_steps:
-            print(console.progress_line(state, self._figures, self._begun, self._first), file=sys.stderr, flush=True)
+            each = (time.monotonic() - self._begun) / (step - self._first)
+            left = each * (state.max_steps - step) / 60
+            figures = "".join(f"  {name} {value}" for name, value in self._figures.items())
+            line = f"step {step}/{state.max_steps}{figures}  {each:.1f} s a step, {left:.0f} min left"
+            print(line, file=sys.stderr, flush=True)
 
 
 def show_progress(trainer) -> None:
@@ -168,7 +171,7 @@ def troubles(history: list[dict[str, float]]) -> dict[str, str]:
             f"no question had right and wrong rollouts in the last {len(history)} logs: the policy gets no gradient "
             "and there are no pairs. Take questions it sometimes gets right (python -m data.filter), or more rollouts."
         )
-    if (unboxed := mean("policy/unboxed")) > 0.5 and series("policy/unboxed"):
+    if (unboxed := mean("policy/unboxed")) > 0.5:
         found["unboxed"] = (
             f"{unboxed:.0%} of the rollouts box no answer (policy/unboxed): does the prompt ask for \\boxed{{}} "
             "(prompt_suffix), and is max_completion_length long enough?"

@@ -9,7 +9,6 @@ import math
 import signal
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -127,24 +126,17 @@ def show_result(args, state, adapter: bool) -> None:
         return
     logs = [entry for entry in state.log_history if "loss" in entry]
     before, after = figures(logs[:WINDOW]), figures(logs)
-    went = {name: (f"{before[name]:.2f} -> " * (len(logs) > WINDOW and name in before), after[name]) for name in after}
+    changes = ""
+    for name, mean in after.items():
+        start = f"{before[name]:.2f} -> " if len(logs) > WINDOW and name in before else ""
+        changes += f"; {name} {start}{mean:.2f}"
     minutes = next((e["train_runtime"] / 60 for e in reversed(state.log_history) if "train_runtime" in e), 0.0)
-    changes = "".join(f"; {name} {start}{end:.2f}" for name, (start, end) in went.items())
     model = f"{args.output_dir}/merged" if adapter else args.output_dir
-    following = [
+    following = [f"python -m training.merge {args.output_dir}"] if adapter else []
+    following += [
         f"python evaluate.py --model {model} --benchmark FILE --mode tts --output results.json",
         f"python report.py {args.output_dir} --output report.html",
     ]
-    if adapter:
-        following.insert(0, f"python -m training.merge {args.output_dir}")
     print(f"{state.global_step:,} steps, {minutes:.1f} minutes{changes}")
     print(f"{args.output_dir}: the {'adapter' if adapter else 'model'}, README.md, metrics.jsonl")
     print("next: " + "\n      ".join(following), flush=True)
-
-
-def progress_line(state, shown: dict[str, str], begun: float, first: int) -> str:
-    """A line for where a bar can't be drawn."""
-    each = (time.monotonic() - begun) / max(state.global_step - first, 1)
-    left = each * (state.max_steps - state.global_step) / 60
-    figures = "".join(f"  {name} {value}" for name, value in shown.items())
-    return f"step {state.global_step}/{state.max_steps}{figures}  {each:.1f} s a step, {left:.0f} min left"

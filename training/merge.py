@@ -3,9 +3,9 @@
 python -m training.merge runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
 """
 
-import argparse
-import sys
 from pathlib import Path
+
+from data.cli import Parser, refuse
 
 
 def merged(adapter: str, dtype: str = "auto"):
@@ -29,17 +29,15 @@ def merge(adapter: str, output: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("adapter", help="what training with use_peft saved: a run's folder or one of its checkpoints")
     parser.add_argument("--output", help="default: merged, in the adapter's folder")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     args = parser.parse_args()
     output = args.output or str(Path(args.adapter) / "merged")
     try:
         merge(args.adapter, output)
     except (OSError, ValueError) as error:
-        print(f"merge.py: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(refuse("merge.py", error)) from None
     print(f"saved {output}")
 
 

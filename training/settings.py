@@ -1,7 +1,6 @@
 """Settings that can't be used, known before data and model are read. Each check raises ValueError: one line that names
 the setting and what is expected."""
 
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers.utils import is_flash_attn_2_available
 from trl.import_utils import is_vllm_available
 
 import verify
+from data.cli import refuse
 from training.checkpoint import NotSaved
 
 TRL = "1.16.0"  # whose private methods are overridden
@@ -106,5 +106,5 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
         if not str(error).startswith("The vLLM server at"):
             raise
         reason = error
-    print(f"train_spark.py: {' '.join(str(reason).split())}", file=sys.stderr)
+    refuse("train_spark.py", reason)
     raise SystemExit(status)
