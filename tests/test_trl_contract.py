@@ -20,7 +20,7 @@ MEMBERS = {
     # overridden
     (GRPOTrainer, "_generate_and_score_completions"): (
         "train_spark.py, training/batch.py",
-        "the fields of the batch that it returns (join and trim list them), and which names it logs",
+        "the fields of the batch that it returns (join and cut_pass list them), and which names it logs",
         "1fa48922792d",
     ),
     (GRPOTrainer, "_prepare_inputs"): (

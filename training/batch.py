@@ -103,11 +103,9 @@ def join(first: Batch, second: Batch, pad_token_id: int) -> Batch:
                     types = present[0].new_zeros((n, p + t))
                 parts.append(torch.cat([left(types[:, :p], 0), right(types[:, p:], 0)], dim=1))
             union[key] = torch.cat(parts)
-        elif key in ("num_images", "num_tiles"):
-            union[key] = [count for value, n in zip(values, rows, strict=True) for count in value or [0] * n]
-        elif key in IMAGE_FIELDS and isinstance(present[0], list):  # a tensor a row, empty without an image
-            empty = present[0][0][:0]
-            union[key] = [block for value, n in zip(values, rows, strict=True) for block in value or [empty] * n]
+        elif key in IMAGE_FIELDS and isinstance(present[0], list):  # an entry a row
+            none = 0 if key in ("num_images", "num_tiles") else present[0][0][:0]  # of a row without images
+            union[key] = [entry for value, n in zip(values, rows, strict=True) for entry in value or [none] * n]
         elif key in IMAGE_FIELDS:
             if len(present) < 2 or present[0].shape[1:] != present[1].shape[1:]:
                 raise BadInput(
@@ -132,11 +130,7 @@ def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
             return [value[i] for i in rows]
         return value[rows.to(value.device)] if isinstance(value, torch.Tensor) and value.ndim else value
 
-    return trim({key: of(value) for key, value in union.items()})
-
-
-def trim(batch: Batch) -> Batch:
-    """Without the columns that are padding in every row."""
+    batch = {key: of(value) for key, value in union.items()}
     prompt, completion = batch["prompt_mask"].size(1), batch["completion_mask"].size(1)
     left = prompt - int(batch["prompt_mask"].sum(1).max())
     right = max(1, int(batch["completion_mask"].sum(1).max()))

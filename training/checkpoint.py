@@ -106,20 +106,19 @@ class SafeCheckpoints:
         save_batches(self._buffered_inputs, path.with_suffix(".safetensors"))
         with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
             for i, batch in enumerate(batches_in(self._buffered_inputs)):
-                decoded = [
-                    self._tokenizer.batch_decode([ids[mask.bool()] for ids, mask in zip(*part, strict=True)])
-                    for part in (
-                        (batch["prompt_ids"], batch["prompt_mask"]),
-                        (batch["completion_ids"], batch["completion_mask"]),
-                    )
-                ]
-                for prompt, completion, advantage in zip(*decoded, batch["advantages"].tolist(), strict=True):
+                prompts = self._texts(batch["prompt_ids"], batch["prompt_mask"])
+                completions = self._texts(batch["completion_ids"], batch["completion_mask"])
+                advantages = batch["advantages"].tolist()
+                for prompt, completion, advantage in zip(prompts, completions, advantages, strict=True):
                     row = {"batch": i, "prompt": prompt, "completion": completion, "advantage": advantage}
                     file.write(json.dumps(row) + "\n")
         raise FloatingPointError(
             f"step {step}: the {what} is {value}; its batch is in {path}.jsonl and .safetensors; the weights are those "
             "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often mend this"
         )
+
+    def _texts(self, ids: torch.Tensor, masks: torch.Tensor) -> list[str]:
+        return [self._tokenizer.decode(row[mask.bool()]) for row, mask in zip(ids, masks, strict=True)]
 
 
 def batches_in(value) -> Iterator[dict[str, Any]]:
@@ -146,9 +145,8 @@ def save_batches(batches, path: Path) -> None:
         if isinstance(value, torch.Tensor):
             if id(value) not in names:
                 names[id(value)] = str(len(names))
-                tensors[names[id(value)]] = (
-                    value.detach().clone().contiguous().cpu()
-                )  # views share memory, a file can't
+                # Views share memory, a file can't.
+                tensors[names[id(value)]] = value.detach().clone().contiguous().cpu()
             return {"tensor": names[id(value)]}
         if isinstance(value, dict):
             return {"dict": {key: outline(part) for key, part in value.items()}}

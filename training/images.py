@@ -1,6 +1,7 @@
 """Batches in which some rows have images and others none, on one process or across several, and images that repeat."""
 
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from types import MethodType
 from typing import Any
 
@@ -51,7 +52,7 @@ class MixedImages:
         is sharded it must, because every process gathers each layer's weights: there such a chunk sees a blank image in
         a row of its own, whose outputs are dropped."""
         flags = {name: kwargs.pop(name, False) for name in ("compute_entropy", "compute_aux_loss")}
-        blank = self._blank_image() if self._every_process_must_see else None
+        blank = self._blank_image if self._every_process_must_see else None
         if (num_images is None and blank is None) or (num_images is not None and all(num_images)):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **flags, **kwargs
@@ -91,20 +92,14 @@ class MixedImages:
         sharded = zero3 or self.accelerator.distributed_type == DistributedType.FSDP
         return sharded and self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
 
+    @cached_property
     def _blank_image(self) -> dict[str, Any]:
         """The shortest prompt with an image: its fields (1, ...) as the model takes them."""
-        if self._blank is None:
-            message = {
-                "role": "user",
-                "content": [{"type": "image", "image": PIL.Image.new("RGB", (28, 28))}, {"type": "text", "text": "."}],
-            }
-            fields = self.processing_class.apply_chat_template(
-                [[message]], tokenize=True, return_dict=True, return_tensors="pt"
-            )
-            self._blank = {name: value.to(self.accelerator.device) for name, value in fields.items()}
-        return self._blank
-
-    _blank: dict[str, Any] | None = None
+        content = [{"type": "image", "image": PIL.Image.new("RGB", (28, 28))}, {"type": "text", "text": "."}]
+        fields = self.processing_class.apply_chat_template(
+            [[{"role": "user", "content": content}]], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        return {name: value.to(self.accelerator.device) for name, value in fields.items()}
 
 
 def add_row(chunk: dict[str, Any], row: dict[str, Any], completion: int, pad_token_id: int) -> dict[str, Any]:

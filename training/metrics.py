@@ -102,10 +102,10 @@ def recycled_table(
     return rows
 
 
-def thumbnail(image, size: int = 256) -> bytes:
-    """A PNG of at most `size` pixels a side."""
+def thumbnail(image) -> bytes:
+    """A PNG of at most 256 pixels a side."""
     small = image.copy()
-    small.thumbnail((size, size))
+    small.thumbnail((256, 256))
     with io.BytesIO() as buffer:
         small.convert("RGB").save(buffer, format="PNG")
         return buffer.getvalue()
