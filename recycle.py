@@ -176,14 +176,12 @@ class Item:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of the step's candidates.
+    """What became of the step's candidates without an item.
 
-    emitted: items.
     unused: candidates that could be used, but exceed the ratio or have no counterpart that balances their label.
     skipped: reason -> candidates that can't be used.
     """
 
-    emitted: int
     unused: int
     skipped: Mapping[str, int]
 
@@ -236,7 +234,7 @@ def recycle(
     selected = _select(candidates, quotas, config, rng)
 
     used = len({(task, group.key) for task, group, _ in selected})
-    counts = Counts(len(selected), len(candidates) - used, {reason: n for reason, n in sorted(skipped.items()) if n})
+    counts = Counts(len(candidates) - used, {reason: n for reason, n in sorted(skipped.items()) if n})
     return _write_items(selected, config.prompt_suffix, rng), counts
 
 

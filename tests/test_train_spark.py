@@ -1039,7 +1039,7 @@ def test_metrics_against_a_case_by_hand():
             "reflection/fix_rate": 3 / 4,
         }
     )
-    counts = Counts(emitted=4, unused=3, skipped={"unboxed": 1, "overlong": 1})
+    counts = Counts(unused=3, skipped={"unboxed": 1, "overlong": 1})
     assert recycling_metrics(items, counts, num_generations=4, seconds=0.5) == {
         "recycle/items": 4,
         "recycle/rows": 16,
