@@ -31,7 +31,7 @@ if __name__ == "__main__":  # before torch and TRL are imported
 import copy
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,17 +208,15 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     def _generate_and_score_completions(self, inputs):
         training = self.model.training
-        if not (self.args.recycle_ratio > 0 and (training or self.args.recycle_in_evaluation)):
-            batch = super()._generate_and_score_completions(inputs)
-            self._log(policy_metrics(self._groups(inputs, with_rows=False)))
-            self._log_images(inputs)
-            return batch
-
-        with self._engine_awake():
+        recycles = self.args.recycle_ratio > 0 and (training or self.args.recycle_in_evaluation)
+        with self._engine_awake() if recycles else nullcontext():
             policy = super()._generate_and_score_completions(inputs)
-        groups = self._groups(inputs)
+        groups = self._groups(inputs, with_rows=recycles)
         self._log(policy_metrics(groups))
         self._log_images(inputs)
+        if not recycles:
+            return policy
+
         blocks: dict[str, torch.Tensor] = {}  # question -> its pixels
         if training:
             policy = share_images(policy, self._mine([g.key for g in groups for _ in g.rollouts]), blocks)
@@ -270,7 +268,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         """G: rollouts of a prompt."""
         return self.num_generations if self.model.training else self.num_generations_eval
 
-    def _groups(self, inputs: list[dict[str, Any]], with_rows: bool = True) -> list[Group]:
+    def _groups(self, inputs: list[dict[str, Any]], with_rows: bool) -> list[Group]:
         """The rollouts just scored as groups, the same on every process, in the order of the prompts. Without rows they
         have no prompt either: enough for metrics, and no image goes from process to process."""
         size = self._group_size
