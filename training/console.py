@@ -138,5 +138,7 @@ def show_result(args, state, adapter: bool) -> None:
         f"python report.py {args.output_dir} --output report.html",
     ]
     print(f"{state.global_step:,} steps, {minutes:.1f} minutes{changes}")
+    if len(after) > 1:
+        print("judging and reflecting are scored on the step's own answers, whose mistakes get rarer and harder to see")
     print(f"{args.output_dir}: the {'adapter' if adapter else 'model'}, README.md, metrics.jsonl")
     print("next: " + "\n      ".join(following), flush=True)
