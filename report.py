@@ -156,9 +156,12 @@ def read_log(path: Path) -> list[Row]:
     file = path / "metrics.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.exists() else []
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
     except ValueError as error:
         raise BadInput(f"{file}: expected a JSON object a line: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{file}: expected a JSON object a line")
+    return rows
 
 
 def by_seed(runs: list[Run]) -> list[Run]:

@@ -247,6 +247,8 @@ class _Calculator:
             raise TooBig("argument of a function")
         else:
             value = getattr(mp(), name.replace("arc", "a"))(x)
+        if not isinstance(value, Fraction) and mp().isinf(value):  # ln 0, which 1/ln 0 would make a 0
+            raise TooBig("infinite")
         return value if power is None else self.raised(value, power)
 
 

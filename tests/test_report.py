@@ -338,9 +338,10 @@ def test_metrics_jsonl_has_the_steps_that_were_not_logged(tmp_path):
     (run / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 31, "pol')
     (read,) = read_runs([run])
     assert read.series["policy/accuracy"] == (list(range(1, 31)), [step / 40 for step in range(1, 31)])
-    (run / "metrics.jsonl").write_text("no JSON\n")
-    with pytest.raises(BadInput, match=r"metrics.jsonl: expected a JSON object a line"):
-        read_runs([run])
+    for line in ("no JSON\n", "3\n"):
+        (run / "metrics.jsonl").write_text(line)
+        with pytest.raises(BadInput, match=r"metrics.jsonl: expected a JSON object a line"):
+            read_runs([run])
 
 
 def test_runs_that_differ_in_seeds_alone_are_a_band(tmp_path):

@@ -205,6 +205,10 @@ def test_an_infinite_value_equals_nothing(pred, gold):
     assert verify.is_equal(pred, gold) is False
 
 
+def test_what_is_divided_by_an_infinite_value_is_not_zero():
+    assert verify.is_equal(r"\frac{1}{\ln 0}", "0") is False
+
+
 @pytest.mark.parametrize("gold", [None, "", "   ", [], [None, ""], float("nan"), True, "$$", r"\boxed{}"])
 def test_a_pair_without_a_usable_gold_is_unscorable(gold):
     assert verify.is_equal("5", gold) is None
