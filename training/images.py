@@ -57,10 +57,8 @@ class MixedImages:
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **flags, **kwargs
             )
-        fields = {name: value for name, value in kwargs.items() if value is not None}
-        rows = {"input_ids": input_ids, "attention_mask": attention_mask, **fields}
-        if num_images is not None:
-            rows = split_pixel_values_by_grid({**rows, "num_images": num_images})
+        rows = {"input_ids": input_ids, "attention_mask": attention_mask, "num_images": num_images, **kwargs}
+        rows = split_pixel_values_by_grid({name: value for name, value in rows.items() if value is not None})
         size = batch_size or len(input_ids)
         if "pixel_values" in rows and not isinstance(rows["pixel_values"], list) and size < len(input_ids):
             raise BadInput(
@@ -170,7 +168,8 @@ def each_image_once(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tens
             if grids[j] == grids[i] and sums[j] == sums[i] and torch.equal(blocks[j], block)
         )
         k = next(equal, len(distinct))
-        distinct += [i] * (k == len(distinct))
+        if k == len(distinct):
+            distinct.append(i)
         place.append(k)
     features = type(self).get_image_features(
         self, torch.cat([blocks[i] for i in distinct]), image_grid_thw[distinct], **kwargs
