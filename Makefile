@@ -2,7 +2,7 @@
 # make app     a page to talk to the model: runs/demo/spark if it exists, else the shipped start
 # make test    lint and the whole test suite
 # make test-requirements   whether pip can resolve the GPU stack's pins (needs the package index, 3 minutes)
-# make bench   the speed benchmarks that need no GPU, beside the committed rows (20 minutes)
+# make bench   the speed benchmarks that need no GPU, beside the committed rows (10 minutes)
 # make lint    ruff: format and rules; make format applies them
 # make clean   remove runs and caches, not the virtual environment
 SHELL := /bin/bash

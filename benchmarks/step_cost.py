@@ -28,6 +28,7 @@ def work(engine: str, ratio: float, drop: bool, steps: int, batch: int, start: s
     import torch
     from transformers import AutoProcessor
 
+    import verify
     from benchmarks.clock import TimedTrainer
     from data.read import read_dataset
     from train_spark import SparkConfig
@@ -60,6 +61,7 @@ def work(engine: str, ratio: float, drop: bool, steps: int, batch: int, start: s
             disable_tqdm=True,
         )
         processor = AutoProcessor.from_pretrained(start, padding_side="left")
+        verify.warm_up()  # as train_spark.py does: a worker's start is no step's
         trainer = TimedTrainer(start, args=args, train_dataset=read_dataset("digits"), processing_class=processor)
         padding = []
         cut = trainer._passes
