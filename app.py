@@ -479,6 +479,10 @@ def main() -> int:
     if args.run and not logged_steps(run):
         parser.error(f"--run: {run} has no completions/completions_*.parquet; expected a run with log_completions")
     try:
+        if not args.server:
+            from training.settings import check_weights
+
+            check_weights(args.model, "model")
         backend = Remote(args.server, args.model) if args.server else Local(args.model)
         with tempfile.TemporaryDirectory() as folder:
             blocks = build(Page(backend, args.prompt_suffix), args.model, run, Path(folder))

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -292,9 +293,14 @@ def test_a_runs_rollouts_and_what_was_recycled_from_them(tmp_path):
         ("--run nowhere", "--run: nowhere has no completions"),
         ("m --server http://127.0.0.1:9", "http://127.0.0.1:9/v1: no server answers there"),
         ("nowhere/at/all", "nowhere/at/all"),
+        ("cut_off", "model: cut_off/model.safetensors can't be read"),
     ],
 )
-def test_what_cannot_be_started_is_one_line(flags, line, monkeypatch, capsys):
+def test_what_cannot_be_started_is_one_line(flags, line, tmp_path, monkeypatch, capsys):
+    shutil.copytree(OUTPUT, tmp_path / "cut_off")
+    weights = tmp_path / "cut_off/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["app.py", *flags.split()])
     try:
         status = app.main()
