@@ -248,6 +248,39 @@ WAYS = {  # to a final answer, of `measures`, and their marks in the figure
 }
 
 
+MAJORITIES = ("first answer", "vote of 4", "vote of 8")
+
+
+def at_equal_tokens(cells: dict[str, dict[str, dict]], variant: str, way: str) -> dict[str, dict]:
+    """A way's accuracy minus that of plain GRPO's majority of as many tokens (a line between the measured ones, over
+    the logarithm of tokens), and minus the best that plain GRPO reaches with as many by majority or its own judge: of
+    runs of the same seed, as `mean_of`."""
+    import numpy as np
+
+    cell, grpo = cells[variant], cells["grpo"]
+    over = {"GRPO's majority": [], "GRPO's best": []}
+    for seed in cell[way]["seeds"].keys() & grpo[way]["seeds"].keys():
+        right, tokens = cell[way]["seeds"][seed], cell[f"tokens: {way}"]["seeds"][seed]
+        prices = [grpo[f"tokens: {name}"]["seeds"][seed] for name in MAJORITIES]
+        accuracies = [grpo[name]["seeds"][seed] for name in MAJORITIES]
+        majority = float(np.interp(np.log(tokens), np.log(prices), accuracies))
+        others = [grpo[w]["seeds"][seed] for w in WAYS if grpo[f"tokens: {w}"]["seeds"][seed] <= tokens]
+        over["GRPO's majority"].append(right - majority)
+        over["GRPO's best"].append(right - max([majority, *others]))
+    return {name: mean_of(differences) for name, differences in over.items()}
+
+
+def print_at_equal_tokens(cells: dict[str, dict[str, dict]]) -> None:
+    variants = [variant for variant in cells if variant != "start"]
+    print("\n| at as many tokens, minus | | " + " | ".join(variants) + " |")
+    print("| --- | --- |" + " ---: |" * len(variants))
+    for way in WAYS:
+        rows = {variant: at_equal_tokens(cells, variant, way) for variant in variants}
+        for than in ("GRPO's majority", "GRPO's best"):
+            written_rows = [written({"over_grpo": rows[variant][than]}, "over_grpo") for variant in variants]
+            print("| " + " | ".join([than, way, *written_rows]) + " |")
+
+
 def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) -> None:
     """Accuracy against tokens written a question: one answer, the majority of 4 and 8, and the ways with a judge."""
     import matplotlib
@@ -259,7 +292,7 @@ def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) ->
     plot, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for variant in variants:
         cell = cells[variant]
-        votes = [name for name in ("first answer", "vote of 4", "vote of 8") if name in cell]
+        votes = [name for name in MAJORITIES if name in cell]
         tokens = [cell[f"tokens: {name}"]["mean"] for name in votes]
         (line,) = axes.plot(tokens, [cell[name]["mean"] for name in votes], "o-", label=f"{variant}: majority")
         for name, mark in WAYS.items():
@@ -298,7 +331,10 @@ def main() -> None:
     runs = finished_runs(args.task, args.split)
     cells = table(runs)
     record.write(record.RESULTS / f"learning_{args.task}_{args.split}.json", indent=None, table=cells, runs=runs)
-    print_table({variant: cells[variant] for variant in ("start", *args.variants) if variant in cells})
+    shown = {variant: cells[variant] for variant in ("start", *args.variants) if variant in cells}
+    print_table(shown)
+    if "grpo" in shown:
+        print_at_equal_tokens(shown)
     if args.figure:
         figure(cells, [variant for variant in args.variants if variant in cells], args.figure)
 

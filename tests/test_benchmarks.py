@@ -109,6 +109,22 @@ def test_differences_are_between_runs_of_the_same_seed():
     assert "judge, own answers" not in learning.table(runs)["spark"]
 
 
+def test_a_way_is_compared_with_a_majority_of_as_many_tokens():
+    def cells(majorities, ways):
+        named = {**dict(zip(learning.MAJORITIES, majorities, strict=True)), **dict.fromkeys(learning.WAYS, ways)}
+        tokens = {f"tokens: {name}": {"seeds": {0: t}} for name, (t, _) in named.items()}
+        return tokens | {name: {"seeds": {0: right}} for name, (_, right) in named.items()}
+
+    majorities = [(10, 0.5), (40, 0.6), (160, 0.8)]
+    runs = {"grpo": cells(majorities, (90, 0.65)), "spark": cells(majorities, (80, 0.75))}
+    over = learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")  # half-way between 40 and 160, as a ratio
+    assert over["GRPO's majority"]["mean"] == pytest.approx(0.75 - 0.7)
+    runs["spark"] |= {"tokens: best of 4 by pairs": {"seeds": {0: 20}}}  # too few for GRPO's own judge
+    assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's best"]["mean"] == pytest.approx(0.2)
+    runs["grpo"] = cells(majorities, (20, 0.65))
+    assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's best"]["mean"] == pytest.approx(0.1)
+
+
 def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_path):
     first, then = learning.commands_of("digits", "judge_first", 3, tmp_path, 42)
     assert first[first.index("--max_steps") + 1] == "14" and then[then.index("--max_steps") + 1] == "28"
