@@ -108,8 +108,9 @@ def test_a_run_says_what_it_will_do_and_what_came_out(whole_run):
     assert before[1] == "6 steps: 96 rollouts (4 prompts x 4 each time), at most 144 recycled ones (6 x 4)"
     assert before[2] == f"logs: {folder}/metrics.jsonl, completions/"
     assert after[0].startswith("6 steps, ") and "answers right 0." in after[0]
-    assert after[1] == f"{folder}: the model, README.md, metrics.jsonl"
-    assert after[2].startswith(f"next: python evaluate.py --model {folder} ")
+    assert after[1].startswith("judging and reflecting are scored on the step's own answers")
+    assert after[2] == f"{folder}: the model, README.md, metrics.jsonl"
+    assert after[3].startswith(f"next: python evaluate.py --model {folder} ")
     lines = errors.splitlines()
     assert [line.split()[1] for line in lines] == [f"{i}/6" for i in range(1, 7)], errors
     assert all("  policy 0." in line for line in lines)
