@@ -134,12 +134,19 @@ def worker_main(search_path: list[str]) -> None:
     send(ready=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     signal.signal(signal.SIGALRM, _interrupt)
-    maxrss_unit = 1 if sys.platform == "darwin" else 1024  # bytes
     while True:
         result = _compare(**questions.get())
         send(verdict=result.verdict, reason=result.reason)
-        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * maxrss_unit > MEMORY // 2:
+        if _peak_memory() > MEMORY // 2:
             os._exit(0)  # a fresh one will take over
+
+
+def _peak_memory() -> int:
+    """The most bytes that this process has used. On Linux ru_maxrss outlives exec, and would be that of the trainer."""
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return max((int(line.split()[1]) for line in file if line.startswith(("VmHWM", "VmRSS"))), default=0) * 1024
 
 
 # --------------------------------------------------------------------------- the pool
@@ -192,14 +199,19 @@ class Pool:
             unknown = [pair for pair in pairs if not self._is_known(pair, limit)]
             self._grow(len(unknown))
             idle = deque(range(len(self.workers)))
-            with ThreadPoolExecutor(self.size) as threads:
-                try:
-                    answers = threads.map(self._ask, unknown, repeat(limit), repeat(idle))
-                    for pair, result in zip(unknown, answers, strict=True):
-                        self.results[pair] = result, limit
-                except BaseException:  # Ctrl-C, or no worker starts: the answers are no longer wanted
-                    self.close()
-                    raise
+            while unknown and idle:  # the pairs of a worker that does not start go to the others
+                with ThreadPoolExecutor(len(idle)) as threads:
+                    try:
+                        answers = threads.map(self._ask, unknown, repeat(limit), repeat(idle))
+                        for pair, result in zip(unknown, answers, strict=True):
+                            if result is not None:
+                                self.results[pair] = result, limit
+                    except BaseException:  # Ctrl-C: the answers are no longer wanted
+                        self.close()
+                        raise
+                unknown = [pair for pair in unknown if not self._is_known(pair, limit)]
+            if unknown:
+                raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
             results = [self.results[pair][0] for pair in pairs]
             for pair in list(self.results)[:-MAX_CACHED]:
                 del self.results[pair]
@@ -213,30 +225,37 @@ class Pool:
     def _grow(self, wanted: int) -> None:
         self.workers += [_Worker() for _ in range(min(self.size, wanted) - len(self.workers))]
 
-    def _ask(self, pair: tuple[str, str], limit: float, idle: deque[int]) -> Result:
-        """Give a pair to an idle worker, which is replaced when it is late or dead."""
-        slot = idle.popleft()  # there are no more threads than workers
+    def _ask(self, pair: tuple[str, str], limit: float, idle: deque[int]) -> Result | None:
+        """Give a pair to an idle worker, which is replaced when it is late or dead. None if it does not start; its slot
+        is then out for the rest of the batch."""
         try:
-            for _ in range(2):  # the first death may be a kill from outside: the pair is tried again
-                self._start(slot)
-                try:
-                    return self.workers[slot].ask(*pair, 0.9 * limit)  # the rest is for killing it
-                except TimeoutError:
-                    self._replace(slot)
-                    return Result(None, "time limit")
-                except (EOFError, OSError, ValueError):
-                    self._replace(slot)
-            return Result(None, "its worker died (memory or stack)")
-        finally:
-            idle.appendleft(slot)
-
-    def _start(self, slot: int) -> None:
-        for _ in range(3):
+            slot = idle.popleft()
+        except IndexError:
+            return None
+        for _ in range(2):  # the first death may be a kill from outside: the pair is tried again
+            if not self._starts(slot):
+                return None
             try:
-                return self.workers[slot].start()
+                result = self.workers[slot].ask(*pair, 0.9 * limit)  # the rest is for killing it
+                break
+            except TimeoutError:
+                self._replace(slot)
+                result = Result(None, "time limit")
+                break
             except (EOFError, OSError, ValueError):
                 self._replace(slot)
-        raise RuntimeError("verify: no worker starts (see stderr); is math-verify installed?")
+                result = Result(None, "its worker died (memory or stack)")
+        idle.appendleft(slot)
+        return result
+
+    def _starts(self, slot: int) -> bool:
+        for _ in range(3):
+            try:
+                self.workers[slot].start()
+                return True
+            except (EOFError, OSError, ValueError):
+                self._replace(slot)
+        return False
 
     def _replace(self, slot: int) -> None:
         """A fresh worker, which starts while the others work. IndexError ends the thread of a closed pool."""

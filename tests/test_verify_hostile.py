@@ -242,12 +242,35 @@ def test_a_worker_that_has_grown_is_replaced(pool):
     assert outcome(pool, GROW, timeout=60) == (True, "rules", False)
 
 
+def test_a_worker_of_a_process_that_has_grown_stays(pool):
+    """Any trainer has."""
+    assert b"1" * (workers.MEMORY // 2 + (64 << 20))
+    assert outcome(pool, deep(5), timeout=60) == (True, "rules", True)
+
+
 def test_a_worker_that_dies_at_work_gives_none(pool):
     assert outcome(pool, DIE, timeout=60) == (None, "its worker died (memory or stack)", False)
 
 
 def test_a_pair_whose_worker_was_killed_is_tried_again(pool):
     assert outcome(pool, DIE_ONCE, timeout=60) == (True, "rules", False)
+
+
+def test_where_one_worker_does_not_start_the_others_answer_and_where_none_does_that_is_said(pool, monkeypatch):
+    pool.size = 2
+    broken, start = {1}, workers._Worker.start
+
+    def start_or_fail(worker):
+        if pool.workers.index(worker) in broken:
+            raise EOFError
+        start(worker)
+
+    monkeypatch.setattr(workers._Worker, "start", start_or_fail)
+    pairs = [deep(depth) for depth in range(4, 10)]
+    assert verify.verify_many(pairs, timeout=60) == [True] * len(pairs)
+    broken.add(0)
+    with pytest.raises(RuntimeError, match="no worker starts"):
+        verify.verify_many([deep(11)], timeout=60)
 
 
 def test_two_hostile_pairs_spend_their_limit_side_by_side(pool, monkeypatch):
