@@ -70,7 +70,10 @@ def _encoding(path: str) -> str:
 
 def _starts_with_list(path: str) -> bool:
     with open(path, encoding="utf-8-sig") as file:
-        return next((not line.lstrip().startswith("{") for line in file if line.strip()), True)
+        while block := file.read(1 << 12):  # not a line: a list may be one, of any size
+            if text := block.lstrip():
+                return text[0] != "{"
+    return True
 
 
 def batched(iterable: Iterable, size: int) -> Iterator[list]:

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -579,6 +580,16 @@ def test_a_json_list_is_read_in_any_layout(rows, layout):
         path = str(Path(name) / "x.json")
         Path(path).write_text(whole)
         assert [record for _, _, record in table.records(path)] == rows
+
+
+def test_what_a_file_starts_with_is_seen_without_reading_it(tmp_path):
+    one_line = tmp_path / "a.json"
+    one_line.write_text("\n [" + "1," * 4_000_000 + "1]")
+    tracemalloc.start()
+    assert table._starts_with_list(str(one_line))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 # ---- the row --------------------------------------------------------------------------------------------------------
