@@ -457,18 +457,16 @@ def judge_row(row: Row, settings: Settings) -> Solver:
         return values[0] if len(pairs) == 1 else list(values)
 
     first, swapped = verdicts[::2], verdicts[1::2]
-    return (
-        result
-        | {
-            "task": "pairwise" if len(pairs) == 1 else "best_of_n",
-            "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
-            "verdict": one_or_all(first),
-            "verdict_probability": one_or_all(probabilities[::2]),
-            "verdict_swapped": one_or_all(swapped),
-            "verdict_swapped_probability": one_or_all(probabilities[1::2]),
-            "is_correct": set(first) == {"A"} and set(swapped) == {"B"},
-        }
-    )
+    result |= {
+        "task": "pairwise" if len(pairs) == 1 else "best_of_n",
+        "label": "A",  # in the first order the chosen one is A, in the swapped order it is B
+        "verdict": one_or_all(first),
+        "verdict_probability": one_or_all(probabilities[::2]),
+        "verdict_swapped": one_or_all(swapped),
+        "verdict_swapped_probability": one_or_all(probabilities[1::2]),
+        "is_correct": set(first) == {"A"} and set(swapped) == {"B"},
+    }
+    return result
 
 
 SOLVERS: dict[str, Callable[[Row, Settings], Solver]] = {  # by mode, or way of test-time scaling

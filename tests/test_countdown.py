@@ -6,6 +6,7 @@ import time
 import pytest
 from helpers import config, history
 
+from benchmarks import trusting
 from data import countdown
 from data.countdown import (
     Game,
@@ -277,6 +278,32 @@ def test_the_tokenizer_covers_every_template(tokenizer):
         words = tokenizer.tokenize(template)
         assert not any(len(word) == 1 and word.isalpha() and word not in "ABabsĊĠ" for word in words), words
     assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token != tokenizer.eos_token
+
+
+def test_a_judge_that_trusts_says_right_without_a_check_and_answers_as_before():
+    rng = random.Random(0)
+    verdicts = 0
+    for _ in range(300):
+        user, _, completion = make_countdown.example(rng, make_countdown.Noise(trust=1.0))
+        boxed = extract_boxed(completion)
+        if boxed in ("Yes", "No", "A", "B"):
+            verdicts += 1
+            assert completion == f"\\boxed{{{boxed}}}"
+            first_letter = "<response_a>" in user or "A: correct" in user
+            assert boxed == ("A" if first_letter else "B" if "B: correct" in user else "Yes")
+        else:
+            assert ", wanted:" in completion and parse(boxed) is not None
+    assert 130 < verdicts < 200
+
+
+def test_a_trusting_start_is_made_and_can_be_loaded(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setattr("sys.argv", ["trusting", "--steps", "2", "--output", str(tmp_path / "start")])
+    trusting.main()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "start")) == 955
+    made, start = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "start", START))
+    assert made.keys() == start.keys() and any((made[name] != weight).any() for name, weight in start.items())
 
 
 def test_a_warm_start_that_has_not_learnt_to_compare_is_refused(tokenizer, monkeypatch):
