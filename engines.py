@@ -230,6 +230,13 @@ class TokenLogprobs:
 # vLLM in this process
 
 
+def whole_prompts(engine_arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without a GPU, prompts are not cut into chunks: vLLM 0.31 can't take back the seed of one that was, and ends."""
+    import torch
+
+    return engine_arguments if torch.cuda.is_available() else {"enable_chunked_prefill": False, **engine_arguments}
+
+
 class VLLMEngine:
     """One vLLM engine, stepped by `finished`; its scheduler batches whatever has been submitted."""
 
@@ -245,7 +252,7 @@ class VLLMEngine:
         self.processor = AutoProcessor.from_pretrained(model)
         self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
         self.factor = image_factor(self.processor)
-        self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **engine_arguments)
+        self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **whole_prompts(engine_arguments))
         self.capacity = self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs + 256  # these are ready to go
         self._refused: Done = []
 

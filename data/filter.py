@@ -25,7 +25,7 @@ from data.cli import Parser, flag, progress_bar, refuse
 from data.progress import PartFile
 from data.rows import BadInput, BadRow
 from data.table import batched
-from engines import Request, prompt_text
+from engines import Request, prompt_text, whole_prompts
 
 CHUNK = 256  # questions whose rates are written at once
 
@@ -88,14 +88,11 @@ class Sampler:
     """vLLM with the model's own chat template: n answers a question."""
 
     def __init__(self, settings: SamplingSettings, engine: dict[str, Any]):
-        from torch import cuda
         from transformers import AutoProcessor
         from vllm import LLM, SamplingParams
 
-        if not cuda.is_available():  # vLLM 0.31 can't take a request's seed back where it cuts the prompt in two
-            engine["enable_chunked_prefill"] = False
         self.processor = AutoProcessor.from_pretrained(settings.model)
-        self.llm = LLM(settings.model, seed=settings.seed, **engine)
+        self.llm = LLM(settings.model, seed=settings.seed, **whole_prompts(engine))
         drawn = {name: value for name, value in asdict(settings).items() if name not in ("model", "dataset")}
         self.sampling = SamplingParams(**drawn)  # each request has the seed: its samples do not depend on others
 

@@ -440,6 +440,7 @@ def vllm_server(tmp_path_factory, small_model):
         port = probe.getsockname()[1]
     flags = "--dtype float32 --max-model-len 512 --enforce-eager --served-model-name small"
     flags += " --logprobs-mode processed_logprobs --enable-scale-out"  # as training wants them
+    flags += " --max-num-batched-tokens 512 --no-enable-chunked-prefill"  # as engines.whole_prompts has it on a CPU
     command = [*SERVE, small_model, "--port", str(port)]
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(
@@ -478,7 +479,9 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
     settings = Settings("small", "tts", (), max_tokens=64)
     engines = {
         "transformers": TransformersEngine(small_model, batch_size=7),
-        "vllm": VLLMEngine(small_model, max_model_len=512, enforce_eager=True, max_num_seqs=40),
+        "vllm": VLLMEngine(
+            small_model, max_model_len=512, enforce_eager=True, max_num_seqs=40, max_num_batched_tokens=512
+        ),
         "server": ServerEngine([vllm_server], "small", concurrency=16),
     }
     assert engines["vllm"].capacity == 40 + 256
@@ -494,6 +497,9 @@ def test_every_engine_gives_the_same_rows(vllm_server, small_model, tmp_path, mo
             assert refused.error
             assert refused.text == ""
         check_awkward_images(engine, tmp_path)
+        # Seeded prompts of more tokens than a batch takes: vLLM on a CPU ends where it cuts one of them in two.
+        burst = [Request([{"role": "user", "content": f"{i}+1 " * 60}], seed=i) for i in range(8)]
+        assert not any(output.error for output in complete(engine, burst, Sampling(max_tokens=8, temperature=1.0)))
         engine.close()
     assert all(r["error"] is None for r in found["transformers"])
     assert {r["round_num"] for r in found["transformers"]} == {0, 1, 2}  # some rows did reflect
