@@ -5,12 +5,13 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+from transformers import TrainerCallback
 
 import train_spark
 from train_spark import SparkTrainer
 from training import images, passes
 
-# What is not in these: the optimizer, callbacks, transformers' own loop.
+# "other": callbacks, and transformers' and TRL's own loops.
 PARTS = (
     "data",  # the next generation batch from the loader
     "policy generation",
@@ -22,6 +23,7 @@ PARTS = (
     "batch",  # the union, and its passes
     "forward",
     "backward",
+    "optimizer",
     "logging",
     "other",
 )
@@ -63,6 +65,17 @@ def now() -> float:
     return time.perf_counter()
 
 
+class OptimizerClock(TrainerCallback):
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def on_pre_optimizer_step(self, *args, **kwargs):
+        self.began = now()
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.clock.seconds["optimizer"] += now() - self.began
+
+
 class TimedTrainer(SparkTrainer):
     """SparkTrainer that keeps in `steps` the seconds of each optimizer step by part, its rows and tokens.
 
@@ -75,6 +88,7 @@ class TimedTrainer(SparkTrainer):
         self.steps: list[dict] = []
         self._began = None
         self._tokens = 0
+        self.add_callback(OptimizerClock(clock))
         around = clock.around
 
         def generation() -> str:
