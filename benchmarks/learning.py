@@ -249,12 +249,13 @@ WAYS = {  # to a final answer, of `measures`, and their marks in the figure
 
 
 MAJORITIES = ("first answer", "vote of 4", "vote of 8")
+ALIKE = 1.1  # a way of plain GRPO's that takes this many times the tokens still counts as one of as many
 
 
 def at_equal_tokens(cells: dict[str, dict[str, dict]], variant: str, way: str) -> dict[str, dict]:
     """A way's accuracy minus that of plain GRPO's majority of as many tokens (a line between the measured ones, over
-    the logarithm of tokens), and minus the best that plain GRPO reaches with as many by majority or its own judge: of
-    runs of the same seed, as `mean_of`."""
+    the logarithm of tokens), and minus the best that plain GRPO reaches with as many (`ALIKE`) by majority or its own
+    judge: of runs of the same seed, as `mean_of`."""
     import numpy as np
 
     cell, grpo = cells[variant], cells["grpo"]
@@ -264,7 +265,7 @@ def at_equal_tokens(cells: dict[str, dict[str, dict]], variant: str, way: str) -
         prices = [grpo[f"tokens: {name}"]["seeds"][seed] for name in MAJORITIES]
         accuracies = [grpo[name]["seeds"][seed] for name in MAJORITIES]
         majority = float(np.interp(np.log(tokens), np.log(prices), accuracies))
-        others = [grpo[w]["seeds"][seed] for w in WAYS if grpo[f"tokens: {w}"]["seeds"][seed] <= tokens]
+        others = [grpo[w]["seeds"][seed] for w in WAYS if grpo[f"tokens: {w}"]["seeds"][seed] <= ALIKE * tokens]
         over["GRPO's majority"].append(right - majority)
         over["GRPO's best"].append(right - max([majority, *others]))
     return {name: mean_of(differences) for name, differences in over.items()}
