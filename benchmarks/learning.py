@@ -1,5 +1,6 @@
 """What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, with seeds, on two tasks, one
-of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py).
+of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py), and
+with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, a quarter of the rollouts).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
     python -m benchmarks.learning --task digits --table [--figure FILE.png]
@@ -24,9 +25,12 @@ from data.cli import Parser
 
 RUNS = Path("runs/learning")
 STARTS = {"digits": "models/digits", "countdown": "models/countdown", "trusting": str(trusting.START)}
-DATA = {"digits": "digits", "countdown": "countdown", "trusting": "countdown"}
+STARTS["smollm2"] = "runs/smollm2_135m_start"
+DATA = {"digits": "digits", "countdown": "countdown", "trusting": "countdown", "smollm2": "arithmetic"}
 RECIPES = {"digits": "recipes/demo.yaml", "countdown": "recipes/countdown.yaml"}
-STEPS = {"digits": 42, "countdown": 60}
+RECIPES["arithmetic"] = "recipes/smollm2_135m_cpu.yaml"
+STEPS = {"digits": 42, "countdown": 60, "arithmetic": 36}
+MAKERS = {"trusting": "benchmarks.trusting", "smollm2": "models.smollm2 runs/smollm2_135m_start"}
 QUESTIONS = 250
 G = 8  # rollouts of a prompt
 PROMPTS = 40  # a step, policy and recycled together
@@ -62,7 +66,11 @@ VARIANTS = {
     "right_reflections": spark(16, 24, recycle_right_reflections=0.25),
     "weight_0.25": spark(16, 24, recycle_weight=0.25),
     "weight_0.5": spark(16, 24, recycle_weight=0.5),
+    # Two optimizer steps for each generation: of the questions and then of the recycled prompts; of half of all.
     "apart": spark(16, 24, recycle_apart=True, steps_per_generation=2, per_device_train_batch_size=8 * G),
+    "apart_0.25": spark(32, 8, recycle_apart=True, steps_per_generation=2, per_device_train_batch_size=16 * G),
+    "grpo_two_updates": spark(PROMPTS, 0, steps_per_generation=2, per_device_train_batch_size=PROMPTS // 2 * G),
+    "two_updates_0.25": spark(32, 8, steps_per_generation=2, per_device_train_batch_size=16 * G),
     # A third of the steps for judging and reflecting (as much as there is to judge), the rest for answering alone.
     "judge_first": spark(8, 32),
 }
@@ -76,8 +84,7 @@ def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) ->
     settings |= {"model_name_or_path": STARTS[task], **VARIANTS[variant]}
     if "noise" in variant:
         settings["reward_funcs"] = f"benchmarks/noisy.py:{DATA[task]}_{variant.rpartition('_')[2]}"
-    if variant == "apart":  # two optimizer steps for each generation
-        steps *= 2
+    steps *= VARIANTS[variant].get("steps_per_generation", 1)
     if variant != "judge_first":
         return [command_of(task, folder / "model", settings | {"max_steps": steps})]
     first = command_of(task, folder / "first", settings | {"max_steps": steps // 3})
@@ -86,6 +93,8 @@ def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) ->
 
 
 def command_of(task: str, output: Path, settings: dict) -> list[str]:
+    if task == "smollm2":
+        settings |= {"per_device_train_batch_size": settings["per_device_train_batch_size"] // 4}
     command = [sys.executable, "train_spark.py", "--config", RECIPES[DATA[task]], "--output_dir", str(output)]
     for name, value in settings.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -325,7 +334,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.table:
         if not Path(STARTS[args.task]).exists():
-            parser.error(f"{STARTS[args.task]}: is missing; python -m benchmarks.trusting makes it")
+            parser.error(f"{STARTS[args.task]}: is missing; python -m {MAKERS[args.task]} makes it")
         jobs = [("start", 0), *((variant, seed) for seed in args.seeds for variant in args.variants)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda job: one_run(args.task, *job, args), jobs))

@@ -1,4 +1,4 @@
-"""What a small model can do at one of the two tasks: answer, judge, reflect, and choose among its own answers.
+"""What a small model can do at one of the tasks: answer, judge, reflect, and choose among its own answers.
 
     python -m benchmarks.measures runs/demo/spark --task digits [--split test] [--questions 250] [--show 2]
 
@@ -53,6 +53,13 @@ class Task:
     right: Callable[[list[str], list[str]], list[bool]]
     same: Callable[[list[tuple[str, str]]], list[bool | None]]
     max_tokens: int
+    suffix: str = PROMPT_SUFFIX
+    dtype: str = "auto"
+
+
+def by_answer(texts: list[str], golds: list[str]) -> list[bool]:
+    pairs = [(verify.extract_boxed(text), gold) for text, gold in zip(texts, golds, strict=True)]
+    return [verdict is True for verdict in verify.verify_many(pairs)]
 
 
 def digits() -> Task:
@@ -61,11 +68,7 @@ def digits() -> Task:
     def rows(n: int, split: str) -> dict[str, list[Row]]:
         return held_out(n, "test") if split == "test" else held_out(n, "train", seed=2)  # the training split's digits
 
-    def right(texts: list[str], golds: list[str]) -> list[bool]:
-        pairs = [(verify.extract_boxed(text), gold) for text, gold in zip(texts, golds, strict=True)]
-        return [verdict is True for verdict in verify.verify_many(pairs)]
-
-    return Task(rows, right, verify.verify_many, 64)
+    return Task(rows, by_answer, verify.verify_many, 64)
 
 
 def countdown() -> Task:
@@ -77,7 +80,13 @@ def countdown() -> Task:
     return Task(lambda n, split: held_out(split, n), right, same, 128)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digits": digits, "countdown": countdown}
+def arithmetic() -> Task:
+    from data.arithmetic import held_out
+
+    return Task(lambda n, split: held_out(split, n), by_answer, verify.verify_many, 48, suffix="", dtype="bfloat16")
+
+
+TASKS: dict[str, Callable[[], Task]] = {"digits": digits, "countdown": countdown, "arithmetic": arithmetic}
 
 
 class Model:
@@ -90,8 +99,9 @@ class Model:
         from transformers import set_seed
 
         set_seed(seed)
-        self.engine = TransformersEngine(folder, batch_size=256)
+        self.engine = TransformersEngine(folder, batch_size=256, dtype=task.dtype)
         self.sampling = Sampling(task.max_tokens, temperature)
+        self.suffix = task.suffix
         self.rng = random.Random(seed)
         self.tokens: dict[str, int] = {}
         self.show = show
@@ -109,7 +119,7 @@ class Model:
     ) -> list[Output]:
         requests = []
         for i, row in enumerate(rows):
-            messages = [{"role": "user", "content": row["problem"] + PROMPT_SUFFIX}]
+            messages = [{"role": "user", "content": row["problem"] + self.suffix}]
             images = (row["image_path"],) if row.get("image_path") is not None else ()
             messages = ask(messages, instructions[i]) if instructions else messages
             requests.append(Request(messages, images, with_logprobs=logprobs))

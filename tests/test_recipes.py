@@ -79,6 +79,7 @@ MODELS = {
     "qwen2.5_0.5b_colab": (lambda: text_config("Qwen2", **qwen2(896, 4864, 24, 14, 2, 151936, True)), 494_032_768),
     "countdown_3b": (lambda: text_config("Qwen2", **qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_085_938_688),
     "smollm2_135m": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
+    "smollm2_135m_cpu": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
     "demo": (lambda: "models/digits", 1_170_624),
     "countdown": (lambda: "models/countdown", 1_106_432),
 }
