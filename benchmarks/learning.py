@@ -1,6 +1,6 @@
 """What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, with seeds, on two tasks, one
 of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py), and
-with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, a quarter of the rollouts).
+with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, a quarter of the rollouts in 4 micro-steps).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
     python -m benchmarks.learning --task digits --table [--figure FILE.png]
@@ -39,11 +39,11 @@ class Task:
     steps: int
     measures: str  # its name in benchmarks/measures.py
     made_by: str = ""
-    share: int = 1  # of the variants' rollouts, one in so many
+    share: int = 1  # of the variants' batch, one in so many
 
 
 COUNTDOWN = Task("models/countdown", "recipes/countdown.yaml", 60, "countdown")
-SMOLLM2 = Task("runs/smollm2_135m_start", "recipes/smollm2_135m_cpu.yaml", 24, "arithmetic", share=4)
+SMOLLM2 = Task("runs/smollm2_135m_start", "recipes/smollm2_135m_cpu.yaml", 24, "arithmetic", share=16)
 TASKS = {
     "digits": Task("models/digits", "recipes/demo.yaml", 42, "digits"),
     "countdown": COUNTDOWN,
