@@ -207,8 +207,10 @@ def test_a_finished_run_that_is_resumed_has_nothing_to_do(
     for present in (True, False):  # the second time as if it had been killed before its result was saved
         if not present:
             (tmp_path / "model.safetensors").unlink()
+        (tmp_path / "trainer_state.json").unlink()
         monkeypatch.setattr("sys.argv", command(data, tmp_path)[1:])
         train_spark.main()
+        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 6
         assert f"{tmp_path}: finished before" in capsys.readouterr().out
         assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
         assert_same(tmp_path, undisturbed)

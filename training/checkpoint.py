@@ -225,13 +225,15 @@ def finished(checkpoint: str, max_steps: int, epochs: float) -> bool:
 
 
 def copy_result(checkpoint: str, folder: str | Path) -> None:
-    """The model of a finished run's last checkpoint as the run's result, if it ended before that was saved."""
-    if any(Path(folder).glob("*.safetensors")):
-        return
-    ours = {STATE, "trainer_state.json"}
+    """What a finished run's last checkpoint has of its result, model and state, if the run ended before saving it."""
+    no_model = not any(Path(folder).glob("*.safetensors"))
     for pattern in RESULT_FILES:
         for path in Path(checkpoint).glob(pattern):
-            if path.name not in ours and not path.name.startswith("generation_rank_"):
+            if path.name == "trainer_state.json":
+                wanted = not Path(folder, path.name).exists()
+            else:
+                wanted = no_model and path.name != STATE and not path.name.startswith("generation_rank_")
+            if wanted:
                 shutil.copy2(path, folder)
 
 
