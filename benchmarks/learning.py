@@ -135,6 +135,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
                 raise Failed(f"{' '.join(command[1:4])} failed; {folder / 'log.txt'} says why")
 
         if variant != "start" and not (folder / "trained.json").exists():
+            resumed = any(folder.glob("*/checkpoint-*"))
             begun = time.perf_counter()
             commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
             for command in commands:
@@ -144,7 +145,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             trained = {
                 "command": " && ".join(" ".join(["python", *command[1:]]) for command in commands),
                 "commit": record.commit(),
-                "seconds": time.perf_counter() - begun,
+                "seconds": None if resumed else time.perf_counter() - begun,
                 "tokens": sum(max(row.get("num_tokens", 0) for row in phase) for phase in phases),
                 "rollouts": sum(row["recycle/rows"] for row in logs if "recycle/rows" in row),
                 "trained_rows": sum(row.get("recycle/trained_rows", 0) for row in logs),
@@ -204,7 +205,7 @@ def table(runs: list[dict]) -> dict[str, dict[str, dict]]:
         for name, tokens in run["sampled"]["price"].items():
             row.setdefault(f"tokens: {name}", {})[run["seed"]] = tokens
         for name in ("seconds", "tokens", "trained_rows"):
-            if name in run:
+            if run.get(name) is not None:
                 row.setdefault(name, {})[run["seed"]] = run[name]
     cells = {}
     for variant, row in values.items():

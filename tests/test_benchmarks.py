@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 
@@ -136,3 +138,24 @@ def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_pat
     assert two_updates[two_updates.index("--max_steps") + 1] == "84"
     for smaller in learning.commands_of("smollm2", "judge_first", 0, tmp_path, 36):
         assert smaller[smaller.index("--per_device_train_batch_size") + 1] in ("4", "20")
+
+
+def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_path, monkeypatch):
+    def call(command, **options):  # train_spark.py, then benchmarks.measures
+        if "--output_dir" in command:
+            folder = Path(command[command.index("--output_dir") + 1])
+            folder.mkdir(parents=True, exist_ok=True)
+            log = [{"loss": 0.1, "num_tokens": 7, "recycle/rows": 8}]
+            (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+        else:
+            Path(command[command.index("--output") + 1]).write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(learning, "RUNS", tmp_path)
+    monkeypatch.setattr(learning.subprocess, "run", call)
+    monkeypatch.setattr(learning.record, "commit", lambda: "c0ffee")
+    (tmp_path / "digits" / "spark_1" / "model" / "checkpoint-20").mkdir(parents=True)
+    args = Namespace(jobs=2, steps=None, split="dev", questions=4)
+    whole, resumed = (learning.one_run("digits", "spark", seed, args) for seed in (0, 1))
+    assert whole["seconds"] >= 0 and resumed["seconds"] is None
+    assert (resumed["tokens"], resumed["rollouts"]) == (7, 8)
