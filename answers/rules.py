@@ -104,6 +104,7 @@ _CHOICE_PRED = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _SEVERAL_CHOICES = re.compile(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*")
+_NEXT_LABEL = re.compile(r"[,;]\s*[A-Z]\s*:")
 _OTHER_OPTION = re.compile(r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.)]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
 
 
@@ -117,6 +118,8 @@ def _same_choice(pred: str, gold: str) -> bool | None:
         p, g = re.findall("[A-H]", pred), re.findall("[A-H]", gold)
         return g == p or (pred != "".join(p) and g == sorted(p))
     letter, content = match[1] or match[2] or match[4], match[3] or match[5]
+    if content and _NEXT_LABEL.search(content):  # A: 3, B: 4 are two answers
+        return None
     choice = _CHOICE_PRED.fullmatch(pred)
     if not choice or not (choice[1].isupper() or not choice[2]):
         return _same(pred, content) if content else False

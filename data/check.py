@@ -24,7 +24,7 @@ from typing import Any
 
 from data.arguments import DataSettings
 from data.cli import Parser, progress_bar, refuse
-from data.images import BadImage, check_image
+from data.images import BadImage, check_image, content_digest
 from data.read import Reader, Row
 from data.rows import BadInput, BadRow, Source, question_text
 from data.table import batched
@@ -65,21 +65,12 @@ def examine(batch: list[Entry], suffix: str, allow_remote: bool) -> list[Examine
             try:
                 for ref in row["images"]:
                     ref["width"], ref["height"] = check_image(ref, allow_remote)
-                    digest.update(_content(ref))
+                    digest.update(content_digest(ref))
                     ref["bytes"] = None  # large, and of no more use
             except BadImage as error:
                 row = BadRow(number, line, "image", " ".join(str(error).split()))
         examined.append((number, row, digest.digest()))
     return examined
-
-
-def _content(ref: dict[str, Any]) -> bytes:
-    if ref["bytes"] is not None:
-        return hashlib.blake2b(ref["bytes"]).digest()
-    if not os.path.exists(ref["path"]):  # a URL
-        return ref["path"].encode()
-    with open(ref["path"], "rb") as file:
-        return hashlib.file_digest(file, "blake2b").digest()
 
 
 def examined_rows(reader: Reader, workers: int) -> Iterator[Examined]:
@@ -136,7 +127,7 @@ def check(source: Source, against: Source | None = None, model: str | None = Non
         total += len(batch)
         for number, row, key in good:
             tasks[row["task"]] += 1
-            golds[row["solution"]] += 1
+            golds.update([row["solution"]] if isinstance(row["solution"], str) else row["solution"])
             images[len(row["images"])] += 1
             first, gold = seen.setdefault(key, (number, row["solution"]))
             if first != number:

@@ -5,7 +5,7 @@ import re
 import reprlib
 from typing import Any
 
-from data.rows import RowError, unicode_text
+from data.rows import RowError, literal, unicode_text
 from verify import extract_boxed
 
 MAX_WORDS = 30  # of a gold in words; more of them are a text that leads to an answer
@@ -16,8 +16,11 @@ _NOTHING = re.compile(r"#(?:N/A|N/D|NV|[A-ZÀ-Þ/0]{3,}[!?])|Err:\d{3}|n/a|nan|n
 _CURRENCY = r"(?:EUR|CHF|GBP|€|£|kr|zł)"
 _COMMA_NUMBER = re.compile(r"[^\d,;()\[\]{}\\]*(\d+(?:\.\d{3})*),(\d+)[^\d,;()\[\]{}\\]*")
 _COMMA_SURELY = re.compile(
-    rf"(?<![\d.,])\d{{1,3}}(?:\.\d{{3}})+,\d+(?![\d.,])|{_CURRENCY}\s*\d+,\d\d?$|^[-+]?\d+,\d\d?\s*{_CURRENCY}"
+    rf"(?<![\d.,(\[])[1-9]\d{{0,2}}(?:\.\d{{3}})+,\d+(?![\d.,])|{_CURRENCY}\s*\d+,\d\d?$|"
+    rf"^[-+]?\d+,\d\d?\s*{_CURRENCY}"
 )
+
+_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 _WORD = re.compile(r"[\u3040-\u9fff]{2}|(?<![\\A-Za-z])[^\W\d_]{2,}")  # no LaTeX command
 _SENTENCE = re.compile(r"(?:[^\W\d_]{3}|[\d)\]}$%])[.!?]+\s+(?=[A-Z\d\\$])|[。！？]")
@@ -25,14 +28,14 @@ _REASONING = re.compile(r"\b(?:therefore|hence|thus|because)\b|^so\b", re.IGNORE
 
 
 def gold(value: Any, decimal_comma: bool = False) -> str:
-    r"""The answer in a gold: after GSM8K's `####`, in MATH's last `\boxed{}`, or the gold itself.
+    r"""The answer in a gold: after GSM8K's `####`, in the last `<answer>` or `\boxed{}`, or the gold itself.
 
     Args:
         decimal_comma: the data may write 3,5 for 3.5, and nothing tells it from a list of two.
 
     Raises RowError.
     """
-    text, marked = extracted(value)
+    text = extracted(value)
     if not text:
         raise RowError("solution", f"expected a gold answer, got {'nothing' if value is None else reprlib.repr(value)}")
     if _NOTHING.fullmatch(text):
@@ -40,7 +43,7 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
     number = _COMMA_NUMBER.fullmatch(text)
     if _COMMA_SURELY.search(text) or (number and decimal_comma):
         raise RowError("solution", f"expected a number with a decimal point, as 3.5, got {text[:60]!r} with a comma")
-    if not marked and is_rationale(text):
+    if is_rationale(text):
         raise RowError(
             "solution",
             rf"expected the answer alone, after #### or in \boxed{{}}, got {len(_WORD.findall(text))} words of "
@@ -49,20 +52,32 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
     return unicode_text(text, "solution")
 
 
-def extracted(value: Any) -> tuple[str, bool]:
-    """(the answer as text, whether a mark said where it is). Raises RowError for what is not one answer."""
+def several(value: Any) -> list | None:
+    """The golds of a list, which text may stand for (MMMU: "['24/7', '3.429']"); None where there is one gold, as in
+    the text [1, 2]."""
+    if isinstance(value, str) and value.lstrip().startswith(("['", '["')):
+        value = literal(value)
+    return list(value) if isinstance(value, (list, tuple)) and len(value) > 1 else None
+
+
+def extracted(value: Any) -> str:
+    """The answer as text. Raises RowError for what is not one answer."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (dict, list, tuple, bytes)):
+    if isinstance(value, (dict, list, tuple, bytes)) or several(value):
         raise RowError("solution", f"expected one gold answer, got {reprlib.repr(value)}")
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return "", False
-    text, marked = str(value).strip(), False
+        return ""
+    text = str(value).strip()
     if "####" in text:
-        text, marked = text.rpartition("####")[2].strip(), True
+        text = text.rpartition("####")[2].strip()
+        if "\n" in text:
+            raise RowError("solution", f"expected one line after ####, the answer, got {text[:60]!r}")
+    if tagged := _TAGGED.findall(text):
+        text = tagged[-1].strip()
     if "\\" in text and (boxed := extract_boxed(text)) is not None:
-        text, marked = boxed, True
-    return text, marked
+        text = boxed
+    return text
 
 
 def is_rationale(text: str) -> bool:

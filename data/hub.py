@@ -40,11 +40,11 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
 
 
 def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """The records of a datasets.Dataset, images left as they are stored; those of a list as they are."""
+    """The records of a datasets.Dataset, images left as they are stored; those of a list, without pandas' arrays."""
     from datasets import Dataset, Image, IterableDataset, LargeList, List
 
     if not isinstance(dataset, (Dataset, IterableDataset)):
-        return dataset
+        return map(_without_arrays, dataset)
 
     def stored(feature):
         if isinstance(feature, Image):
@@ -58,3 +58,14 @@ def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         if stored(feature) != feature:
             plain = plain.cast_column(name, stored(feature))
     return plain
+
+
+def _without_arrays(value: Any) -> Any:
+    """Lists and numbers of Python where `DataFrame.to_dict` gives numpy's."""
+    import numpy as np
+
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 1):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _without_arrays(part) for name, part in value.items()}
+    return [_without_arrays(part) for part in value] if isinstance(value, list) else value

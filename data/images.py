@@ -275,6 +275,16 @@ def check_image(ref: Reference, allow_remote: bool = False) -> tuple[int, int]:
         return size
 
 
+def content_digest(ref: Reference) -> bytes:
+    """The same for the same file, wherever it is stored; of a URL, that of its text."""
+    if ref["bytes"] is not None:
+        return hashlib.blake2b(ref["bytes"]).digest()
+    if is_remote(ref["path"]):
+        return hashlib.blake2b(ref["path"].encode()).digest()
+    with open(ref["path"], "rb") as file:
+        return hashlib.file_digest(file, "blake2b").digest()
+
+
 def _check_pixels(image: Image.Image) -> None:
     """The checksums of a PNG, a JPEG at an eighth of its resolution, the whole of others."""
     if image.format == "PNG":

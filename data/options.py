@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from data.formats.columns import is_none
+from data.formats.columns import ANSWERS, is_none, usual
 from data.rows import Options, RowError, literal, plain_text
 
 KINDS = {
@@ -54,7 +54,10 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
         if len(labels) > max(1, len(members)) and (lettered or numbered):
             members = {label: family[label] for label in labels}
     used = {*lists, *members.values()}
-    return lists, members, [name for name in names if _LOOKS_LIKE_OPTIONS.fullmatch(name) and name not in used]
+    suspects = [name for name in names if _LOOKS_LIKE_OPTIONS.fullmatch(name) and name not in used]
+    if usual(("label",), names) and not usual(ANSWERS, names):  # as of ReClor's answers, HellaSwag's endings
+        suspects += [name for name in names if name.lower() in ("answers", "endings")]
+    return lists, members, suspects
 
 
 def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
@@ -84,10 +87,12 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
 
 def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
     """Raises RowError for a letter whose options are in none of the columns that there are for them, and in no list in
-    the question."""
+    the question. An empty list says that there are none, as of an open question of MMMU's."""
     if not (len(answer) == 1 and "A" <= answer <= "Z"):
         return
     lists, members, _ = _columns(tuple(name for name in raw if isinstance(name, str)))
+    if any(literal(raw[name]) == [] for name in lists):
+        return
     if (lists or members) and not re.search(rf"(?<!\w)\(?{answer}\)?[.):]", str(question)):
         name = lists[0] if lists else next(iter(members.values()))
         raise RowError(name, f"expected options, of which the answer is {answer}, got none")
@@ -105,6 +110,8 @@ def _listed(name: str, value: Any) -> Options:
     names = LETTERS[: len(value)] if labels is None else labels
     if not isinstance(names, (str, list, tuple)) or len({str(label) for label in names}) != len(value):
         raise RowError(name, f"expected a label of its own for each option, got {names!r:.60}")
+    if "".join(map(str, names)) == LETTERS[: len(value)].lower():
+        names = LETTERS[: len(value)]
     return Options(_texts(name, dict(zip(map(str, names), value, strict=True))), labels is not None)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 from data import hub, table
 from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
-from data.golds import extracted, gold
+from data.golds import extracted, gold, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
@@ -274,11 +274,11 @@ class Reader:
         elif without_gold:
             raise RowError("solution", "expected a gold answer, got a row for judging")
         elif record.options:
-            answer, _ = extracted(record.solution)
+            answer = extracted(record.solution)
             kind = self.source.settings.answer_kind
             record.solution = right_label(answer, record.options, record.letter, kind, self.layout.common)
-        elif isinstance(record.solution, list) and len(record.solution) > 1 and several_golds:
-            record.solution = [gold(value, self.decimal_comma) for value in record.solution]
+        elif several_golds and (golds := several(record.solution)):
+            record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:
             record.solution = gold(record.solution, self.decimal_comma)
             check_letter(record.solution, raw, record.prompt)
@@ -404,7 +404,7 @@ class Layout:
         for raw in head:
             try:
                 record = self.record(raw)
-                answer, _ = extracted(record.solution)
+                answer = extracted(record.solution)
             except RowError:  # it will be named when it is read
                 continue
             if record.options:
@@ -417,9 +417,10 @@ class Layout:
         else:
             question = raw.get(self.question)  # which MathVerse leaves to the image in some rows
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
+        if plain := isinstance(record.prompt, str) and not record.prompt.startswith("[{"):
+            record.prompt = columns.with_passage(record.prompt, raw)
         record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
         record.judged = record.judged or columns.judged_fields(raw)
-        plain = isinstance(record.prompt, str) and not record.prompt.startswith("[{")
         images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
         record.images = image_list(images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"

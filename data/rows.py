@@ -29,6 +29,7 @@ from prompts import PROMPT_SUFFIX
 ROLES = ("system", "user", "assistant", "tool")
 
 _FLAT_LIST = re.compile(r"\[\s*(?:(['\"])[^'\"\\\[\]]*\1\s*,?\s*)*\]")  # of texts, as long as they like
+_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _IMAGE_MARK = re.compile(r"<image ?(\d*)>")  # <image>, or <image 1>, <image 2>, ... in that order
 
 # Tokens of the Qwen family that are structure, not text: in a question they would forge a turn, or announce an image
@@ -138,7 +139,7 @@ def build_row(record: Record, source: Source, name: str, look: bool = True) -> d
     content = messages[0]["content"]
     if len(messages) > 1 or not isinstance(content, str) or _IMAGE_MARK.search(content):  # else nothing to place
         if listed:
-            messages = _place(messages, len(listed))
+            messages, images = _place(messages, listed)
         places = _places(messages)
         if places and places != len(images):
             raise RowError("images", f"expected {places}, one for each place in the prompt, got {len(images)}")
@@ -169,8 +170,9 @@ def literal(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     text = value.strip()
-    if text[:1] in ("[", "{") and (len(text) < 100_000 or _FLAT_LIST.fullmatch(text)):
-        for read in (json.loads, ast.literal_eval):
+    if text[:1] in ("[", "{"):
+        python = len(text) < 100_000 or _FLAT_LIST.fullmatch(text)  # parsing it takes a hundred times the memory
+        for read in (json.loads, ast.literal_eval) if python else (json.loads,):
             try:
                 return read(text)
             except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -211,7 +213,7 @@ def _reference(image: Any, record: Record, source: Source, look: bool) -> Refere
 def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
     """(messages whose contents are text or parts, the images placed in them)."""
     if isinstance(prompt, str):
-        prompt = _from_json(prompt) or [{"role": "user", "content": prompt}]
+        prompt = _from_text(prompt) or [{"role": "user", "content": prompt}]
     if not isinstance(prompt, (list, tuple)) or not prompt:
         raise RowError("prompt", f"expected text or messages, got {reprlib.repr(prompt)}")
     images: list = []
@@ -221,15 +223,17 @@ def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
     return messages, images
 
 
-def _from_json(text: str) -> list | None:
-    """Parse messages; None where the text is something else."""
-    if not text.lstrip().startswith("[{"):
+def _from_text(text: str) -> list | None:
+    """Messages that a text stands for, as JSON or as Python writes them (pandas, in a CSV file); None for any other
+    text. Raises RowError for turns that are no messages, or no longer whole: as a question they would be nonsense."""
+    if not _TURNS.match(text):
         return None
-    try:
-        messages = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return messages if all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages) else None
+    messages = literal(text)
+    if not (
+        isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    ):
+        raise RowError("prompt", f"expected text or messages with role and content, got {text:.60}")
+    return messages
 
 
 def _message(message: Any, images: list) -> dict[str, Any]:
@@ -295,29 +299,41 @@ def _first_question(messages: Sequence[dict[str, Any]]) -> int:
     return next(i for i, message in enumerate(messages) if message["role"] == "user")
 
 
-def _place(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Places for `count` images: where the messages have them, else where the text says <image>, else in front of the
-    first question. Raises RowError where it says <image> of more or fewer images."""
+def _place(messages: list[dict[str, Any]], images: list) -> tuple[list[dict[str, Any]], list]:
+    """(the messages with a place for each image, the images in that order).
+
+    Where the messages have places, there; else where the text says <image>, or <image 2> for the second one, which
+    later marks name in words; what the text does not mention goes in front of the first question. Raises RowError
+    where it says <image> of more or fewer images, or numbers one that is not there.
+    """
     if _places(messages):
-        return messages
-    contents = [message["content"] for message in in_parts(messages)]
+        return messages, images
     numbers = [number for part in _parts(messages) for number in _IMAGE_MARK.findall(part["text"])]
-    if numbers:
-        if len(numbers) != count or numbers not in ([""] * count, [str(n + 1) for n in range(count)]):
-            marks = ", ".join(f"<image{number and ' ' + number}>" for number in numbers)
-            raise RowError("images", f"expected an image for each of {marks} in the prompt, in that order, got {count}")
-        contents = [[place for part in content for place in _split(part["text"])] for content in contents]
-    else:
-        first = _first_question(messages)
-        contents[first] = [{"type": "image"}] * count + contents[first]
-    return [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+    numbered = "" not in numbers
+    known = {str(n + 1) for n in range(len(images))}
+    if not known.issuperset(numbers) if numbered else numbers != [""] * len(images):
+        marks = ", ".join(f"<image{number and ' ' + number}>" for number in numbers)
+        raise RowError("images", f"expected an image for each of {marks} in the prompt, got {len(images)}")
+    order: list[int] = []
 
+    def split(text: str) -> list[dict[str, Any]]:
+        pieces = _IMAGE_MARK.split(text)  # words, number, words, number, ..., words
+        parts = [{"type": "text", "text": pieces[0]}]
+        for number, words in zip(pieces[1::2], pieces[2::2], strict=True):
+            n = int(number) - 1 if number else len(order)
+            if n in order:
+                parts[-1]["text"] += f"image {number}{words}"
+            else:
+                order.append(n)
+                parts += [{"type": "image"}, {"type": "text", "text": words}]
+        return [part for part in parts if part["type"] == "image" or part["text"].strip()]
 
-def _split(text: str) -> list[dict[str, Any]]:
-    """The parts of a text with <image> in it."""
-    pieces = _IMAGE_MARK.split(text)[::2]  # between them are the numbers
-    parts = [part for piece in pieces for part in ({"type": "image"}, {"type": "text", "text": piece})]
-    return [part for part in parts[1:] if part["type"] == "image" or part["text"].strip()]
+    contents = [[part for p in m["content"] for part in split(p["text"])] for m in in_parts(messages)]
+    unmentioned = [n for n in range(len(images)) if n not in order]
+    first = _first_question(messages)
+    contents[first] = [{"type": "image"}] * len(unmentioned) + contents[first]
+    placed = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+    return placed, [images[n] for n in unmentioned + order]
 
 
 def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -351,7 +367,7 @@ def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[s
 
     def listed(text: str) -> str:
         patterns = (rf"(?<!\w)\(?{re.escape(label)}\)?[.):]?\s*{re.escape(o)}" for label, o in options.items())
-        if all(re.search(pattern, text) for pattern in patterns):
+        if all(re.search(pattern, text, re.IGNORECASE) for pattern in patterns):
             return text
         return "\n".join([text.rstrip(), *(f"{label}. {option}" for label, option in options.items())])
 

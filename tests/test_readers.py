@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import table
+from data import check, table
 from data.arguments import DataSettings
 from data.golds import gold
 from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
@@ -91,7 +91,7 @@ def test_math(tmp_path):
         (["x", "y"], "1", None),
         ('["4", "7"]', "7", "B"),
         ({"A": "4", "B": "7"}, "7", "B"),
-        ({"a": "4", "b": "7"}, "(b)", "b"),
+        ({"a": "4", "b": "7"}, "(b)", "B"),
         ({"text": ["4", "7"], "label": ["1", "2"]}, "2", "2"),
         (["1", "2", "3"], 2, None),  # its text, or counted from 0
         (["4", "2"], 2, "B"),  # its text, or counted from 1
@@ -890,3 +890,130 @@ def test_help_needs_nothing_heavy():
             cwd=Path(__file__).parent.parent,
         )
         assert done.stdout.endswith("[]\n"), done.stdout[-200:]
+
+
+# ---- layouts of other people ----------------------------------------------------------------------------------------
+
+
+def answered(record, use="answer"):
+    ((_, _, row),) = Reader(Source([record]), use)
+    return row
+
+
+def test_images_go_where_the_text_numbers_them(folder):
+    """MMMU: marks in any order, one image named twice, one not at all."""
+    row = answered(
+        {
+            "question": "Is <image 3> as <image 1>? See <image 3>.",
+            "options": "['<image 1>', 'no']",
+            "image_1": str(folder / "a.png"),
+            "image_2": str(folder / "b.png"),
+            "image_3": Image.new("RGB", (90, 60)),
+            "answer": "B",
+        }
+    )
+    parts = row["prompt"][0]["content"]
+    kinds = [part["type"] for part in parts]
+    words = "".join(part.get("text", " * ") for part in parts)
+    assert kinds == ["image", "text", "image", "text", "image", "text"]
+    assert strip_suffix(words) == " * Is  *  as  * ? See image 3.\nA. image 1\nB. no"
+    assert [ref["path"] and Path(ref["path"]).name for ref in row["images"]] == ["b.png", None, "a.png"]
+    lost = answered({"question": "<image 3>?", "image_1": str(folder / "a.png"), "answer": "1"})
+    assert lost.reason == "expected an image for each of <image 3> in the prompt, got 1"
+
+
+def test_several_golds_in_text_and_an_open_question_whose_answer_is_a_letter():
+    row = {"question": "Rate?", "options": "[]", "answer": "['24/7', '3.429']"}
+    assert answered(row)["solution"] == ["24/7", "3.429"]
+    assert answered(row, "train").field == "answer"
+    assert answered({**row, "answer": "[1, 2]"})["solution"] == "[1, 2]"
+    assert answered({**row, "answer": "C"})["solution"] == "C"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "asked"),
+    [
+        ("Body", "Each costs 76. ", "Each costs 76.\n\nHow much?"),  # SVAMP
+        ("passage", "Each costs 76.", "Each costs 76.\n\nHow much?"),
+        ("context", "How much?", "How much?"),
+        ("story", "", "How much?"),
+        ("article", None, "How much?"),
+    ],
+)
+def test_a_passage_stands_before_the_question_about_it(name, text, asked):
+    (row,) = read_rows([{name: text, "Question": "How much?", "Answer": "51.0"}])
+    assert (text_of(row), row["solution"]) == (asked, "51.0")
+
+
+@pytest.mark.parametrize(
+    ("columns", "field"),
+    [
+        ({"context": {"title": ["a"]}, "question": "?", "answer": "1"}, "context"),  # HotpotQA
+        ({"question": "?", "answers": ["a", "b", "c", "d"], "label": 0}, "answers"),  # ReClor
+        ({"question": "?", "endings": "['a', 'b']", "label": 0}, "endings"),
+        ({"question": "?", "image": "a.png", "image_2": "b.png", "answer": "1"}, "image_2"),
+    ],
+)
+def test_what_a_question_would_miss_is_refused(columns, field):
+    (bad,) = read_rows([columns])
+    assert isinstance(bad, BadRow) and bad.field == field
+
+
+def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
+    (tmp_path / "x.csv").write_text(
+        "prompt,solution\n"
+        "\"[{'role': 'user', 'content': '6*7?'}]\",42\n"
+        "\"[{'from': 'human', 'value': '6*7?'}]\",42\n"
+        "\"[{'role': 'user', 'content': '6*7\",42\n"
+        '"[{a}] is a set?",no\n'
+    )
+    good, other, cut, text = read(tmp_path / "x.csv")
+    assert (text_of(good), text_of(text)) == ("6*7?", "[{a}] is a set?")
+    assert other.reason.startswith("expected text or messages with role and content, got [{'from'")
+    assert cut.reason.startswith("expected text or messages with role and content, got [{'role'")
+
+
+@pytest.mark.parametrize(
+    ("written", "answer"),
+    [
+        ("<think>two</think><answer> 3 </answer>", "3"),
+        ("<answer> $\\boxed{3}$ </answer>", "3"),
+        ("2+1=3\n#### 3\n", "3"),
+        ("#### 3\n\nNote: we add.", None),
+        ("#### Step 1\nadd\n#### Conclusion\nIt is 3.", None),
+        ("#### " + "word " * 40, None),
+        ("(0.125,3)", "(0.125,3)"),
+        ("0.125,2", "0.125,2"),
+        ("(1.414,2)", "(1.414,2)"),
+        ("[0.125,3]", "[0.125,3]"),
+        ("1.234,5", None),
+        ("-1.234,5", None),
+        ("about 1.250,00", None),
+    ],
+)
+def test_the_answer_in_a_gold(written, answer):
+    if answer is None:
+        with pytest.raises(RowError):
+            gold(written)
+    else:
+        assert gold(written) == answer
+
+
+def test_r1_style_solutions():
+    (row,) = read_rows([{"problem": "1+2?", "solution": "<answer> 3 </answer>"}])
+    assert row["solution"] == "3"
+
+
+def test_a_list_of_golds_can_be_checked():
+    report = check.check(Source([{"dataset": "d", "problem": "a?", "answer": ["5", "x+1"]}]), workers=1)
+    assert (report["usable"], report["answers"]["integer"], report["answers"]["expression"]) == (1, 1, 1)
+
+
+def test_records_of_a_data_frame(tmp_path):
+    """to_dict gives numpy's arrays and numbers."""
+    import pandas as pd
+
+    rows = [{"problem": "Prime?", "options": ["4", "7"], "answer": 1, "images": []}] * 2
+    pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
+    found = read_rows(pd.read_parquet(tmp_path / "x.parquet").to_dict("records"), answer_kind="from_0")
+    assert [(text_of(row), row["solution"], row["images"]) for row in found] == [("Prime?\nA. 4\nB. 7", "B", [])] * 2

@@ -22,6 +22,7 @@ from data.rows import RowError, literal, replace_surrogates, unicode_text
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
+PASSAGES = ("passage", "context", "article", "body", "paragraph", "story")  # BoolQ, SQuAD, RACE, SVAMP
 TASKS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
 LABELS = {"yes": "Yes", "true": "Yes", "1": "Yes", "no": "No", "false": "No", "0": "No"}
@@ -53,6 +54,9 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
     usual_names, numbered, others = _image_columns(tuple(raw))
     for name in usual_names:
         if not is_none(raw[name]):
+            more = [other for other in numbered if not is_none(raw[other])]
+            if more and strict:
+                raise RowError(more[0], f"expected the images once, got others in {name}; name one as --image_column")
             return name, raw[name]
     if several := [raw[name] for name in numbered if not is_none(raw[name])]:
         return numbered[0], several
@@ -88,6 +92,21 @@ def _holds_image(name: str, value: Any) -> bool:
             value[-5:].lower().endswith(_IMAGE_FILE) and _IMAGE_NAME.search(name)
         )
     return isinstance(value, Image.Image)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a question is about
+
+
+def with_passage(question: str, raw: dict[str, Any]) -> str:
+    """The question under the text that it is about, where that is in a column of its own. Raises RowError."""
+    name = usual(PASSAGES, raw)
+    passage = None if name is None else raw[name]
+    if is_none(passage) or not question.strip():
+        return question
+    if not isinstance(passage, str):
+        raise RowError(name, f"expected the question's text, or no such column, got {passage!r:.60}")
+    return question if passage.strip() in question else f"{passage.strip()}\n\n{question}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
