@@ -72,6 +72,7 @@ class Tally:
     questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
     scaling: dict = field(default_factory=lambda: defaultdict(list))  # dataset -> of each row: way -> (right, tokens)
     groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
+    incomplete: dict = field(default_factory=lambda: defaultdict(set))  # dataset -> questions with a part without score
 
 
 def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> Tally:
@@ -94,7 +95,8 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                     fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
                     total.examples.append({"row": index, **fields, "stored": bool(row["stored"]), "rescored": right})
             if kind == "pointwise":
-                n, label = total.questions[dataset][match_key(row)], row["label"]
+                question = match_key(row), row.get("image_digest")
+                n, label = total.questions[dataset][question], row["label"]
                 n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
             for name, values in (row.get("categories") or {}).items():
                 for value in [values] if isinstance(values, str) else values:
@@ -105,6 +107,8 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             if row.get("group"):
                 question, part = row["group"]
                 total.groups[dataset, kind][question][part] = right
+        elif row.get("group"):
+            total.incomplete[dataset].add(row["group"][0])
         if pair:
             total.outcomes.append((match_key(row), dataset, kind, right))
     for dataset, failed in total.failed.items():  # a failed row counts with the others of its dataset, or of its file
@@ -255,7 +259,8 @@ def summarise(tallies: list[Tally]) -> Row:
                 benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
             if key[1] == "tts" and total.scaling[key[0]]:
                 benchmark["price"] = price_table(total.scaling[key[0]])
-            benchmark["scores"] = group_scores(total.groups[key]) if total.groups[key] else {}
+            whole = {q: parts for q, parts in total.groups[key].items() if q not in total.incomplete[key[0]]}
+            benchmark["scores"] = group_scores(whole) if whole else {}
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
         files.append({

@@ -48,6 +48,10 @@ class Output(NamedTuple):
     logprobs: tuple[tuple[str, float], ...] | None = None  # (token, its log-probability), where they were wanted
 
 
+class BadRequest(ValueError):
+    """What this model can't be asked."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How completions are drawn. Temperature 0 is greedy."""
@@ -75,6 +79,16 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
     return [outputs[i] for i in range(len(requests))]
 
 
+def load_processor(model: str, **settings: Any):
+    """The model's processor or tokenizer. Raises BadInput if it has no chat template."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model, **settings)
+    if processor.chat_template is None:
+        raise BadInput(f"--model {model}: expected a model with a chat template, which its tokenizer has not")
+    return processor
+
+
 def with_places(request: Request) -> list[dict[str, Any]]:
     """The messages of a request with images, in parts; the images stand in front of the first question where the
     messages have no places for them."""
@@ -87,13 +101,17 @@ def with_places(request: Request) -> list[dict[str, Any]]:
 
 
 def prompt_text(processor, request: Request) -> str:
-    """The request under the model's chat template. Raises BadImage if the model takes none."""
+    """The request under the model's chat template. Raises BadRequest, and BadImage if the model takes none."""
+    from jinja2 import TemplateError
     from transformers import ProcessorMixin
 
     if request.images and not isinstance(processor, ProcessorMixin):
         raise BadImage("the model takes no images")
     messages = with_places(request) if request.images else request.messages
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    except TemplateError as error:  # some take no system prompt
+        raise BadRequest(f"chat template: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,7 +160,7 @@ class TransformersEngine(BatchEngine):
         transformers.utils.logging.disable_progress_bar()  # of the weights' loading
         super().__init__(batch_size)
         if isinstance(model, str):
-            processor = processor or transformers.AutoProcessor.from_pretrained(model, padding_side="left")
+            processor = processor or load_processor(model, padding_side="left")
             vision = "vision_config" in transformers.AutoConfig.from_pretrained(model).to_dict()
             auto = transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,7 +183,7 @@ class TransformersEngine(BatchEngine):
             try:
                 text = prompt_text(self.processor, request)
                 images += [loaded(image, self.factor) for image in request.images]
-            except BadImage as error:
+            except (BadImage, BadRequest) as error:
                 outputs[i] = Output(error=str(error))
                 continue
             texts.append(text)
@@ -242,14 +260,14 @@ class VLLMEngine:
 
     def __init__(self, model: str, dtype: str = "auto", max_model_len: int | None = None, **engine_arguments):
         import torch
-        from transformers import AutoProcessor, ProcessorMixin
+        from transformers import ProcessorMixin
         from vllm import LLM
 
         from data.lengths import image_factor
 
         if dtype == "auto" and not torch.cuda.is_available():
             dtype = "float32"
-        self.processor = AutoProcessor.from_pretrained(model)
+        self.processor = load_processor(model)
         self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
         self.factor = image_factor(self.processor)
         self.llm = LLM(model, dtype=dtype, max_model_len=max_model_len, **whole_prompts(engine_arguments))

@@ -38,7 +38,7 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
@@ -48,6 +48,7 @@ from typing import Any
 import verify
 from data.arguments import DataSettings
 from data.cli import Errors, Parser, flag, printable, progress_bar, refuse, write_atomically
+from data.images import Reference, content_digest
 from data.progress import PartFile
 from data.read import Reader
 from data.rows import BadInput, BadRow, Source
@@ -129,6 +130,11 @@ class EngineSettings:
 Solver = Generator[list[Request], list[Output], Row]  # calls that may go out together, their outputs in that order
 
 
+def _digest(images: Sequence[Reference]) -> str:
+    """Tells questions with the same words apart whose images have no path."""
+    return hashlib.blake2b(b"".join(map(content_digest, images)), digest_size=8).hexdigest()
+
+
 class Calls:
     """The calls of a row: what they ask, the tokens that they take, and the result that they lead to."""
 
@@ -175,6 +181,7 @@ class Calls:
             "error": None,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            **({"image_digest": _digest(row["images"])} if row["images"] and row["image_path"] is None else {}),
             **{name: row[name] for name in ("categories", "group") if row[name]},
             **fields,
         }
@@ -228,14 +235,15 @@ def verdict_probability(output: Output, verdict: str) -> float | None:
     if output.logprobs is None:
         return None
     text = "".join(token for token, _ in output.logprobs)
-    found = re.finditer(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", text, re.IGNORECASE)
-    spelled = [match for match in found if match.start() > text.rfind("boxed")]
+    boxes = [match.end() for match in re.finditer(r"(?:boxed|fbox)\s*\{", text)]
+    word = re.compile(rf"(?<![A-Za-z]){verdict}(?![A-Za-z])", re.IGNORECASE)
+    spelled = word.search(text, boxes[-1] if boxes else 0)
     if not spelled:
         return None
     total, end = 0.0, 0
     for token, logprob in output.logprobs:
         start, end = end, end + len(token)
-        if start < spelled[-1].end() and spelled[-1].start() < end:
+        if start < spelled.end() and spelled.start() < end:
             total += logprob
     return min(1.0, math.exp(total))
 

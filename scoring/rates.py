@@ -191,7 +191,7 @@ def by_category(values: dict[str, Counter]) -> Row:
 
 
 def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
-    """The scores of sets in which several rows are one question.
+    """The scores of sets in which several rows are one question, of the questions whose rows have all been scored.
 
     We-Math (parts 2steps_1, 2steps_2, 2steps_multi, ...): a problem counts 1 if it and its steps are right, 1/2 if the
     steps alone are; loose, 1 also if it and one step are right. Problems of which a part is missing are left out.

@@ -461,6 +461,8 @@ def test_a_judge_that_only_knows_the_question_is_seen():
     text = render(summarise([tally("f", rows=rows)]), "table")
     assert "by the share of right responses to its question" in text
     assert one([judged("pointwise", "Yes", "Yes", problem=str(i)) for i in range(9)])["by_pass_rate"] == []
+    embedded = [judged("pointwise", y, y, problem="x?", image_digest=d) for y, d in (("Yes", "a"), ("No", "b")) * 3]
+    assert [row["questions"] for row in one(embedded)["by_pass_rate"]] == [1, 1]
 
 
 @pytest.mark.parametrize("wrong", [2, -0.1, "0.5", [0.5, 3]])

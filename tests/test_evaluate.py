@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -519,7 +520,7 @@ def test_an_image_under_another_name_is_not_dropped(tmp_path, monkeypatch, capsy
     assert "--image_column" in line
 
 
-@pytest.mark.parametrize(("text", "images"), [("<image><image>?", 1), ("<image>?", 2), ("<image 2> <image 1>?", 2)])
+@pytest.mark.parametrize(("text", "images"), [("<image><image>?", 1), ("<image>?", 2), ("<image 1> <image 3>?", 2)])
 def test_places_and_images_that_do_not_match_are_refused(text, images, tmp_path):
     record = {"problem": text, "answer": "1", "images": [RED] * images}
     with pytest.raises(BadInput, match="row 0: field images: expected an image for each of <image"):
@@ -709,6 +710,8 @@ def spelled(*tokens):
         (spelled(("It is A. ", 0.9), ("\\boxed{", 1.0), ("B", 0.6), ("}", 1.0)), "B", 0.6),
         (spelled(("\\boxed{\\text{", 1.0), ("Y", 0.5), ("es", 0.8), ("}}", 1.0)), "Yes", 0.4),
         (spelled(("\\box", 1.0), ("ed{Answer: A", 0.7), ("}", 0.2)), "A", 0.7),
+        (spelled(("\\boxed{", 1.0), ("A", 0.6), ("}. Response A is", 0.9), (" a", 0.1)), "A", 0.6),
+        (spelled(("\\fbox{B} or \\boxed{", 1.0), ("No", 0.6), ("}, as I boxed.", 0.9), ("No", 0.1)), "No", 0.6),
         (
             spelled(
                 ("Yes", 0.3),
@@ -875,3 +878,27 @@ def test_a_chat_template_with_the_suffix_asks_as_evaluation_does(processor):
     (row,) = read_benchmark(Source([{"problem": "Area?", "answer": "1"}]), "answer")
     assert served["text"] == prompt_text(processor, Request(row["prompt"]))
     assert served["turns"].count(PROMPT_SUFFIX) == 1
+
+
+def test_no_chat_template_is_one_line_and_a_row_that_it_refuses_an_error(tmp_path, monkeypatch, capsys):
+    """A base model has none; Gemma's takes no system prompt."""
+    shutil.copytree("models/countdown", tmp_path / "m")
+    template = tmp_path / "m" / "chat_template.jinja"
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    rows = [{"dataset": "d", "problem": "1+1?", "answer": "2"}, {"dataset": "d", "problem": system, "answer": "2"}]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    arguments = ["evaluate.py", "--model", str(tmp_path / "m"), "--engine", "transformers", "--max_tokens", "2"]
+    arguments += ["--benchmark", str(tmp_path / "b.json"), "--output", str(tmp_path / "r.json")]
+    monkeypatch.setattr("sys.argv", arguments)
+
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system prompt') }}{% endif %}"
+    template.write_text(refuses + template.read_text())
+    assert evaluate.main() == 1
+    errors = [row["error"] for row in json.loads((tmp_path / "r.json").read_text())]
+    assert errors == [None, "chat template: no system prompt"]
+
+    template.unlink()
+    (tmp_path / "r.json").unlink()
+    capsys.readouterr()
+    assert evaluate.main() == 2
+    assert capsys.readouterr().err.endswith("expected a model with a chat template, which its tokenizer has not\n")

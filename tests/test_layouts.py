@@ -417,6 +417,8 @@ def test_dynamath_s_worst_case_by_hand():
     found = summary_of(rows)
     assert found["accuracy"] == 5 / 9
     assert found["scores"]["worst case over variants"]["score"] == pytest.approx(1 / 3)
+    failed = summary_of([*rows, {**scored(1), "error": "HTTP 500", "group": ["a", "3"]}])["scores"]
+    assert failed["worst case over variants"] | {"interval": ()} == {"questions": 2, "score": 0.0, "interval": ()}
 
 
 def test_accuracies_by_category_and_their_mean_by_hand():
