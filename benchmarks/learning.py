@@ -91,7 +91,8 @@ VARIANTS = {
     "judge_first": spark(8, 32),
 }
 # The verifier errs for so many percent of the answers (benchmarks/noisy.py).
-VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for variant in ("grpo", "spark")}
+NOISY = ("grpo", "ratio_0.25", "spark")
+VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for variant in NOISY}
 
 
 def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[list[str]]:
