@@ -84,14 +84,16 @@ class RecycleConfig:
     recycle_pairwise_prob: float = flag(
         0.7, "Probability that a mixed group gives a pairwise item instead of pointwise ones."
     )
-    recycle_balance: bool = flag(True, "Pointwise items quote as many right as wrong rollouts in each step.")
+    recycle_balance: bool = flag(
+        True, "Pointwise items quote as many right as wrong rollouts in each step, also without recycle_matched."
+    )
     recycle_matched: bool = flag(
         True,
         "Pointwise items come in twos, a right and a wrong rollout of one question, so that the question does not give "
         "the label away. false: one item a question, also where all rollouts are right or all are wrong.",
     )
     recycle_right_reflections: float = flag(
-        0.0, "Share of the reflection items that quote a right rollout, so that not every answer has to change."
+        0.0, "How many of the mixed groups' reflection items quote a right rollout: not every answer has to change."
     )
     recycle_seed: int = flag(0, "Seed of the random choices of recycling, together with the step.")
     prompt_suffix: str = flag(
@@ -209,7 +211,7 @@ class Limits:
 
 
 def recycle(
-    groups: Sequence[Group], step: int, config: RecycleConfig, limits: Limits | None = None
+    groups: Sequence[Group], step: int | str, config: RecycleConfig, limits: Limits | None = None
 ) -> tuple[tuple[Item, ...], Counts]:
     """Rewrite one step's scored groups into judge and reflection prompts (paper, section 3.2).
 
@@ -345,7 +347,7 @@ def _quotas(candidates, capacity: int, multiple_of: int, config: RecycleConfig, 
     mixed = has[True, True]
     balanced = 2 * (mixed + min(has[True, False], has[False, True]))
     share, usable, unit = n["pointwise"], n["pointwise"], 1  # what decides the pointwise share, and what can fill it
-    if config.recycle_balance and config.recycle_matched:
+    if config.recycle_matched:
         # Pure groups count towards the pointwise share, as in the paper, but mixed groups take their places.
         share, usable, unit = balanced, 2 * mixed, 2
     elif config.recycle_balance:
@@ -379,7 +381,7 @@ def _select(candidates, quotas, config, rng) -> list[tuple[Task, Group, tuple[Re
 def _select_pointwise(candidates, n: int, config, rng) -> tuple[list[Candidate], list[Candidate]]:
     """`n` pointwise items: the candidates whose right response is quoted, and those whose wrong one is."""
     mixed = [c for c in candidates if c.right and c.wrong]
-    if config.recycle_balance and config.recycle_matched:
+    if config.recycle_matched:
         return mixed[: n // 2], mixed[: n // 2]
     if not config.recycle_balance:
         right, wrong = [], []

@@ -64,7 +64,7 @@ VARIANTS = {
     "grpo_same_tokens": {"per_device_train_batch_size": 47 * G, "recycle_ratio": 0},  # as SPARK's on Countdown
     "spark": spark(16, 24),
     "unmatched": spark(16, 24, recycle_matched=False),
-    "paper_labels": spark(16, 24, recycle_balance=False),
+    "paper_labels": spark(16, 24, recycle_matched=False, recycle_balance=False),
     "no_pointwise": spark(16, 24, recycle_tasks=["pairwise", "reflection"]),
     "no_pairwise": spark(16, 24, recycle_tasks=["pointwise", "reflection"]),
     "no_reflection": spark(16, 24, recycle_tasks=["pointwise", "pairwise"]),

@@ -82,10 +82,10 @@ def test_items_are_balanced_quoted_and_deterministic(groups, config, step, multi
 
     points = [item for item in items if item.task == "pointwise"]
     pairs = [item for item in items if item.task == "pairwise"]
-    if config.recycle_balance:
+    if config.recycle_balance or config.recycle_matched:
         right = sum(item.responses[0].correct for item in points)
         assert abs(right - (len(points) - right)) <= 1
-    if config.recycle_balance and config.recycle_matched:
+    if config.recycle_matched:
         sides = [(item.group.key, item.responses[0].correct) for item in points]
         assert len(set(sides)) == len(sides)
         assert {(key, not correct) for key, correct in sides} == set(sides)  # each question once for either label
@@ -174,7 +174,8 @@ def test_a_pure_group_gives_no_point_unless_unmatched():
         ("reflection", False): 1,
     }
     assert tasks_of([RIGHT, RIGHT], recycle_matched=False) == {}  # nothing balances them
-    assert tasks_of([RIGHT, RIGHT], recycle_balance=False) == {("pointwise", True): 2}
+    assert tasks_of([RIGHT, RIGHT], recycle_balance=False) == {}
+    assert tasks_of([RIGHT, RIGHT], recycle_balance=False, recycle_matched=False) == {("pointwise", True): 2}
 
 
 @pytest.mark.parametrize(("a", "b"), [(1, 1), (0.5, 0.5), (3, 2)])
@@ -301,7 +302,7 @@ def test_pairwise_share_follows_its_probability():
 
 def test_without_balance_labels_follow_the_policy():
     right = [group(f"r{i}", [("1", True)] * 4) for i in range(8)]
-    config = options(recycle_tasks=["pointwise"], recycle_balance=False)
+    config = options(recycle_tasks=["pointwise"], recycle_balance=False, recycle_matched=False)
     items, _ = recycle(right, 0, config, TEXT_ONLY)
     assert len(items) == 8
     assert all(i.responses[0].correct for i in items)
