@@ -82,7 +82,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         "Evaluation during training measures judging and reflecting as well, on everything that its rollouts can be "
         "recycled into. Give it several questions a batch (per_device_eval_batch_size).",
     )
-    recycle_weight: float = flag(1.0, "Weight of a recycled row in the loss, a policy row's being 1.")
+    recycle_weight: float = flag(1.0, "What the advantages of recycled rows are multiplied by (a KL term is not).")
     recycle_apart: bool = flag(
         False,
         "Recycled rows have optimizer steps of their own, after those of the policy's, as in the release: needs "
@@ -109,7 +109,11 @@ class SparkConfig(RecycleConfig, GRPOConfig):
                 f"a bonus by tokens needs a loss by tokens ({', '.join(TOKEN_LOSSES)}, bnpo)"
             )
 
-        if self.recycle_apart and (self.steps_per_generation // self.gradient_accumulation_steps) % 2:
+        if self.recycle_ratio > 0 and self.vllm_structured_outputs_regex is not None:
+            raise ValueError(
+                "vllm_structured_outputs_regex: expected none with recycling: judges write Yes, No, A or B"
+            )
+        if self.recycle_apart and self.steps_per_generation % (2 * self.gradient_accumulation_steps):
             raise ValueError(
                 f"recycle_apart: expected steps_per_generation of 2, 4, ... x gradient_accumulation_steps, got "
                 f"{self.steps_per_generation} and {self.gradient_accumulation_steps}"
@@ -145,6 +149,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
     | `_get_per_token_logps_and_entropies` | the same, in the forward pass | training/images.py |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
+    | `_get_train_sampler` | the order of questions, gone on with | training/checkpoint.py |
     | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
     | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
     | `evaluate` | leaves training's random numbers alone | here |
@@ -179,7 +184,11 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
         revision = (args.model_init_kwargs or {}).get("revision")
-        config = AutoConfig.from_pretrained(model, revision=revision) if isinstance(model, str) else model.config
+        trust = args.trust_remote_code
+        named = isinstance(model, str)
+        config = (
+            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust) if named else model.config
+        )
         longest = args.longest_sequence(config)
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest
@@ -199,6 +208,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
         added = self._tokenizer.get_added_vocab()
         self._control_tokens = sorted({*self._tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        self._evaluated = 0  # batches of this evaluation
         self._table = RecycledTable()
         self.add_callback(self._table)
         self.add_callback(Watch())
@@ -244,12 +254,16 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         if self.model.training and self._generation % self.args.recycle_every:
             return ()
         start = time.perf_counter()
-        items, counts = recycle(groups, self._generation, self.args, self._limits(policy, groups))
+        step = self._generation
+        if not self.model.training:  # batches of an evaluation draw apart, each evaluation alike
+            step, self._evaluated = f"{step}/evaluation/{self._evaluated}", self._evaluated + 1
+        items, counts = recycle(groups, step, self.args, self._limits(policy, groups))
         self._log(recycling_metrics(items, counts, self._group_size, time.perf_counter() - start))
         return items
 
     def evaluate(self, *args, **kwargs):
         """TRL's, but training's random numbers go on as if there had been none."""
+        self._evaluated = 0
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)
         device = self.accelerator.device
@@ -367,7 +381,10 @@ def main() -> None:
                 print(f"{args.output_dir}: finished before ({resume}); more --max_steps go on from there", flush=True)
             return
         processor = AutoProcessor.from_pretrained(
-            model.model_name_or_path, revision=model.model_revision, padding_side="left"
+            model.model_name_or_path,
+            revision=model.model_revision,
+            trust_remote_code=args.trust_remote_code,
+            padding_side="left",
         )
         train, evaluation = data.read(args, processor)
         verify.warm_up()

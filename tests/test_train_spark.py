@@ -1,9 +1,11 @@
 """SparkTrainer on TRL's real trainer and the real Qwen2.5-VL classes."""
 
 import copy
+import functools
 import json
 import math
 import random
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -289,8 +291,38 @@ def test_recycled_rows_can_have_steps_of_their_own(tmp_path, processor, text_mod
     run.train()
     kinds = [{part["recycled"] for part in passes} for passes in run._buffered_inputs]
     assert kinds == [{False}, {False}, {True}, {True}]
-    with pytest.raises(ValueError, match="recycle_apart: expected steps_per_generation of 2, 4"):
-        trainer(recycle_apart=True)
+    for steps, accumulation in ((1, 1), (1, 2), (2, 4), (5, 2), (2, 3)):
+        with pytest.raises(ValueError, match="recycle_apart: expected steps_per_generation of 2, 4"):
+            trainer(recycle_apart=True, steps_per_generation=steps, gradient_accumulation_steps=accumulation)
+
+
+def test_where_nothing_is_recycled_the_policy_has_all_steps(tmp_path, processor, text_model):
+    settings = {"recycle_apart": True, "recycle_every": 2, "steps_per_generation": 2, "drop_zero_advantage": False}
+    arguments = config(SparkConfig, tmp_path, max_steps=4, per_device_train_batch_size=8, **settings)
+    trainer = SparkTrainer(text_model, coin, arguments, train_dataset=sums(8), processing_class=processor.tokenizer)
+    trainer.train()
+    assert [sum(len(part["batch"]["prompt_ids"]) for part in passes) for passes in trainer._buffered_inputs] == [8, 8]
+    assert history(trainer)[2]["recycle/trained_share"] == 1.0
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "cispo", "bnpo"])
+def test_apart_each_kind_has_the_loss_that_it_would_have_alone(loss_type, tmp_path, processor, text_model):
+    """Of 16 policy rows and fewer, shorter or longer recycled ones: TRL divides by an even share of all tokens."""
+    settings = {"recycle_apart": True, "steps_per_generation": 2, "per_device_train_batch_size": 8}
+    arguments = config(SparkConfig, tmp_path, loss_type=loss_type, recycle_ratio=0.5, **settings)
+    trainer = SparkTrainer(text_model, coin, arguments, train_dataset=sums(4), processing_class=processor.tokenizer)
+    union = drawn_union(trainer)
+    n_rows = len(union["prompt_ids"])
+    micro_steps = trainer._passes(union, n_policy=16)
+    for passes, rows in zip(micro_steps, (torch.arange(16), torch.arange(16, n_rows)), strict=True):
+        alone = merge_images(cut_pass(union, rows))
+        alone["num_items_in_batch"] = alone["completion_mask"].sum()
+        loss, expected = gradient_of(trainer, alone)
+        assert abs(loss) > 1e-6
+        found, got = gradient_of(trainer, passes, per_generation=2)
+        assert found == pytest.approx(loss, rel=1e-4)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_every_second_generation_recycles_and_its_rows_have_a_weight(tmp_path, processor, text_model, monkeypatch):
@@ -311,9 +343,10 @@ def test_every_second_generation_recycles_and_its_rows_have_a_weight(tmp_path, p
         assert torch.equal(union["advantages"][16:], rewards)
 
 
-def gradient_of(trainer, parts, steps=1):
-    """Loss and gradient of one optimizer step on these parts of a generation."""
-    trainer.current_gradient_accumulation_steps = trainer.args.steps_per_generation = steps
+def gradient_of(trainer, parts, steps=1, per_generation=None):
+    """Loss and gradient of one optimizer step on these parts of a generation, which has one or `per_generation`."""
+    trainer.current_gradient_accumulation_steps = steps
+    trainer.args.steps_per_generation = per_generation or steps
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, parts)
     loss.backward()
@@ -514,6 +547,10 @@ def test_all_processes_make_as_many_passes_of_as_many_rows():
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) == 6
     assert all(shapes[0][i] for i in (1, 3, 5))  # the last micro-step of each block exchanges gradients
+    for fill, empty in ((False, 4), (True, 0)):
+        few = plan_passes(unions[1], 24, micro_steps=6, blocks=2, budget=400, drop=True, fill=fill)
+        assert sum(not passes for passes in few) == empty
+        assert sum(p.row_weight for passes in few for p in passes) == pytest.approx(3 / 12)  # one row of a block's 12
     for union, passes in zip(unions, plans, strict=True):
         rows = torch.cat([p.rows for micro_step in passes for p in micro_step])
         assert len(rows.unique()) == len(rows) < 24
@@ -555,6 +592,30 @@ def test_evaluation_measures_the_judge_and_changes_nothing_in_training(
     assert judged <= names if recycles else not any("judge" in name or "recycle" in name for name in names)
     trained = {name for logs in history(trainer) for name in logs}
     assert "judge/unparsed" in trained and not any(name.startswith("eval_") for name in trained)
+
+
+def test_batches_of_an_evaluation_draw_apart(tmp_path, processor, text_model):
+    """Of one question each, as by default: else every batch would have the same task, label and letter."""
+    items = []
+
+    class Seen(SparkTrainer):
+        def _judging(self, asked):
+            items.extend((item.task, item.label) for item in asked[:: self._group_size])
+            return super()._judging(asked)
+
+    def half(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    arguments = config(SparkConfig, tmp_path, per_device_eval_batch_size=4, recycle_source="cot")
+    data, tokenizer = sums(12), processor.tokenizer
+    trainer = Seen(text_model, half, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    trainer.evaluate()
+    labels = Counter(label for task, label in items if task != "reflection")
+    assert len(labels) == 4 and labels["A"] > 1 and labels["B"] > 1
+    first = items.copy()
+    items.clear()
+    trainer.evaluate()
+    assert items == first  # evaluations of the same weights are comparable
 
 
 def test_equal_images_go_through_the_vision_tower_once(processor, vision_model):
@@ -666,9 +727,27 @@ def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(
     with pytest.raises(BadInput, match="pays_two gave 2, expected 0 or 1"):
         first_step()
     logs = first_step(correct_at=2.0)
+    assert logs["reflection/fix_rate"] <= 1  # a rate, not a mean of rewards
     assert logs["policy/accuracy"] == pytest.approx(logs["reward"] / 2)
     assert 0 < logs["policy/accuracy"] < 1
     assert "policy/accuracy" not in first_step(recycle_ratio=0)  # plain GRPO takes any reward
+
+
+def test_callable_objects_and_partials_keep_their_names_in_the_metrics(tmp_path, processor, text_model):
+    class Verifier:
+        def __call__(self, prompts, completions, **columns):
+            return coin(prompts, completions)
+
+    def constant(prompts, completions, value, **columns):
+        return [value] * len(completions)
+
+    functions = [Verifier(), functools.partial(constant, value=0.5)]
+    arguments = config(SparkConfig, tmp_path, max_steps=1)
+    trainer = SparkTrainer(
+        text_model, functions, arguments, train_dataset=sums(4), processing_class=processor.tokenizer
+    )
+    trainer.train()
+    assert {"rewards/Verifier/mean", "rewards/constant/mean"} <= history(trainer)[0].keys()
 
 
 def test_a_reward_function_of_ones_own_by_its_file(tmp_path):
@@ -719,6 +798,28 @@ def test_a_completion_that_ends_in_a_tool_call_has_no_text(monkeypatch):
     assert verify.answer_reward([None] * 3, completions, solution=["2"] * 3) == [0.0, 0.0, 1.0]
 
 
+def test_a_model_s_own_code_runs_where_that_is_asked_for(tmp_path, processor, text_model, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    folder = tmp_path / "mine"
+    save_text_model(text_model, processor.tokenizer, folder)
+    (folder / "mine_config.py").write_text(
+        "from transformers import Qwen2Config\nclass MineConfig(Qwen2Config):\n    model_type = 'mine'\n"
+    )
+    (folder / "mine_model.py").write_text(
+        "from transformers import Qwen2ForCausalLM\nfrom .mine_config import MineConfig\n"
+        "class MineForCausalLM(Qwen2ForCausalLM):\n    config_class = MineConfig\n"
+    )
+    settings = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "mine_config.MineConfig", "AutoModelForCausalLM": "mine_model.MineForCausalLM"}
+    settings |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto_map}
+    (folder / "config.json").write_text(json.dumps(settings))
+    arguments = config(SparkConfig, tmp_path / "run", trust_remote_code=True)
+    tokenizer = processor.tokenizer
+    trainer = SparkTrainer(str(folder), coin, arguments, train_dataset=sums(8), processing_class=tokenizer)
+    assert type(trainer.model).__name__ == "MineForCausalLM"
+
+
 def test_settings_are_checked_and_have_one_source(tmp_path):
     sizes = ("per_device_train_batch_size", "gradient_accumulation_steps")
     for name in (*sizes, "max_prompt_length", "max_completion_length"):
@@ -748,6 +849,8 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "{good}", "--model_name_or_path", "{text}"], "reads text alone"),
         (["--dataset", "{good}", "--per_device_train_batch_size", "16"], "1 rows, expected at least the 2 of one"),
         (["--dataset", "digits", "--num_generations", "7"], "divisible"),
+        (["--dataset", "digits", "--vllm_structured_outputs_regex", "[0-9]+"], "judges write Yes, No, A or B"),
+        (["--dataset", "digits", "--resume_from_checkpoint", "{other}"], "expected a checkpoint of train_spark.py"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, processor, text_model, monkeypatch, capsys):
@@ -758,6 +861,9 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
         "good": [{"prompt": "a", "image": "a.png", "solution": "2"}],
     }
     paths = {"recipe": tmp_path / "bad.yaml", "bare": tmp_path / "bare", "text": tmp_path / "text"}
+    paths["other"] = tmp_path / "checkpoint-3"  # TRL's own
+    paths["other"].mkdir()
+    (paths["other"] / "trainer_state.json").write_text('{"global_step": 3}')
     paths["recipe"].write_text("recycle_ration: 0.5\n")
     processor.tokenizer.save_pretrained(paths["bare"])
     save_text_model(text_model, processor.tokenizer, paths["text"])
@@ -900,6 +1006,44 @@ def test_resumed_is_uninterrupted(steps_per_generation, ratio, tmp_path, process
         assert metrics(resumed, step) == metrics(whole, step)
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(resumed)[name]), name
+
+
+def test_resumed_in_a_later_epoch_it_asks_the_same_questions(tmp_path, processor, text_model):
+    """TRL's sampler draws each epoch's order from where the last one left its generator."""
+
+    def run(folder, resume=None):
+        asked = []
+
+        def seen(prompts, completions, **columns):
+            asked.append([prompt[-1]["content"] for prompt in prompts[::4]])
+            return coin(prompts, completions)
+
+        arguments = config(SparkConfig, folder, max_steps=8, save_strategy="steps", save_steps=5, recycle_ratio=0.0)
+        arguments.per_device_train_batch_size = arguments.generation_batch_size = 8
+        model, tokenizer = copy.deepcopy(text_model), processor.tokenizer
+        trainer = SparkTrainer(model, seen, arguments, train_dataset=sums(6), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=resume)
+        return asked, weights(trainer)
+
+    asked, ended = run(tmp_path / "whole")
+    asked_on, ended_on = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-5"))
+    assert sorted(asked[0] + asked[1] + asked[2]) == sorted(asked[3] + asked[4] + asked[5])  # epochs of three steps
+    assert asked_on == asked[5:] and asked[:3] != asked[3:6]
+    assert all(torch.equal(weight, ended_on[name]) for name, weight in ended.items())
+
+
+def test_a_head_in_float32_is_resumed_in_float32(tmp_path, processor, text_model):
+    model = copy.deepcopy(text_model).to(torch.bfloat16)
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(processor.tokenizer), bias=False)
+    model.config.tie_word_embeddings = False
+    arguments = config(SparkConfig, tmp_path)
+    trainer = SparkTrainer(model, coin, arguments, train_dataset=sums(8), processing_class=processor.tokenizer)
+    head = model.lm_head.weight.detach().clone()
+    model.save_pretrained(tmp_path / "saved")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    trainer._load_by_name(str(tmp_path / "saved"), model)
+    assert model.lm_head.weight.dtype == torch.float32 and torch.equal(model.lm_head.weight, head)
+    assert model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
 def test_only_a_whole_checkpoint_counts(tmp_path):

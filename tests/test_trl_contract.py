@@ -39,6 +39,8 @@ MEMBERS = {
         "ea73c3909275",
     ),
     (GRPOTrainer, "_save_checkpoint"): ("training/checkpoint.py", "that it calls transformers'", "ec91bde12364"),
+    (GRPOTrainer, "_get_train_sampler"): ("training/checkpoint.py", "that it gives a RepeatSampler", "36497afb4d31"),
+    (utils.RepeatSampler, "__iter__"): ("training/checkpoint.py", "that an epoch draws one order", "d80412d80424"),
     (GRPOTrainer, "_load_optimizer_and_scheduler"): (
         "training/checkpoint.py",
         "that it runs on every resume",

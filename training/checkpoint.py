@@ -29,6 +29,8 @@ class NotSaved(Exception):
 class SafeCheckpoints:
     """A mixin of GRPOTrainer: saves and loads what TRL forgets, and ends a run whose numbers are no longer finite."""
 
+    _sampler = None
+
     def _save_checkpoint(self, model, trial):
         """With the rest of a generation of which some optimizer steps are still to be taken. That is written first:
         trainer_state.json, which transformers writes last, completes a checkpoint."""
@@ -54,6 +56,10 @@ class SafeCheckpoints:
                 "--resume_from_checkpoint latest"
             ) from error
 
+    def _get_train_sampler(self, dataset=None):
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
     @property
     def _rest_of_generation(self) -> str:
         return f"generation_rank_{self.accelerator.process_index}.safetensors"
@@ -62,6 +68,11 @@ class SafeCheckpoints:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self._sampler is not None and self._sampler.shuffle:  # it draws an order for each epoch
+            for _ in range(int(_state_of(checkpoint)["epoch"])):
+                torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        if self.args.sync_ref_model and self.accelerator.is_main_process:
+            print(f"{checkpoint}: has no reference model: the one that the run began with is used", file=sys.stderr)
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         self._step = state["step"]
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
@@ -87,14 +98,16 @@ class SafeCheckpoints:
         """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not
         rename them back: the model would keep the weights that it has, with a warning."""
         if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            saved = type(model).from_pretrained(folder, dtype=model.dtype)
+            dtype = max({p.dtype for p in model.parameters()}, key=lambda dtype: dtype.itemsize)  # a head's in float32
+            saved = type(model).from_pretrained(folder, dtype=dtype)
             model.load_state_dict(saved.state_dict())
 
     # ---- numbers that are no longer finite --------------------------------------------------------------------------
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is None and not math.isfinite(norm):  # with fp16 such steps are skipped by design
+        # With fp16 such steps are skipped by design.
+        if self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
             self._stop_at("gradient norm", float(norm))
         return norm
 
@@ -178,10 +191,14 @@ def load_batches(path: Path, device: torch.device):
 # Output folders
 
 
+def _state_of(checkpoint: str | Path) -> dict[str, Any]:
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was saved to its end: trainer_state.json is what transformers writes last."""
     try:
-        return bool(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")))
+        return bool(_state_of(checkpoint))
     except (OSError, ValueError):  # the process ended before or while it was written
         return False
 
@@ -198,14 +215,17 @@ def where_to_start(args: Any) -> str | None:
     Raises BadInput for what is no whole checkpoint, and where a new run would be mixed with what an earlier one left.
     """
     resume, folder = args.resume_from_checkpoint, args.output_dir
-    if resume == "latest":
-        return last_checkpoint(folder)
     if resume is not None:
-        if not is_whole(Path(resume)):
+        checkpoint = last_checkpoint(folder) if resume == "latest" else resume
+        if checkpoint is not None and not is_whole(Path(checkpoint)):
             raise BadInput(
                 f"resume_from_checkpoint: expected a run's checkpoint-N, or latest, got {resume or 'nothing'}"
             )
-        return resume
+        if checkpoint is not None and not (Path(checkpoint) / STATE).is_file():
+            raise BadInput(
+                f"resume_from_checkpoint: expected a checkpoint of train_spark.py, with {STATE}: {checkpoint}"
+            )
+        return checkpoint
     patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "completions/*.parquet", "*.safetensors", "trainer_state.json")
     traces = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
     if traces:
@@ -218,7 +238,7 @@ def where_to_start(args: Any) -> str | None:
 
 def finished(checkpoint: str, max_steps: int, epochs: float) -> bool:
     """Whether the run that saved `checkpoint` has taken all its steps, and is asked for no more of them now."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    state = _state_of(checkpoint)
     if max_steps > 0:
         return state["global_step"] >= max_steps
     return state["global_step"] >= state["max_steps"] and epochs <= state["num_train_epochs"]

@@ -47,7 +47,10 @@ class StepLogs:
     def _log_judging(self, asked: list[Item], advantages: torch.Tensor) -> None:
         texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)
         advantages = self.accelerator.gather(advantages).tolist()
-        self._log(judge_metrics(asked, texts, rewards))
+        right = gather_object(self._rewards.right)
+        scored = zip(asked, right, rewards, strict=True)
+        outcomes = [fixed if item.task == "reflection" else reward for item, fixed, reward in scored]
+        self._log(judge_metrics(asked, texts, outcomes))
         if self.model.training and self.log_completions and self.accelerator.is_main_process:
             self._table.rows = recycled_table(asked, texts, rewards, advantages)
 

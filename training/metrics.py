@@ -40,31 +40,31 @@ def recycling_metrics(items: Sequence[Item], counts: Counts, num_generations: in
     return metrics if blind is None else {**metrics, "judge/pointwise/question_only": blind}
 
 
-def judge_metrics(items: Sequence[Item], texts: Sequence[str], rewards: Sequence[float | None]) -> dict[str, float]:
+def judge_metrics(items: Sequence[Item], texts: Sequence[str], right: Sequence[float | None]) -> dict[str, float]:
     """Of the recycled rollouts.
 
     Args:
         items: (n*G,) the item that each rollout answers.
         texts: (n*G,) what was written.
-        rewards: (n*G,) 0 or 1, None where the verifier has no opinion.
+        right: (n*G,) 0 or 1, None where the verifier has no opinion.
     """
     values = defaultdict(list)
-    for item, text, reward in zip(items, texts, rewards, strict=True):
+    for item, text, correct in zip(items, texts, right, strict=True):
         if item.task == "reflection":
-            if reward is not None:
-                values["reflection/fix_rate"].append(reward)
+            if correct is not None:
+                values["reflection/fix_rate"].append(correct)
             continue
         verdict = verify.parse_verdict(text)
         readable = verdict in (item.label, OTHER_VERDICT[item.label])
         values["judge/unparsed"].append(not readable)
-        values[f"judge/{item.task}/accuracy"].append(reward)
+        values[f"judge/{item.task}/accuracy"].append(correct)
         if item.task == "pairwise":
             values["judge/pairwise/first_rate"] += [verdict == "A"] * readable
         else:
-            right = item.responses[0].correct
-            values["judge/pointwise/label_rate"].append(right)
-            values["judge/pointwise/positive_rate"] += [(verdict == item.label) == right] * readable
-            values["on right" if right else "on wrong"].append(reward)
+            shown_right = item.responses[0].correct
+            values["judge/pointwise/label_rate"].append(shown_right)
+            values["judge/pointwise/positive_rate"] += [(verdict == item.label) == shown_right] * readable
+            values["on right" if shown_right else "on wrong"].append(correct)
     sides = [values.pop(side, []) for side in ("on right", "on wrong")]
     if all(sides):
         values["judge/pointwise/balanced_accuracy"] = [sum(sum(side) / len(side) for side in sides) / 2]

@@ -50,13 +50,18 @@ class InPasses:
             blocks=steps // math.gcd(steps, accumulation),
             budget=self.args.per_device_train_batch_size * width,
             drop=self._drop_rows,
-            apart=self.args.recycle_apart,
+            apart=self.args.recycle_apart and n_policy < len(union["prompt_ids"]),
+            fill=self._with_deepspeed,
             everyone=self._everyone,
         )
-        trained = sum(len(p.rows) for passes in plan for p in passes)
+        trained = sum(len(p.rows) for passes in plan for p in passes if p.row_weight)
         share = trained / len(union["prompt_ids"])
         self._log({"recycle/trained_rows": trained * self.accelerator.num_processes, "recycle/trained_share": share})
         return [[{**p.weights, "batch": cut_pass(union, p.rows)} for p in passes] for passes in plan]
+
+    @property
+    def _with_deepspeed(self) -> bool:
+        return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def _everyone(self, local: torch.Tensor) -> torch.Tensor:
         """Every process's tensor, (n, ...) -> (processes, n, ...)."""
@@ -70,8 +75,7 @@ class InPasses:
         for part in inputs[:-1]:
             with self._gradients_kept_local(model):
                 loss = self._pass_loss(model, part)
-                deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+                self.accelerator.backward(loss, **({"scale_wrt_gas": False} if self._with_deepspeed else {}))
                 total += loss.detach()
         if not inputs:  # every row of the block was left out; its last micro-step has a pass all the same
             return torch.zeros((), device=self.accelerator.device, requires_grad=True)
@@ -86,6 +90,7 @@ class InPasses:
         batch = merge_images(part["batch"])
         weight = part["token_weight"] if self.loss_type in (*TOKEN_LOSSES, "bnpo") else part["row_weight"]
         if self.loss_type in TOKEN_LOSSES:
+            batch["num_items_in_batch"] = batch["num_items_in_batch"] * part["token_share"]
             if self.args.has_entropy_bonus or self.aux_loss_enabled:
                 batch["num_items_in_batch"] = batch["num_items_in_batch"] * weight
             else:
@@ -125,6 +130,8 @@ class Pass:
         by the accumulation steps, into its part of the mean over all rows of the block.
     token_weight: the same of the loss tokens of all processes.
     metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together.
+    token_share: loss tokens of its kind over half of the generation's, where the kinds have optimizer steps of their
+        own: TRL takes it that all steps of a generation have as many.
     """
 
     rows: torch.Tensor  # (b,)
@@ -132,6 +139,7 @@ class Pass:
     row_weight: float
     token_weight: float
     metric_weight: float
+    token_share: float = 1.0
 
     @property
     def weights(self) -> dict[str, Any]:
@@ -146,6 +154,7 @@ def plan_passes(
     budget: int,
     drop: bool = False,
     apart: bool = False,
+    fill: bool = False,
     everyone: Callable[[torch.Tensor], torch.Tensor] = lambda local: local[None],
 ) -> list[list[Pass]]:
     """The passes of each micro-step.
@@ -161,6 +170,7 @@ def plan_passes(
         budget: the most padded tokens (rows x width) of a pass; one row may have more.
         drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
         apart: policy rows in the first half of the blocks, recycled rows in the second.
+        fill: each micro-step has a pass, if one without weight: DeepSpeed wants a gradient of every one.
         everyone: (n, ...) -> (processes, n, ...), every process's tensor.
     """
     n_rows = len(union["prompt_ids"])
@@ -196,7 +206,9 @@ def plan_passes(
     widths, tokens = lengths[..., :2].amax(0).tolist(), lengths[..., 2].sum(0)
     processes = len(lengths)
     block_tokens = everyone(torch.tensor([int(loss_tokens[rows].sum()) for *_, rows in kinds])).sum(0)
-    block_tokens = block_tokens.view(2, blocks).sum(0).tolist()  # policy's and recycled, all processes
+    of_kind = block_tokens.view(2, blocks).sum(1)  # the policy's, the recycled ones', of all processes
+    shares = (2 * of_kind / of_kind.sum().clamp(min=1)).tolist() if apart else [1.0, 1.0]
+    block_tokens = block_tokens.view(2, blocks).sum(0).tolist()
 
     steps_of_block = micro_steps // blocks
     plan: list[list[Pass]] = []
@@ -218,10 +230,12 @@ def plan_passes(
                         / max(block_tokens[block], 1)
                         * steps_of_block,
                         metric_weight=int(tokens[i, start:stop].sum()) / max(int(tokens[i].sum()), 1) * len(slices),
+                        token_share=shares[kinds[i][1]],
                     )
                 )
-        if not passes:  # the gradients of blocks before it in the optimizer step are still to be exchanged
-            passes = [Pass(total.argmin()[None], False, row_weight=0.0, token_weight=0.0, metric_weight=0.0)]
+        # Without any, the gradients of blocks before it in the optimizer step would not be exchanged.
+        while len(passes) < (steps_of_block if fill else 1):
+            passes.insert(0, Pass(total.argmin()[None], False, row_weight=0.0, token_weight=0.0, metric_weight=0.0))
         bounds = [len(passes) * i // steps_of_block for i in range(steps_of_block + 1)]
         plan += [passes[a:b] for a, b in pairwise(bounds)]  # the last micro-step of a block always has one
     return plan

@@ -55,7 +55,7 @@ class JudgingRewards:
             self.functions[1:] = [self._other(function) for function in reward_funcs[1:]]
 
     def _verifier(self, function: Callable) -> Callable:
-        @functools.wraps(function)
+        @_named_after(function)
         def reward(prompts, completions, **columns):
             self.texts = [verify.last_text(completion) for completion in completions]
             self.values = self._answers(function, prompts, completions, columns)
@@ -70,7 +70,7 @@ class JudgingRewards:
     def _other(self, function: Callable) -> Callable:
         """Judge rows, and rows of which the verifier has no opinion, get none from any other function either."""
 
-        @functools.wraps(function)
+        @_named_after(function)
         def reward(prompts, completions, **columns):
             values = self._answers(function, prompts, completions, columns)
             return [None if verdict is None else value for value, verdict in zip(values, self.values, strict=True)]
@@ -108,6 +108,16 @@ class JudgingRewards:
                 "least reward of a right rollout"
             )
         return [None if value is None or other else bool(value) for value in values]
+
+
+def _named_after(function: Callable) -> Callable:
+    """functools.wraps, and the name that TRL's metrics have for a callable object or a partial."""
+
+    def named(wrapper: Callable) -> Callable:
+        functools.update_wrapper(wrapper, function).__name__ = get_callable_name(function)
+        return wrapper
+
+    return named
 
 
 def is_model(function) -> bool:
