@@ -3,14 +3,16 @@ of them from two starts (trusting: Countdown by a model that rarely checks what 
 with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, a quarter of the rollouts in 4 micro-steps).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
-    python -m benchmarks.learning --task digits --table [--figure FILE.png]
+    python -m benchmarks.learning --task digits --table [--minus spark] [--figure FILE.png]
 
 Each run is a plain call of train_spark.py and of benchmarks.measures, in a process of its own with its share of the
 cores; it takes a few minutes, is kept under runs/learning/ and goes on where it was. Choices are made on the dev split;
-`--split test` measures finished runs on the held-out questions, once. Of every run
-benchmarks/results/learning_TASK_SPLIT.json has the settings, seconds, tokens, measures and outcomes.
+`--split test` measures finished runs on the held-out questions, once (the digits have a second set, `unseen`). Of every
+run benchmarks/results/learning_TASK_SPLIT.json has the settings, seconds, tokens, measures and outcomes; what is there
+stays there until the same run is made again.
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -135,6 +137,11 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             if subprocess.run(command, check=False, env=env, stdout=log, stderr=log).returncode:
                 raise Failed(f"{' '.join(command[1:4])} failed; {folder / 'log.txt'} says why")
 
+        if variant != "start" and (folder / "trained.json").exists():
+            earlier = json.loads((folder / "trained.json").read_text(encoding="utf-8"))["command"]
+            wanted = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
+            if steps_of(earlier.split()) != [n for command in wanted for n in steps_of(command)]:
+                raise Failed(f"{folder}: was trained for another number of steps; remove it to train it anew")
         if variant != "start" and not (folder / "trained.json").exists():
             resumed = any(folder.glob("*/checkpoint-*"))
             begun = time.perf_counter()
@@ -166,6 +173,11 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
     return {"variant": variant, "seed": seed, **trained, **json.loads(outcome.read_text(encoding="utf-8"))}
 
 
+def steps_of(words: list[str]) -> list[str]:
+    """The --max_steps of one command or several."""
+    return [number for flag, number in itertools.pairwise(words) if flag == "--max_steps"]
+
+
 def log_history(folder: Path) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
 
@@ -193,9 +205,14 @@ def as_numbers(value):
     return int(value) if isinstance(value, bool) else value
 
 
-def table(runs: list[dict]) -> dict[str, dict[str, dict]]:
+def recorded_runs(path: Path) -> list[dict]:
+    """Those of an earlier call, perhaps on another machine."""
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
+
+
+def table(runs: list[dict], than: str = "grpo") -> dict[str, dict[str, dict]]:
     """variant -> measure -> mean over seeds with the half width of its 95 % interval (t), the same of its difference
-    from GRPO with the same seeds, and the seeds' values; greedy measures by that name."""
+    from GRPO (or `than`) with the same seeds, and the seeds' values; greedy measures by that name."""
     values: dict[str, dict[str, dict[int, float]]] = {}
     for run in runs:
         row = values.setdefault(run["variant"], {})
@@ -208,11 +225,13 @@ def table(runs: list[dict]) -> dict[str, dict[str, dict]]:
         for name in ("seconds", "tokens", "trained_rows"):
             if run.get(name) is not None:
                 row.setdefault(name, {})[run["seed"]] = run[name]
+        if run.get("rollouts") is not None:
+            row.setdefault("recycled rollouts", {})[run["seed"]] = run["rollouts"]
     cells = {}
     for variant, row in values.items():
         cells[variant] = {}
         for name, seeds in row.items():
-            plain = values.get("grpo", {}).get(name, {}) if variant != "grpo" else {}
+            plain = values.get(than, {}).get(name, {}) if variant != than else {}
             cells[variant][name] = mean_of(list(seeds.values())) | {
                 "over_grpo": mean_of([value - plain[seed] for seed, value in seeds.items() if seed in plain]),
                 "seeds": seeds,
@@ -248,15 +267,16 @@ SHOWN = (
     "vote of 4 weighed by greedy verdicts",
     "best of 4 by pairs",
     "tokens: first answer",
+    "recycled rollouts",
 )
 
 
-def print_table(cells: dict[str, dict[str, dict]]) -> None:
-    """As Markdown: means, and then the differences from GRPO with the same seeds."""
-    for of, variants in (("mean", list(cells)), ("over_grpo", [v for v in cells if v not in ("start", "grpo")])):
+def print_table(cells: dict[str, dict[str, dict]], than: str = "grpo") -> None:
+    """As Markdown: means, and then the differences from GRPO (or `than`) with the same seeds."""
+    for of, variants in (("mean", list(cells)), ("over_grpo", [v for v in cells if v not in ("start", than)])):
         if not variants:
             continue
-        print("\n| " + " | ".join(["" if of == "mean" else "minus GRPO", *variants]) + " |")
+        print("\n| " + " | ".join(["" if of == "mean" else f"minus {than}", *variants]) + " |")
         print("| --- |" + " ---: |" * len(variants))
         for name in SHOWN:
             row = [written(cells[v].get(name, {}), of) for v in variants]
@@ -350,11 +370,12 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--variants", nargs="+", default=["grpo", "spark"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", default="dev", choices=("dev", "test"))
+    parser.add_argument("--split", default="dev", choices=("dev", "test", "unseen"))
     parser.add_argument("--steps", type=int, help="default: the task's")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--table", action="store_true", help="of the runs there are; nothing is trained")
+    parser.add_argument("--minus", default="grpo", choices=VARIANTS, help="what differences are from (default: grpo)")
     parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")
     args = parser.parse_args()
     if not args.table:
@@ -367,12 +388,16 @@ def main() -> None:
                 list(pool.map(lambda job: one_run(args.task, *job, args), jobs))
         except Failed as error:
             parser.exit(1, f"benchmarks.learning: {error}\n")
-    runs = finished_runs(args.task, args.split)
-    cells = table(runs)
-    record.write(record.RESULTS / f"learning_{args.task}_{args.split}.json", indent=None, table=cells, runs=runs)
+    path, made = record.RESULTS / f"learning_{args.task}_{args.split}.json", finished_runs(args.task, args.split)
+    known = {(run["variant"], run["seed"]): run for run in recorded_runs(path)}
+    by_name = {**known, **{(run["variant"], run["seed"]): run for run in made}}
+    runs = [by_name[name] for name in sorted(by_name)]
+    if by_name != known:
+        record.write(path, indent=None, table=table(runs), runs=runs)
+    cells = table(runs, args.minus)
     shown = {variant: cells[variant] for variant in ("start", *args.variants) if variant in cells}
-    print_table(shown)
-    if "grpo" in shown:
+    print_table(shown, args.minus)
+    if "grpo" in shown and args.minus == "grpo":
         print_at_equal_tokens(shown)
     if args.figure:
         figure(cells, [variant for variant in args.variants if variant in cells], args.figure)

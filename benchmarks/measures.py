@@ -66,7 +66,14 @@ def digits() -> Task:
     from demo import held_out
 
     def rows(n: int, split: str) -> dict[str, list[Row]]:
-        return held_out(n, "test") if split == "test" else held_out(n, "train", seed=2)  # the training split's digits
+        """test: the demo's questions, one in five of them text alone, which training has too; unseen: others, all of
+        them about an image of test digits; dev: about the training split's digits."""
+        if split != "unseen":
+            return held_out(n, "test") if split == "test" else held_out(n, "train", seed=2)
+        drawn = held_out(2 * n, "test", seed=3)
+        with_image = [i for i, row in enumerate(drawn["answers"]) if row["image_path"] is not None][:n]
+        points = [drawn["points"][2 * i + j] for i in with_image for j in (0, 1)]
+        return {"points": points, **{name: [drawn[name][i] for i in with_image] for name in ("answers", "pairs")}}
 
     return Task(rows, by_answer, verify.verify_many, 64)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import verify
 from data.countdown import countdown_reward
+from data.rows import question_key
 
 
 def erring(reward: Callable, share: float) -> Callable:
@@ -17,19 +18,21 @@ def erring(reward: Callable, share: float) -> Callable:
     @functools.wraps(reward)  # with what it calls the same answer (`equal`)
     def noisy(prompts, completions, **columns):
         rewards = reward(prompts=prompts, completions=completions, **columns)
+        images = columns.get("images") or [None] * len(prompts)
         return [
-            1 - right if right is not None and draw(prompt, completion) < share else right
-            for prompt, completion, right in zip(prompts, completions, rewards, strict=True)
+            1 - right if right is not None and draw(prompt, completion, shown) < share else right
+            for prompt, completion, shown, right in zip(prompts, completions, images, rewards, strict=True)
         ]
 
     return noisy
 
 
-def draw(prompt, completion) -> float:
-    """A number in [0, 1) for this answer to this question."""
+def draw(prompt, completion, images) -> float:
+    """A number in [0, 1) for this answer to this question about these images."""
     text = verify.last_text(completion)
     question = verify.last_text(prompt) if isinstance(prompt, list) else prompt
-    key = f"{question}\0{verify.extract_boxed(text) or text}"
+    seen = question_key({"prompt": question, "images": images or []})
+    key = f"{seen}\0{verify.extract_boxed(text) or text}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 

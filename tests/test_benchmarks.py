@@ -6,6 +6,7 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 from benchmarks import gpu, gpu_smollm2, learning, noisy
@@ -57,6 +58,9 @@ def test_a_noisy_verifier_errs_as_often_as_it_says_and_the_same_way_again():
     wrong = noisy.digits_10(prompts, right, solution=["x"] * 1000)
     assert [1 - reward for reward in wrong] == rewards
     assert noisy.countdown_20.equal is countdown_reward.equal
+    images = [[PIL.Image.new("L", (8, 8), i % 256)] for i in range(200)]  # the same words about another image
+    asked = noisy.digits_20(prompts[:1] * 200, right[:1] * 200, solution=golds[:1] * 200, images=images)
+    assert 0.1 < asked.count(0.0) / 200 < 0.3
 
 
 def test_a_case_for_the_gpu_runs_in_miniature():
@@ -109,6 +113,27 @@ def test_differences_are_between_runs_of_the_same_seed():
     assert cell["over_grpo"]["mean"] == pytest.approx(0.02)
     assert cell["over_grpo"]["half"] == pytest.approx(12.706 * 0.01, rel=1e-3)  # t with one degree of freedom
     assert "judge, own answers" not in learning.table(runs)["spark"]
+
+
+def test_a_table_keeps_what_was_recorded_elsewhere(tmp_path, monkeypatch, capsys):
+    """On a fresh checkout there are no runs, and the committed rows are all that there is."""
+    monkeypatch.setattr(learning.record, "RESULTS", tmp_path)
+    monkeypatch.setattr(learning, "RUNS", tmp_path / "runs")
+    path = tmp_path / "learning_digits_dev.json"
+    runs = [of_seed(variant, seed, 0.5 + seed / 10) for variant in ("grpo", "spark") for seed in (0, 1)]
+    path.write_text(json.dumps({"runs": runs}))
+    before = path.read_bytes()
+    monkeypatch.setattr("sys.argv", "learning.py --task digits --table --variants grpo --minus spark".split())
+    learning.main()
+    assert path.read_bytes() == before
+    assert "| first answer | +0.000 ± 0.000 |" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "digits" / "spark_1"
+    folder.mkdir(parents=True)
+    sampled = of_seed("spark", 1, 0.9)
+    (folder / "dev.json").write_text(json.dumps({how: {**sampled[how], "rows": {}} for how in ("greedy", "sampled")}))
+    learning.main()
+    recorded = {(run["variant"], run["seed"]): run for run in json.loads(path.read_text())["runs"]}
+    assert len(recorded) == 4 and recorded["spark", 1]["sampled"]["measures"]["first answer"]["mean"] == 0.9
 
 
 def test_a_way_is_compared_with_a_majority_of_as_many_tokens():
