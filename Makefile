@@ -50,6 +50,8 @@ clean:
 
 # A stamp is written once its step has succeeded, so an interrupted set-up goes on with the step it was in.
 $(STAMPS)/venv:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'expected Python 3.11 or newer, got ' + \
+		sys.version.split()[0] + '; name one: make PYTHON=python3.12 ...')"
 	@echo "set-up: virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STAMPS) && touch $@

@@ -345,7 +345,8 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
 
     lines = [f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number])]
     for row in table(run, "recycled", step):
-        if not row["prompt"].startswith(question + "\n\n"):
+        of = row.get("question")  # tables of an earlier version have none
+        if of != number if of is not None else not row["prompt"].startswith(question + "\n\n"):
             continue
         if row["prompt"] != asked:
             asked = row["prompt"]
@@ -435,10 +436,20 @@ def browse(gr, run: Path | None, suffix: str, written) -> None:
         except Exception as error:
             return told(error)
 
-    step = gr.Dropdown([(str(step), step) for step in steps], value=steps[-1], label="Step")
-    question = gr.Dropdown(choices(steps[-1]), value=0, label="Question")
+    def readable(step: int) -> bool:
+        try:
+            return bool(choices(step)) and show(step, 0) is not None
+        except (BadInput, OSError):  # being written, or cut off with the run
+            return False
+
+    newest = next((step for step in reversed(steps) if readable(step)), None)
+    if newest is None:
+        gr.Markdown("None of this run's tables of rollouts can be read.")
+        return
+    step = gr.Dropdown([(str(step), step) for step in steps], value=newest, label="Step")
+    question = gr.Dropdown(choices(newest), value=0, label="Question")
     text = written("Rollouts")
-    text.value = show(steps[-1], 0)
+    text.value = show(newest, 0)
     step.change(lambda step: gr.Dropdown(choices(step), value=0), step, question, api_visibility="private").then(
         show, [step, question], text, api_visibility="private"
     )

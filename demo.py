@@ -195,7 +195,9 @@ def staged(path: Path, settings: Row, make) -> Row:
 
 def train(recipe: str, output: Path, **overrides: Any) -> None:
     """train_spark.py in a process of its own, resumed from its last checkpoint; nothing to do if it has finished."""
-    if (output / "model.safetensors").exists():
+    state = output / "trainer_state.json"
+    done = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
+    if (output / "model.safetensors").exists() and done >= overrides.get("max_steps", 0):
         print(f"{output}: trained before", flush=True)
         return
     flags = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]

@@ -120,7 +120,7 @@ def read_runs(paths: list[str | Path]) -> list[Run]:
         metrics = read_json(path / "metrics.json")
         inside = [path] if is_run(path) else sorted(p for p in path.iterdir() if p.is_dir() and is_run(p))
         if not inside and not metrics:
-            raise BadInput(f"{path}: not a run: expected trainer_state.json, checkpoint-*/ or completions/ in it")
+            raise BadInput(f"{path}: not a run: expected metrics.jsonl, trainer_state.json or completions/ in it")
         found = [read_run(folder) for folder in inside or [path]]
         found[0].metrics = found[0].metrics or metrics
         folders += inside or [path]
@@ -133,13 +133,19 @@ def read_runs(paths: list[str | Path]) -> list[Run]:
 
 
 def is_run(path: Path) -> bool:
-    return any(any(path.glob(glob)) for glob in (*STATES, "completions/*.parquet"))
+    return any(any(path.glob(glob)) for glob in (*STATES, "metrics.jsonl", "completions/*.parquet"))
 
 
 def read_run(path: Path) -> Run:
-    states = [read_json(p) for glob in STATES for p in path.glob(glob)]
+    states, notes = [read_json(p) for p in path.glob(STATES[0])], []
+    for checkpoint in path.glob(STATES[1]):
+        try:
+            states.append(read_json(checkpoint))
+        except BadInput as error:  # the run was killed while it wrote
+            notes.append(str(error))
     state = max(states, key=lambda state: state.get("global_step", 0), default={})
-    run = Run(path.name, state, settings=read_json(path / "settings.json"), metrics=read_json(path / "metrics.json"))
+    settings, metrics = (read_json(path / name) for name in ("settings.json", "metrics.json"))
+    run = Run(path.name, state, settings=settings, metrics=metrics, notes=notes)
     for entry in read_log(path) or run.state.get("log_history", []):
         for key, value in entry.items():
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -605,11 +611,15 @@ def facts(run: Run) -> list[str]:
     """How far a run went, and what it cost."""
     import pyarrow.parquet as pq
 
-    done, planned = run.state.get("global_step"), run.state.get("max_steps")
+    logged = [steps[-1] for steps, _ in run.series.values() if steps]  # beyond the last checkpoint of a killed run
+    done = max([run.state.get("global_step") or 0, *logged])
+    planned = run.state.get("max_steps") or run.settings.get("max_steps")
     words = []
-    if done is not None:
+    if done:
         words.append(f"{done:,} steps" if done == planned or not planned else f"{done:,} of {planned:,} steps so far")
-    for kind, name in (("completions", "policy rollouts"), ("recycled", "recycled rollouts")):
+    recycled = sum(run.series.get("recycle/rows", ((), ()))[1])
+    words += [f"{recycled:,.0f} recycled rollouts"] if recycled else []
+    for kind, name in (("completions", "policy rollouts kept"), ("recycled", "recycled ones kept")):
         rows = 0
         for path in run.tables[kind]:
             try:

@@ -57,7 +57,15 @@ from training.metrics import policy_metrics, recycling_metrics
 from training.model_card import SparkModelCard
 from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
-from training.settings import attention, check_columns, check_files, check_installation, check_weights, refusing
+from training.settings import (
+    attention,
+    check_columns,
+    check_engine,
+    check_files,
+    check_installation,
+    check_weights,
+    refusing,
+)
 from training.vllm import adopt_engine
 
 
@@ -242,7 +250,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
             recycled = super()._generate_and_score_completions(
                 [{**item.group.row, "prompt": item.prompt} for item in self._mine(asked)]
             )
-        self._log_judging(asked, recycled["advantages"])
+        self._log_judging(groups, asked, recycled["advantages"])
         if not training:  # measured is all they are; the loss is the policy's
             return policy
         recycled = share_images(recycled, self._mine([item.group.key for item in asked]), blocks)
@@ -357,15 +365,17 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
 def main() -> None:
     with refusing(ValueError, TypeError, OSError):  # TypeError: a recipe's list where a number is expected
-        check_files(sys.argv[1:])
-        launch = plan.requested(sys.argv[1:])
+        arguments = [part for a in sys.argv[1:] for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
+        check_files(arguments)
+        launch = plan.requested(arguments)
         config_class = plan.for_launch(SparkConfig, launch) if launch else SparkConfig
         parser = TrlParser((DataArguments, config_class, ModelConfig))
         parser.error = lambda message: parser.exit(2, f"train_spark.py: {message}\n")  # one line, without the usage
         if "--help_all" in sys.argv:
             parser.usage = console.USAGE
             return parser.print_help()
-        data, args, model = parser.parse_args_and_config()
+        data, args, model = parser.parse_args_and_config(arguments)
+        check_engine(args, model)
         if launch is not None:
             plan.show(data, args, model, launch)
             return

@@ -29,7 +29,7 @@ class DataArguments(DataSettings):
     """What to train on."""
 
     dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`.")
-    eval_dataset: str | None = flag(None, "The same, for evaluation during training.")
+    eval_dataset: str | None = flag(None, "The same, for evaluation during training (eval_strategy).")
     eval_split: str = flag("test", "The same, of eval_dataset.")
     strict: bool = flag(False, "Refuse data with unusable rows instead of leaving them out.")
     reward_funcs: list[str] | None = field(
@@ -59,6 +59,8 @@ class DataArguments(DataSettings):
 
         train = self.read_one(self.dataset, self.dataset_split, args, processor)
         evaluation = None
+        if self.eval_dataset and args.eval_strategy == "no" and not args.eval_on_start:
+            raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it: without, it is never used")
         if self.eval_dataset:
             evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
         if "images" in train.column_names and not isinstance(processor, ProcessorMixin):

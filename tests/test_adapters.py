@@ -2,17 +2,19 @@
 
 import copy
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import config, digits
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
 from training import merge
+from training.vllm import SparkGeneration
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
 
@@ -96,3 +98,25 @@ def test_bf16(tmp_path, processor):
     steps = [h for h in run.state.log_history if "loss" in h]
     assert len(steps) == 2 and all(h["recycle/rows"] > 0 for h in steps)
     assert any(not torch.equal(p, before[name]) for name, p in run.model.named_parameters())
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_weights_for_the_engine_have_the_adapter_and_the_base_stays_as_it_was(dora, text_model):
+    """In bfloat16, where merging an adapter and taking it out again would round the base a little at every step."""
+    settings = LoraConfig(**LORA, use_dora=dora, modules_to_save=["lm_head"] if not dora else None)
+    model = get_peft_model(copy.deepcopy(text_model).to(torch.bfloat16), settings)
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    engine = SparkGeneration.__new__(SparkGeneration)
+    engine.model, engine._dist = model, SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None)
+    for _ in range(3):
+        sent = {name: weight.clone() for name, weight in engine._iter_named_params()}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert sent.keys() >= {name for name in merged if "lm_head" not in name}
+    for name, weight in sent.items():
+        assert torch.equal(weight, merged[name]), name
+    assert not torch.equal(sent["model.layers.0.mlp.up_proj.weight"], text_model.model.layers[0].mlp.up_proj.weight)

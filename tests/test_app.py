@@ -279,6 +279,21 @@ def test_a_runs_rollouts_and_what_was_recycled_from_them(tmp_path):
     assert "Nothing was recycled" in family(run, 3, 2, PROMPT_SUFFIX)
     with pytest.raises(BadInput, match="expected a question from 0 to 2"):
         family(run, 3, 7, PROMPT_SUFFIX)
+    path = run / "completions" / "recycled_00003.parquet"
+    pd.read_parquet(path).assign(question=1).to_parquet(path)  # as tables have it now: of the second of equal words
+    assert "Nothing was recycled" in family(run, 3, 0, PROMPT_SUFFIX)
+    assert "Label: **Yes**" in family(run, 3, 1, PROMPT_SUFFIX)
+
+
+def test_a_table_that_is_cut_off_is_passed_over(tmp_path, monkeypatch):
+    import gradio as gr
+
+    run = make_run(tmp_path)
+    (run / "completions" / "completions_00004.parquet").write_bytes(b"PAR1 cut off")
+    with gr.Blocks():
+        app.browse(gr, run, PROMPT_SUFFIX, lambda label: gr.Markdown(label=label))
+        (run / "completions" / "completions_00003.parquet").unlink()
+        app.browse(gr, run, PROMPT_SUFFIX, lambda label: gr.Markdown(label=label))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

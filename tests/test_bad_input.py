@@ -130,8 +130,8 @@ def test_an_adapter_is_no_model_to_evaluate(tmp_path, monkeypatch, capsys):
 
 # command -> its arguments here, in which {name} is an input that is right
 COMMANDS = {
-    "train_spark.py": "--config {recipe} --dataset {train} --eval_dataset {train} --image_root {images} "
-    "--model_name_or_path {model} --output_dir out",
+    "train_spark.py": "--config {recipe} --dataset {train} --eval_dataset {train} --eval_strategy epoch "
+    "--image_root {images} --model_name_or_path {model} --output_dir out",
     "train_spark.py --plan": "--config {recipe} --dataset digits --plan {launch} --output_dir out",
     "train_spark.py --resume": "--config {recipe} --resume_from_checkpoint {checkpoint} --output_dir out",
     "evaluate.py": "--model {model} --benchmark {benchmark} --image_root {images} --output out/r.json",

@@ -59,3 +59,8 @@ def test_demo_from_end_to_end(tmp_path):
     assert again.returncode == 0
     assert again.stdout.count("before") == 3  # start, training and after are not made again
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+    command[command.index("--steps") + 1] = "4"
+    more = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert more.returncode == 0, more.stderr[-2000:]
+    assert json.loads((tmp_path / "spark" / "trainer_state.json").read_text())["global_step"] == 4

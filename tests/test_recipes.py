@@ -1,10 +1,11 @@
 """Recipes and accelerate configs as they are, the models they name by their published sizes, and --plan."""
 
+import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -230,7 +231,7 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "What is 1+1?", "solution": "2"}\n' * 200)
     options = ("--model_name_or_path", tmp_path, "--dataset", rows, "--plan", "recipes/accelerate/zero3.yaml")
-    command(monkeypatch, "--config", "recipes/spark_vl_7b.yaml", *options)
+    command(monkeypatch, "--config=recipes/spark_vl_7b.yaml", *options)
     printed = capsys.readouterr().out
     lines = {
         re.split(r"\s{2,}", line.strip())[0]: re.split(r"\s{2,}", line.strip())[1:] for line in printed.split("\n")
@@ -272,9 +273,35 @@ def test_sharding_divides_weights_gradients_moments_and_reference(sharding, proc
     assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
 
 
+def test_what_deepspeed_offloads_is_not_on_the_gpu(tmp_path):
+    recipe = Path("recipes/accelerate/zero3.yaml").read_text()
+    (tmp_path / "offload.yaml").write_text(re.sub(r"(offload_\w+_device): none", r"\1: cpu", recipe))
+    launch = plan.launch_in(str(tmp_path / "offload.yaml"))
+    assert launch == plan.Launch(8, "zero3", True, True)
+    data, args, model = parse(["--dataset", "digits", "--output_dir", "x"])
+    parts = plan.memory(
+        plan.settings(data, args, model, launch, None, None), plan.Architecture("x", 9, 9, 1, 1, 1, 1, 1)
+    )
+    assert parts["weights"] == parts["optimizer"] == 0 < parts["gathered"]
+
+    own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    named = f"deepspeed_config:\n  deepspeed_config_file: {tmp_path / 'ds.json'}\n"
+    (tmp_path / "own.yaml").write_text(f"distributed_type: DEEPSPEED\nnum_processes: 4\n{named}")
+    assert plan.launch_in(str(tmp_path / "own.yaml")) == plan.Launch(4, "zero2", True, False)
+
+
+def test_models_without_grouped_heads_have_sizes_too():
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=10, architectures=["GPT2LMHeadModel"])
+    sizes = plan.architecture(config)
+    assert (sizes.kv_width, sizes.intermediate, sizes.sees) == (8, 32, False)
+
+
 def test_a_steps_seconds_are_those_worked_out_by_hand():
     """A model of a million parameters on one and on two cards that do 1e9 operations and read 1e6 bytes a second."""
-    card = Card("x", 1e9, 1e6, links=1e6, network=1e3, per_node=8, training=0.5, prefill=1.0, decoding=0.5)
+    card = Card("x", 1e9, 1e6, links=1e6, network=1e3, per_node=8, training=0.5, prefill=1.0, decoding=0.5, launching=1)
     model = plan.Architecture("x", 1_000_000, 1_000_000, 1, 1, 1, 1, 1)
     batch = ("--per_device_train_batch_size", "16", "--max_completion_length", "100", "--use_cpu", "true")
     batch += ("--recycle_ratio", "1")
@@ -296,6 +323,9 @@ def test_a_steps_seconds_are_those_worked_out_by_hand():
         )
         assert parts["log-probs"] == 0
         assert parts["weight sync"] == 2e6 / 1e6 * processes  # gathered by two, and written
+    slow = replace(card, launching=100.0)  # 100 tokens, each waiting for Python
+    parts = generation_seconds(run, plan.steps(run), model, lengths, slow)
+    assert parts["policy generation"] == pytest.approx(2e6 * 2 * 10 / 1e9 + 100 * 100)
 
 
 def test_a_plan_says_what_is_unknown_without_model_and_data(monkeypatch, capsys):

@@ -133,7 +133,7 @@ def cards(path):
 
 def test_one_file_with_everything_in_it(whole):
     page = Page(whole)
-    for words in ("mine", "20 steps", "12 policy rollouts", "144 recycled rollouts",
+    for words in ("mine", "20 steps", "12 policy rollouts kept", "144 recycled ones kept",
                   "200 tokens", "1.5 minutes", "0.50 → 0.70", "questions 300", "learning_rate 0.0001"):  # fmt: skip
         assert words in page.text
     addresses = [(value[:11]) for _, name, value in page.attributes if name in ("src", "srcset", "href")]
@@ -246,13 +246,28 @@ def test_interrupted_run_takes_its_newest_checkpoint(tmp_path):
     assert "10 of 40 steps so far" in page.text
 
 
+def test_a_run_that_goes_on_or_was_killed_is_shown_as_far_as_its_log(tmp_path):
+    """Before the first checkpoint there is metrics.jsonl alone; a killed run may have a checkpoint that is cut off."""
+    run = tmp_path / "mine"
+    run.mkdir()
+    lines = [json.dumps({**entry, "recycle/rows": 64.0}) for entry in history(7)[:-1]]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    (run / "settings.json").write_text(json.dumps({"max_steps": 40}))
+    page = Page(write_report([run], tmp_path / "r.html"))
+    assert "7 of 40 steps so far" in page.text and "448 recycled rollouts" in page.text
+    (run / "checkpoint-5").mkdir()
+    (run / "checkpoint-5" / "trainer_state.json").write_text('{"global_step": 5, "max')
+    page = Page(write_report([run], tmp_path / "r.html"))
+    assert "7 of 40 steps so far" in page.text and "checkpoint-5" in page.text
+
+
 def test_a_folder_of_runs_stands_for_them(tmp_path):
     make_run(tmp_path / "demo" / "spark")
     (tmp_path / "demo" / "metrics.json").write_text(json.dumps(METRICS))
     (tmp_path / "demo" / "other").mkdir()
     page = Page(write_report([tmp_path / "demo"], tmp_path / "r.html"))
     assert "0.840 +0.340" in page.text
-    assert "72 recycled rollouts" in page.text
+    assert "72 recycled ones kept" in page.text
 
 
 def test_broken_tables_and_images_are_notes(tmp_path):
@@ -293,7 +308,7 @@ def test_not_a_run_is_one_line_and_status_2(tmp_path):
     done = subprocess.run([sys.executable, report.__file__, tmp_path / "empty", "--output", tmp_path / "r.html"],
                           capture_output=True, text=True, timeout=60, check=False)  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert done.stderr.startswith(f"report.py: {tmp_path / 'empty'}: not a run: expected trainer_state.json")
+    assert done.stderr.startswith(f"report.py: {tmp_path / 'empty'}: not a run: expected metrics.jsonl")
     assert not (tmp_path / "r.html").exists()
 
 

@@ -849,6 +849,11 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "{good}", "--model_name_or_path", "{text}"], "reads text alone"),
         (["--dataset", "{good}", "--per_device_train_batch_size", "16"], "1 rows, expected at least the 2 of one"),
         (["--dataset", "digits", "--num_generations", "7"], "divisible"),
+        (["--dataset", "digits", "--eval_dataset", "digits"], "eval_dataset: expected --eval_strategy"),
+        (
+            ["--dataset", "digits", "--use_vllm", "true", "--load_in_4bit", "true"],
+            "load_in_4bit: expected use_vllm false",
+        ),
         (["--dataset", "digits", "--vllm_structured_outputs_regex", "[0-9]+"], "judges write Yes, No, A or B"),
         (["--dataset", "digits", "--resume_from_checkpoint", "{other}"], "expected a checkpoint of train_spark.py"),
     ],
@@ -941,6 +946,8 @@ def test_flash_attention_where_it_can_run(tmp_path, monkeypatch):
     monkeypatch.setattr(settings, "is_flash_attn_2_available", lambda: True)
     assert settings.attention(args) is None  # float32
     args.bf16 = True
+    assert settings.attention(args) is None  # on the CPU, beside a GPU that could
+    args.use_cpu = False
     for capability, expected in (((9, 0), "flash_attention_2"), ((7, 5), None)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
         assert settings.attention(args) == expected

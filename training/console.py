@@ -6,6 +6,7 @@
 import ast
 import logging
 import math
+import shlex
 import signal
 import sys
 import textwrap
@@ -131,11 +132,12 @@ def show_result(args, state, adapter: bool) -> None:
         start = f"{before[name]:.2f} -> " if len(logs) > WINDOW and name in before else ""
         changes += f"; {name} {start}{mean:.2f}"
     minutes = next((e["train_runtime"] / 60 for e in reversed(state.log_history) if "train_runtime" in e), 0.0)
-    model = f"{args.output_dir}/merged" if adapter else args.output_dir
-    following = [f"python -m training.merge {args.output_dir}"] if adapter else []
+    folder = shlex.quote(args.output_dir)
+    model = shlex.quote(f"{args.output_dir}/merged" if adapter else args.output_dir)
+    following = [f"python -m training.merge {folder}"] if adapter else []
     following += [
         f"python evaluate.py --model {model} --benchmark FILE --mode tts --output results.json",
-        f"python report.py {args.output_dir} --output report.html",
+        f"python report.py {folder} --output report.html",
     ]
     print(f"{state.global_step:,} steps, {minutes:.1f} minutes{changes}")
     if len(after) > 1:

@@ -9,7 +9,7 @@ from accelerate.utils import gather_object
 
 import verify
 from data.rows import images_of
-from recycle import Item
+from recycle import Group, Item
 from training.metrics import judge_metrics, recycled_table
 
 
@@ -44,7 +44,7 @@ class StepLogs:
                 scale = 1.0 if name == "entropy_coef" else weight
                 metrics[self._mode]["recycle/" * recycled + name] += [value * scale for value in values]
 
-    def _log_judging(self, asked: list[Item], advantages: torch.Tensor) -> None:
+    def _log_judging(self, groups: list[Group], asked: list[Item], advantages: torch.Tensor) -> None:
         texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)
         advantages = self.accelerator.gather(advantages).tolist()
         right = gather_object(self._rewards.right)
@@ -52,7 +52,7 @@ class StepLogs:
         outcomes = [fixed if item.task == "reflection" else reward for item, fixed, reward in scored]
         self._log(judge_metrics(asked, texts, outcomes))
         if self.model.training and self.log_completions and self.accelerator.is_main_process:
-            self._table.rows = recycled_table(asked, texts, rewards, advantages)
+            self._table.rows = recycled_table(groups, asked, texts, rewards, advantages)
 
     def _log_images(self, inputs: list[dict[str, Any]]) -> None:
         """For TRL's tables: gathered only where a logger shows them, and from every process, with images or without."""

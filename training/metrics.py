@@ -81,15 +81,22 @@ def means(values: dict[str, list]) -> dict[str, float]:
 
 
 def recycled_table(
-    items: Sequence[Item], texts: Sequence[str], rewards: Sequence[float | None], advantages: Sequence[float]
+    groups: Sequence[Group],
+    items: Sequence[Item],
+    texts: Sequence[str],
+    rewards: Sequence[float | None],
+    advantages: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """A row a recycled rollout; the images stand in the first row of each item."""
+    """A row a recycled rollout; the images stand in the first row of each item. `question` is the number of its group
+    in the step."""
+    numbers = {group.key: number for number, group in reversed(list(enumerate(groups)))}
     rows = []
     for i, (item, text, reward, advantage) in enumerate(zip(items, texts, rewards, advantages, strict=True)):
         first = i == 0 or items[i - 1] is not item
         rows.append(
             {
                 "task": item.task,
+                "question": numbers[item.group.key],
                 "prompt": verify.last_text(item.prompt),
                 "completion": text,
                 "label": item.label,

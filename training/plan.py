@@ -9,6 +9,7 @@ expect it to be 20 % off, and activations more.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -16,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 from training.seconds import Card, average_lengths, generation_seconds
@@ -42,6 +44,8 @@ class Launch:
 
     processes: int = 1
     sharding: Sharding = "none"
+    offloads_optimizer: bool = False  # to the memory of the node, as DeepSpeed can
+    offloads_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,12 +121,11 @@ class Steps:
 
 def launch_here(environment: dict[str, str]) -> Launch:
     """The launch that accelerate (or torchrun) described in the environment; one process without."""
-    sharding: Sharding = "none"
+    processes = int(environment.get("WORLD_SIZE", 1))
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
-        sharding = ZERO_STAGES.get(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", ""), "none")
-    elif environment.get("ACCELERATE_USE_FSDP") == "true":
-        sharding = "fsdp2"
-    return Launch(int(environment.get("WORLD_SIZE", 1)), sharding)
+        named = "ACCELERATE_DEEPSPEED_"
+        return deepspeed(processes, {k.removeprefix(named).lower(): v for k, v in environment.items() if named in k})
+    return Launch(processes, "fsdp2" if environment.get("ACCELERATE_USE_FSDP") == "true" else "none")
 
 
 def launch_in(path: str) -> Launch:
@@ -130,10 +133,21 @@ def launch_in(path: str) -> Launch:
     from accelerate.commands.config.config_args import load_config_from_file
 
     config = load_config_from_file(path)
-    sharding: Sharding = "fsdp2" if config.distributed_type == "FSDP" else "none"
     if config.distributed_type == "DEEPSPEED":
-        sharding = ZERO_STAGES.get(str(config.deepspeed_config.get("zero_stage")), "none")
-    return Launch(config.num_processes, sharding)
+        settings = config.deepspeed_config
+        return deepspeed(config.num_processes, {**settings, "config_file": settings.get("deepspeed_config_file")})
+    return Launch(config.num_processes, "fsdp2" if config.distributed_type == "FSDP" else "none")
+
+
+def deepspeed(processes: int, settings: dict[str, Any]) -> Launch:
+    """The launch by accelerate's settings of DeepSpeed, or by the file of DeepSpeed's own that they name."""
+    stage, names = settings.get("zero_stage"), ("offload_optimizer", "offload_param")
+    devices = [settings.get(f"{name}_device") for name in names]
+    if path := settings.get("config_file"):
+        zero = json.loads(Path(path).read_text(encoding="utf-8")).get("zero_optimization", {})
+        stage, devices = zero.get("stage"), [zero.get(name, {}).get("device") for name in names]
+    offloads = [device not in (None, "none") for device in devices]
+    return Launch(processes, ZERO_STAGES.get(str(stage), "none"), *offloads)
 
 
 def architecture(config, peft_config=None) -> Architecture:
@@ -171,8 +185,8 @@ def architecture(config, peft_config=None) -> Architecture:
         trained,
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        kv_width=text.num_key_value_heads * head,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        kv_width=(getattr(text, "num_key_value_heads", None) or text.num_attention_heads) * head,
         vocab=text.vocab_size,
         sees=vision is not None,
         **vision_sizes,
@@ -272,9 +286,9 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     engine = (2 * model.parameters + longest * cached) / args.vllm_tensor_parallel_size + ENGINE_OVERHEAD
     questions = rollouts / args.num_generations
     return {
-        "weights": weights / weight_shards,
+        "weights": 0 if run.launch.offloads_weights else weights / weight_shards,
         "gradients": model.trained * trained_bytes / state_shards,
-        "optimizer": model.trained * moment_bytes / state_shards,
+        "optimizer": 0 if run.launch.offloads_optimizer else model.trained * moment_bytes / state_shards,
         "reference": references * model.parameters * weight_bytes / weight_shards,
         "half copies": copies * 2 * model.trained,
         "gathered": 0 if whole else 2 * 2 * max(one_layer, embedding),
@@ -375,10 +389,14 @@ def requested(arguments: list[str]) -> Launch | None:
 
 def for_launch(config_class: type, launch: Launch) -> type:
     """`config_class`, checked as if in that launch: its number of processes, and no GPU needed for bf16."""
+    import torch
+    from trl.import_utils import is_vllm_available
 
     @dataclass
     class Planned(config_class):
         def __post_init__(self):
+            if self.use_vllm is None:  # as a run here would have it
+                self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
             self.use_cpu = True
             super().__post_init__()
 
@@ -420,7 +438,7 @@ def show(data, args, model, launch: Launch) -> None:
         model_line = unknown(error)
 
     datasets_config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True  # no gigabytes for a plan
-    rows, images = None, False
+    rows, images = None, counted is not None and counted.sees  # a model that sees is given images, for all we know
     try:
         dataset = data.read_one(data.dataset, data.dataset_split, args, processor)
         rows, images = len(dataset), "images" in dataset.column_names

@@ -24,6 +24,7 @@ class Card:
     training: float = 0.4  # of flops, forward and backward
     prefill: float = 0.5  # of flops
     decoding: float = 0.6  # of memory: vLLM with CUDA graphs
+    launching: float = 0.03  # seconds a token of transformers' generate, which waits for Python
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,9 @@ class Lengths:
 
 
 def average_lengths(run: "Run", model: "Architecture") -> Lengths:
-    """Completions of half their limit; a question of 256 tokens, and an image at its budget where there are any."""
-    image = run.max_pixels // model.pixels_per_token if run.images and run.max_pixels and model.pixels_per_token else 0
+    """Completions of half their limit; a question of 256 tokens, and an image at its budget (a megapixel without one)
+    where there are any."""
+    image = (run.max_pixels or 2**20) // model.pixels_per_token if run.images and model.pixels_per_token else 0
     prompt = min(run.args.max_prompt_length, 256 + image)
     completion = run.args.max_completion_length / 2
     return Lengths(prompt, prompt + 1.5 * completion + 64, completion)  # a pair quotes two rollouts, a point one
@@ -65,7 +67,8 @@ def generation_seconds(
         cached = sequences * lengths.completion * (prompt + lengths.completion / 2) * cache
         reads = args.max_completion_length * weights + cached
         compute = 2 * model.parameters * sequences * lengths.completion / (gpus * card.flops * card.prefill)
-        return prefill + max(reads / (gpus * card.memory * card.decoding), compute)
+        launches = 0 if args.use_vllm else args.max_completion_length * card.launching
+        return prefill + max(reads / (gpus * card.memory * card.decoding), compute, launches)
 
     policy_tokens = counts.rollouts * (lengths.prompt + lengths.completion)
     recycled_tokens = counts.recycled_rollouts * (lengths.recycled_prompt + lengths.completion)

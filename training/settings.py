@@ -61,6 +61,13 @@ def check_installation(args: Any, model: Any) -> None:
             raise ValueError(f"report_to: {logger} is not installed; pip install {logger}, or set report_to to none")
 
 
+def check_engine(args: Any, model: Any) -> None:
+    """vLLM 0.31 has no more bitsandbytes; TRL would ask it for that once the model is loaded."""
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if args.use_vllm and getattr(model, name):
+            raise ValueError(f"{name}: expected use_vllm false beside it: vLLM can't load a model of bitsandbytes")
+
+
 def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
     """A local folder has weights, and whole ones; a hub name is no folder."""
     if not Path(folder).is_dir():
@@ -85,7 +92,7 @@ def check_columns(name: str, dataset: Any, reward_funcs: list) -> None:
 
 def attention(args: Any) -> str | None:
     """flash-attention where it is installed and the GPU and the precision can; else None: sdpa, by transformers."""
-    if not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
+    if args.use_cpu or not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
         return None
     return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
 

@@ -8,10 +8,17 @@ What differs from TRL's VLLMGeneration:
     - The engine gets prompts with one placeholder an image, which it expands itself. TRL 1.16 gives it expanded ones,
       of which vLLM expands the first image token again (TRL's issue 6294). What it read is compared with what the
       trainer trains on.
+    - An adapter is merged into a layer only to be copied from there, and the layer's weights are put back. TRL takes it
+      out of them again, which rounds: the base drifts from the one that the saved adapter belongs to.
     - New weights also drop the engine's cache of encoded images, which would be the old vision tower's.
     - On the CPU the weights go through vLLM's layer-wise reload, because it repacks linear layers after loading.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate.utils import is_peft_model
 from transformers import ProcessorMixin
 from trl.data_utils import prepare_multimodal_messages
 from trl.generation.vllm_generation import VLLMGeneration, empty_cache
@@ -78,6 +85,33 @@ class SparkGeneration(VLLMGeneration):
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
 
+    def _iter_named_params(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights under vLLM's names, with the adapter in them. Where they are sharded, as TRL does it: what is
+        merged into a gathered copy is thrown away by ZeRO-3."""
+        model = self.model
+        if not is_peft_model(model) or self._dist.is_fsdp or self._dist.is_zero3:
+            yield from super()._iter_named_params()
+            return
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = {
+            id(weight): layer
+            for layer in model.modules()
+            if isinstance(layer, BaseTunerLayer)
+            for weight in layer.get_base_layer().parameters(recurse=False)
+        }
+        for name, weight in model.named_parameters():
+            name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            if model.prefix in name or "original_module" in name:
+                continue
+            name = self._fix_param_name_to_vllm(name, extra_prefixes=["modules_to_save.default."])
+            if id(weight) not in layers:
+                yield name, weight.data
+                continue
+            with _merged(layers[id(weight)]):
+                copy = weight.data.clone()
+            yield name, copy
+
     def sleep(self) -> None:
         """Free the engine's memory for the optimizer step (level 2: the weights are sent anew in the next step)."""
         if self.sleeps and not self.asleep:
@@ -112,6 +146,19 @@ class SparkGeneration(VLLMGeneration):
         if not self.stay_awake:
             self.sleep()
         return read, *rollouts
+
+
+@contextmanager
+def _merged(layer) -> Iterator[None]:
+    """A layer of PEFT's with its adapter merged, and afterwards bit for bit as it was."""
+    before = [(weight, weight.data.clone()) for weight in layer.get_base_layer().parameters(recurse=False)]
+    layer.merge()
+    try:
+        yield
+    finally:
+        layer.unmerge()
+        for weight, value in before:
+            weight.data.copy_(value)
 
 
 def placeholders(trainer, prompts: list) -> list[list[int]]:
