@@ -27,7 +27,7 @@ def erring(reward: Callable, share: float) -> Callable:
     return noisy
 
 
-def draw(prompt, completion, images) -> float:
+def draw(prompt, completion, images=None) -> float:
     """A number in [0, 1) for this answer to this question about these images."""
     text = verify.last_text(completion)
     question = verify.last_text(prompt) if isinstance(prompt, list) else prompt
