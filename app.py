@@ -345,8 +345,11 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
 
     lines = [f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number])]
     for row in table(run, "recycled", step):
-        of = row.get("question")  # tables of an earlier version have none
-        if of != number if of is not None else not row["prompt"].startswith(question + "\n\n"):
+        if "question" in row:
+            recycled_from_it = row["question"] == number
+        else:  # a table of an earlier version
+            recycled_from_it = row["prompt"].startswith(question + "\n\n")
+        if not recycled_from_it:
             continue
         if row["prompt"] != asked:
             asked = row["prompt"]
@@ -423,8 +426,13 @@ def browse(gr, run: Path | None, suffix: str, written) -> None:
         return
 
     def choices(step: int) -> list[tuple[str, int]]:
+        """The step's questions; none where its table is being written, or was cut off with the run."""
+        try:
+            groups = by_question(run, step)
+        except BadInput:
+            return []
         names = []
-        for i, group in enumerate(by_question(run, step)):
+        for i, group in enumerate(groups):
             right = sum(row["reward"] >= 1 for row in group)
             words = visible(strip_suffix(group[0]["prompt"], suffix))[:80]
             names.append((f"{i + 1}. {words} ({right} of {len(group)} right)", i))
@@ -436,18 +444,10 @@ def browse(gr, run: Path | None, suffix: str, written) -> None:
         except Exception as error:
             return told(error)
 
-    def readable(step: int) -> bool:
-        try:
-            return bool(choices(step)) and show(step, 0) is not None
-        except (BadInput, OSError):  # being written, or cut off with the run
-            return False
-
-    newest = next((step for step in reversed(steps) if readable(step)), None)
-    if newest is None:
-        gr.Markdown("None of this run's tables of rollouts can be read.")
-        return
+    newest = next((step for step in reversed(steps) if choices(step)), steps[-1])
     step = gr.Dropdown([(str(step), step) for step in steps], value=newest, label="Step")
-    question = gr.Dropdown(choices(newest), value=0, label="Question")
+    offered = choices(newest)
+    question = gr.Dropdown(offered, value=0 if offered else None, label="Question")
     text = written("Rollouts")
     text.value = show(newest, 0)
     step.change(lambda step: gr.Dropdown(choices(step), value=0), step, question, api_visibility="private").then(

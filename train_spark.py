@@ -191,12 +191,11 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         check_columns("eval_dataset", eval_dataset, reward_funcs)
         if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
-        revision = (args.model_init_kwargs or {}).get("revision")
-        trust = args.trust_remote_code
-        named = isinstance(model, str)
-        config = (
-            AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust) if named else model.config
-        )
+        loading = {
+            "revision": (args.model_init_kwargs or {}).get("revision"),
+            "trust_remote_code": args.trust_remote_code,
+        }
+        config = AutoConfig.from_pretrained(model, **loading) if isinstance(model, str) else model.config
         longest = args.longest_sequence(config)
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest

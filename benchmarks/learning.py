@@ -137,15 +137,16 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             if subprocess.run(command, check=False, env=env, stdout=log, stderr=log).returncode:
                 raise Failed(f"{' '.join(command[1:4])} failed; {folder / 'log.txt'} says why")
 
-        if variant != "start" and (folder / "trained.json").exists():
+        commands = []
+        if variant != "start":
+            commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
+        if commands and (folder / "trained.json").exists():
             earlier = json.loads((folder / "trained.json").read_text(encoding="utf-8"))["command"]
-            wanted = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
-            if steps_of(earlier.split()) != [n for command in wanted for n in steps_of(command)]:
+            if steps_of(earlier.split()) != steps_of(list(itertools.chain(*commands))):
                 raise Failed(f"{folder}: was trained for another number of steps; remove it to train it anew")
-        if variant != "start" and not (folder / "trained.json").exists():
+        elif commands:
             resumed = any(folder.glob("*/checkpoint-*"))
             begun = time.perf_counter()
-            commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
             for command in commands:
                 call(command)
             phases = [log_history(Path(command[command.index("--output_dir") + 1])) for command in commands]

@@ -53,18 +53,23 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
 
 
 def several(value: Any) -> list | None:
-    """The golds of a list, which text may stand for (MMMU: "['24/7', '3.429']"); None where there is one gold, as in
-    the text [1, 2]."""
-    if isinstance(value, str) and value.lstrip().startswith(("['", '["')):
-        value = literal(value)
+    """The golds of a list; None where there is one."""
+    value = _from_text(value)
     return list(value) if isinstance(value, (list, tuple)) and len(value) > 1 else None
+
+
+def _from_text(value: Any) -> Any:
+    """The list that a text of quoted golds stands for (MMMU: "['24/7', '3.429']"); the text [1, 2] is one gold."""
+    quoted = isinstance(value, str) and value.lstrip().startswith(("['", '["'))
+    return literal(value) if quoted else value
 
 
 def extracted(value: Any) -> str:
     """The answer as text. Raises RowError for what is not one answer."""
+    value = _from_text(value)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (dict, list, tuple, bytes)) or several(value):
+    if isinstance(value, (dict, list, tuple, bytes)):
         raise RowError("solution", f"expected one gold answer, got {reprlib.repr(value)}")
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""

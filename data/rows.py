@@ -309,31 +309,33 @@ def _place(messages: list[dict[str, Any]], images: list) -> tuple[list[dict[str,
     if _places(messages):
         return messages, images
     numbers = [number for part in _parts(messages) for number in _IMAGE_MARK.findall(part["text"])]
-    numbered = "" not in numbers
-    known = {str(n + 1) for n in range(len(images))}
-    if not known.issuperset(numbers) if numbered else numbers != [""] * len(images):
+    if "" in numbers:
+        fit = numbers == [""] * len(images)
+    else:
+        fit = {str(n + 1) for n in range(len(images))}.issuperset(numbers)
+    if not fit:
         marks = ", ".join(f"<image{number and ' ' + number}>" for number in numbers)
         raise RowError("images", f"expected an image for each of {marks} in the prompt, got {len(images)}")
-    order: list[int] = []
+    marked: list[int] = []
 
     def split(text: str) -> list[dict[str, Any]]:
         pieces = _IMAGE_MARK.split(text)  # words, number, words, number, ..., words
         parts = [{"type": "text", "text": pieces[0]}]
         for number, words in zip(pieces[1::2], pieces[2::2], strict=True):
-            n = int(number) - 1 if number else len(order)
-            if n in order:
+            n = int(number) - 1 if number else len(marked)
+            if n in marked:
                 parts[-1]["text"] += f"image {number}{words}"
             else:
-                order.append(n)
-                parts += [{"type": "image"}, {"type": "text", "text": words}]
+                marked.append(n)
+                parts += [{"type": "image", "n": n}, {"type": "text", "text": words}]
         return [part for part in parts if part["type"] == "image" or part["text"].strip()]
 
     contents = [[part for p in m["content"] for part in split(p["text"])] for m in in_parts(messages)]
-    unmentioned = [n for n in range(len(images)) if n not in order]
     first = _first_question(messages)
-    contents[first] = [{"type": "image"}] * len(unmentioned) + contents[first]
+    contents[first] = [{"type": "image", "n": n} for n in range(len(images)) if n not in marked] + contents[first]
+    order = [part.pop("n") for content in contents for part in content if part["type"] == "image"]
     placed = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-    return placed, [images[n] for n in unmentioned + order]
+    return placed, [images[n] for n in order]
 
 
 def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

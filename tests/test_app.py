@@ -285,15 +285,25 @@ def test_a_runs_rollouts_and_what_was_recycled_from_them(tmp_path):
     assert "Label: **Yes**" in family(run, 3, 1, PROMPT_SUFFIX)
 
 
-def test_a_table_that_is_cut_off_is_passed_over(tmp_path, monkeypatch):
+def test_a_table_that_is_cut_off_is_passed_over(tmp_path):
     import gradio as gr
+
+    def first_seen() -> str:
+        shown = []
+
+        def written(label: str):
+            shown.append(gr.Markdown(label=label))
+            return shown[0]
+
+        with gr.Blocks():
+            app.browse(gr, run, PROMPT_SUFFIX, written)
+        return shown[0].value
 
     run = make_run(tmp_path)
     (run / "completions" / "completions_00004.parquet").write_bytes(b"PAR1 cut off")
-    with gr.Blocks():
-        app.browse(gr, run, PROMPT_SUFFIX, lambda label: gr.Markdown(label=label))
-        (run / "completions" / "completions_00003.parquet").unlink()
-        app.browse(gr, run, PROMPT_SUFFIX, lambda label: gr.Markdown(label=label))
+    assert first_seen().startswith("### Step 3:")
+    (run / "completions" / "completions_00003.parquet").unlink()
+    assert "completions_00004.parquet could not be read" in decoded(first_seen())
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

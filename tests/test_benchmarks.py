@@ -184,3 +184,6 @@ def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_p
     whole, resumed = (learning.one_run("digits", "spark", seed, args) for seed in (0, 1))
     assert whole["seconds"] >= 0 and resumed["seconds"] is None
     assert (resumed["tokens"], resumed["rollouts"]) == (7, 8)
+    assert learning.one_run("digits", "spark", 0, args) == whole
+    with pytest.raises(learning.Failed, match="was trained for another number of steps"):  # a trial's is no result
+        learning.one_run("digits", "spark", 0, Namespace(jobs=2, steps=3, split="dev", questions=4))

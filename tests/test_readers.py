@@ -926,6 +926,7 @@ def test_several_golds_in_text_and_an_open_question_whose_answer_is_a_letter():
     row = {"question": "Rate?", "options": "[]", "answer": "['24/7', '3.429']"}
     assert answered(row)["solution"] == ["24/7", "3.429"]
     assert answered(row, "train").field == "answer"
+    assert answered({**row, "answer": "['24/7']"}, "train")["solution"] == "24/7"
     assert answered({**row, "answer": "[1, 2]"})["solution"] == "[1, 2]"
     assert answered({**row, "answer": "C"})["solution"] == "C"
 

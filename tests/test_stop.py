@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from trl import GRPOTrainer
 import train_spark
 from data.digits import digit_rows
 from train_spark import SparkConfig, SparkTrainer
+from training.callbacks import StopOnSignal
 from training.checkpoint import batches_in, last_checkpoint, load_batches
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
@@ -231,3 +233,16 @@ def test_a_new_run_is_not_mixed_with_an_earlier_one(trace, tmp_path, monkeypatch
     error = capsys.readouterr().err.strip()
     assert f"output_dir: {tmp_path} has an earlier run's {trace.split('/')[trace.startswith('completions')]}" in error
     assert "--resume_from_checkpoint latest" in error and "\n" not in error
+
+
+@pytest.mark.parametrize("launched", [True, False])
+def test_who_launched_it_is_told_how_long_the_launcher_waits(launched, monkeypatch, capsys):
+    """accelerate launch and torchrun kill what takes longer than that."""
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop = StopOnSignal(SimpleNamespace(is_main_process=True))
+    stop._hear(signal.SIGTERM, None)
+    stop.on_train_end(None, None, None)
+    assert ("launcher waits 30 seconds" in capsys.readouterr().err) == launched
+    assert stop.received == signal.SIGTERM

@@ -710,13 +710,13 @@ def test_without_an_opinion_of_the_verifier_a_row_has_no_reward(tmp_path, proces
 
 
 def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(tmp_path, processor, text_model):
-    def pays_two(prompts, completions, **columns):
-        return [2.0 * reward for reward in coin(prompts, completions)]
+    def pays_twenty(prompts, completions, **columns):
+        return [20.0 * reward for reward in coin(prompts, completions)]
 
     def first_step(**settings):
         trainer = SparkTrainer(
             copy.deepcopy(text_model),
-            pays_two,
+            pays_twenty,
             config(SparkConfig, tmp_path, max_steps=1, **settings),
             train_dataset=sums(4),
             processing_class=processor.tokenizer,
@@ -724,11 +724,11 @@ def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(
         trainer.train()
         return history(trainer)[0]
 
-    with pytest.raises(BadInput, match="pays_two gave 2, expected 0 or 1"):
+    with pytest.raises(BadInput, match="pays_twenty gave 20, expected 0 or 1"):
         first_step()
-    logs = first_step(correct_at=2.0)
-    assert logs["reflection/fix_rate"] <= 1  # a rate, not a mean of rewards
-    assert logs["policy/accuracy"] == pytest.approx(logs["reward"] / 2)
+    logs = first_step(correct_at=20.0)
+    assert 0 < logs["reflection/fix_rate"] <= 1  # a rate, not a mean of rewards
+    assert logs["policy/accuracy"] == pytest.approx(logs["reward"] / 20)
     assert 0 < logs["policy/accuracy"] < 1
     assert "policy/accuracy" not in first_step(recycle_ratio=0)  # plain GRPO takes any reward
 

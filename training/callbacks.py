@@ -254,11 +254,11 @@ class StopOnSignal(TrainerCallback):
     def _hear(self, number, frame):
         self.received = signal.Signals(number)
         if self.accelerator.is_main_process:
-            limit = (
-                os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30") if "TORCHELASTIC_RUN_ID" in os.environ else ""
-            )
-            within = limit and f"; the launcher waits {limit} seconds for it (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
-            tqdm.write(f"{self.received.name}: stopping after this step, with a checkpoint{within}", file=sys.stderr)
+            line = f"{self.received.name}: stopping after this step, with a checkpoint"
+            if "TORCHELASTIC_RUN_ID" in os.environ:  # accelerate launch, torchrun: they kill what takes longer
+                limit = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+                line += f"; the launcher waits {limit} seconds for it (TORCH_ELASTIC_SHUTDOWN_TIMEOUT)"
+            tqdm.write(line, file=sys.stderr)
         signal.signal(number, self._before[number])
 
     def on_step_end(self, args, state, control, **kwargs):

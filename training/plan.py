@@ -124,7 +124,9 @@ def launch_here(environment: dict[str, str]) -> Launch:
     processes = int(environment.get("WORLD_SIZE", 1))
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         named = "ACCELERATE_DEEPSPEED_"
-        return deepspeed(processes, {k.removeprefix(named).lower(): v for k, v in environment.items() if named in k})
+        return deepspeed(
+            processes, {k.removeprefix(named).lower(): v for k, v in environment.items() if k.startswith(named)}
+        )
     return Launch(processes, "fsdp2" if environment.get("ACCELERATE_USE_FSDP") == "true" else "none")
 
 

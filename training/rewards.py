@@ -55,7 +55,6 @@ class JudgingRewards:
             self.functions[1:] = [self._other(function) for function in reward_funcs[1:]]
 
     def _verifier(self, function: Callable) -> Callable:
-        @_named_after(function)
         def reward(prompts, completions, **columns):
             self.texts = [verify.last_text(completion) for completion in completions]
             self.values = self._answers(function, prompts, completions, columns)
@@ -65,17 +64,16 @@ class JudgingRewards:
                     self.values[i] = float(verify.parse_verdict(self.texts[i]) == item.label)
             return self.values
 
-        return reward
+        return _named_after(function, reward)
 
     def _other(self, function: Callable) -> Callable:
         """Judge rows, and rows of which the verifier has no opinion, get none from any other function either."""
 
-        @_named_after(function)
         def reward(prompts, completions, **columns):
             values = self._answers(function, prompts, completions, columns)
             return [None if verdict is None else value for value, verdict in zip(values, self.values, strict=True)]
 
-        return reward
+        return _named_after(function, reward)
 
     def _answers(self, function: Callable, prompts, completions, columns: dict[str, Any]) -> list[float | None]:
         """`function` of the rows that are answers, None for the others; NaN counts as None."""
@@ -110,14 +108,10 @@ class JudgingRewards:
         return [None if value is None or other else bool(value) for value in values]
 
 
-def _named_after(function: Callable) -> Callable:
-    """functools.wraps, and the name that TRL's metrics have for a callable object or a partial."""
-
-    def named(wrapper: Callable) -> Callable:
-        functools.update_wrapper(wrapper, function).__name__ = get_callable_name(function)
-        return wrapper
-
-    return named
+def _named_after(function: Callable, wrapper: Callable) -> Callable:
+    """functools.update_wrapper, and the name that TRL's metrics have for a callable object or a partial."""
+    functools.update_wrapper(wrapper, function).__name__ = get_callable_name(function)
+    return wrapper
 
 
 def is_model(function) -> bool:
