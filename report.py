@@ -620,6 +620,8 @@ def facts(run: Run) -> list[str]:
     recycled = sum(run.series.get("recycle/rows", ((), ()))[1])
     words += [f"{recycled:,.0f} recycled rollouts"] if recycled else []
     for kind, name in (("completions", "policy rollouts kept"), ("recycled", "recycled ones kept")):
+        if kind == "recycled" and recycled:
+            continue
         rows = 0
         for path in run.tables[kind]:
             try:

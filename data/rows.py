@@ -29,7 +29,7 @@ from prompts import PROMPT_SUFFIX
 ROLES = ("system", "user", "assistant", "tool")
 
 _FLAT_LIST = re.compile(r"\[\s*(?:(['\"])[^'\"\\\[\]]*\1\s*,?\s*)*\]")  # of texts, as long as they like
-_TURNS = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
+_TURNS = re.compile(r"""\s*\[\{\s*['"](?:role|content|from|value)['"]\s*:""")
 _IMAGE_MARK = re.compile(r"<image ?(\d*)>")  # <image>, or <image 1>, <image 2>, ... in that order
 
 # Tokens of the Qwen family that are structure, not text: in a question they would forge a turn, or announce an image
@@ -226,14 +226,14 @@ def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
 def _from_text(text: str) -> list | None:
     """Messages that a text stands for, as JSON or as Python writes them (pandas, in a CSV file); None for any other
     text. Raises RowError for turns that are no messages, or no longer whole: as a question they would be nonsense."""
-    if not _TURNS.match(text):
+    if not text.lstrip().startswith("[{"):
         return None
     messages = literal(text)
-    if not (
-        isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-    ):
+    if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+        return messages
+    if _TURNS.match(text):
         raise RowError("prompt", f"expected text or messages with role and content, got {text:.60}")
-    return messages
+    return None
 
 
 def _message(message: Any, images: list) -> dict[str, Any]:

@@ -967,9 +967,10 @@ def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
         "\"[{'from': 'human', 'value': '6*7?'}]\",42\n"
         "\"[{'role': 'user', 'content': '6*7\",42\n"
         '"[{a}] is a set?",no\n'
+        '"[{""id"": 1, ""role"": ""user"", ""content"": ""6*7?""}]",42\n'
     )
-    good, other, cut, text = read(tmp_path / "x.csv")
-    assert (text_of(good), text_of(text)) == ("6*7?", "[{a}] is a set?")
+    good, other, cut, text, last = read(tmp_path / "x.csv")
+    assert (text_of(good), text_of(text), text_of(last)) == ("6*7?", "[{a}] is a set?", "6*7?")
     assert other.reason.startswith("expected text or messages with role and content, got [{'from'")
     assert cut.reason.startswith("expected text or messages with role and content, got [{'role'")
 
