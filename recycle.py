@@ -14,10 +14,12 @@ Where this departs from the paper's released code:
 1. The question says nothing about the label. There, pure groups become pointwise items too, so a judge earns its reward
    by knowing which questions are easy, without reading the response. Here a question is judged pointwise with a right
    and with a wrong rollout, or not at all (`recycle_matched`; false is the paper's way).
-2. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" becomes the
+2. A cut-off rollout doesn't either: it is wrong for want of a box, and a judge would learn to look for one. The two
+   rollouts of a question that are judged both have a box, or neither has.
+3. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" becomes the
    label of most items as the policy gets better.
-3. Items are written from this step's rollouts. There, they wait in a cache and are one update old.
-4. Every template asks for `\\boxed{}`, which is what the verifier reads, and quotes rollouts safely (prompts.py).
+4. Items are written from this step's rollouts. There, they wait in a cache and are one update old.
+5. Every template asks for `\\boxed{}`, which is what the verifier reads, and quotes rollouts safely (prompts.py).
 
 Everything here is a pure function of its arguments: no torch, no trainer, no files, no global random state. Try it:
 
@@ -28,10 +30,12 @@ Everything here is a pure function of its arguments: no torch, no trainer, no fi
     ['pairwise', 'pairwise', 'reflection', 'reflection']
 """
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Literal
 
 from data.cli import flag
@@ -65,7 +69,7 @@ class RecycleConfig:
     """The settings of recycling. SparkConfig inherits these fields, so either can be passed to `recycle`."""
 
     recycle_ratio: float = flag(
-        0.25, "Recycled prompts per policy prompt, at most (a fraction of one in as many steps). 0 is plain GRPO."
+        0.25, "Recycled prompts per policy prompt, at most; a step's number is rounded at random. 0 is plain GRPO."
     )
     recycle_tasks: list[str] = field(
         default_factory=lambda: list(TASKS),
@@ -73,7 +77,7 @@ class RecycleConfig:
     )
     recycle_source: str = flag(
         "both",
-        "What a prompt quotes of a rollout: its final answer, its whole reasoning (cot), or both, at random.",
+        "What a prompt quotes of a rollout: its final answer, its whole reasoning (cot), or one of the two at random.",
         choices=["both", "answer", "cot"],
     )
     recycle_adaptive: bool = flag(
@@ -241,9 +245,11 @@ def recycle(
 
 
 def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
-    """Items of this step, at most; rounded at random, so that small steps recycle as well."""
+    """Items of this step, at most; rounded at random, so that small steps recycle as well, and have room for two where
+    pointwise items come in twos."""
     counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
-    return _rounded(config.recycle_ratio * len(counted), multiple_of, rounding)
+    unit = 2 if config.recycle_matched and "pointwise" in config.recycle_tasks else 1
+    return _rounded(config.recycle_ratio * len(counted), math.lcm(multiple_of, unit), rounding)
 
 
 def _rounded(number: float, multiple_of: int, rounding: random.Random) -> int:
@@ -296,13 +302,16 @@ def _judge_task(mixed: bool, config, rng) -> Task | None:
 
 
 def _right_and_wrong(right, wrong, forms, control_tokens, rng) -> tuple[Response | None, Response | None]:
-    """A right and a wrong response in the first of `forms` that both have; from a pure group, the one that it has."""
-    pair: tuple[Response | None, Response | None] = (None, None)
-    for form in forms:
-        pair = _response(right, (form,), control_tokens, rng), _response(wrong, (form,), control_tokens, rng)
+    """A right and a wrong response in the first of `forms` that both have, both with a box, else both without; from a
+    pure group, the one that it has."""
+    for boxed, form in product((True, False), forms):
+        pair = tuple(
+            _response([r for r in side if (r.answer is not None) is boxed], (form,), control_tokens, rng)
+            for side in (right, wrong)
+        )
         if bool(pair[0]) == bool(right) and bool(pair[1]) == bool(wrong):
             return pair
-    return (None, None) if right and wrong else pair
+    return None, None
 
 
 def _response(rollouts, forms, control_tokens, rng) -> Response | None:

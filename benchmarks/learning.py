@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from benchmarks import record, trusting
@@ -34,23 +34,39 @@ PROMPTS = 40  # a step, policy and recycled together
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, how long and on what; `made_by` makes a start that is not shipped."""
+    """What is trained, how long and on what; `made` is what is not shipped: path -> the module that makes it."""
 
     start: str
     recipe: str
     steps: int
     measures: str  # its name in benchmarks/measures.py
-    made_by: str = ""
+    made: dict[str, str] = field(default_factory=dict)
     share: int = 1  # of the variants' batch, one in so many
 
 
-COUNTDOWN = Task("models/countdown", "recipes/countdown.yaml", 60, "countdown")
-SMOLLM2 = Task("runs/smollm2_135m_start", "recipes/smollm2_135m_cpu.yaml", 24, "arithmetic", share=16)
+COUNTDOWN = Task(
+    start="models/countdown",
+    recipe="recipes/countdown.yaml",
+    steps=60,
+    measures="countdown",
+    made={"runs/countdown/train.json": "data.countdown --split train --n 2700 --output runs/countdown/train.json"},
+)
+TRUSTING = str(trusting.START)
 TASKS = {
-    "digits": Task("models/digits", "recipes/demo.yaml", 42, "digits"),
+    "digits": Task(start="models/digits", recipe="recipes/demo.yaml", steps=42, measures="digits"),
     "countdown": COUNTDOWN,
-    "trusting": replace(COUNTDOWN, start=str(trusting.START), made_by="benchmarks.trusting"),
-    "smollm2": replace(SMOLLM2, made_by=f"models.smollm2 {SMOLLM2.start}"),
+    "trusting": replace(COUNTDOWN, start=TRUSTING, made=COUNTDOWN.made | {TRUSTING: "benchmarks.trusting"}),
+    "smollm2": Task(
+        start="runs/smollm2_135m_start",
+        recipe="recipes/smollm2_135m_cpu.yaml",
+        steps=24,
+        measures="arithmetic",
+        made={
+            "runs/smollm2_135m_start": "models.smollm2 runs/smollm2_135m_start",
+            "runs/arithmetic/train.json": "data.arithmetic --output runs/arithmetic/train.json",
+        },
+        share=16,
+    ),
 }
 
 
@@ -255,6 +271,8 @@ SHOWN = (
     "one of 8",
     "judge, own answers",
     "greedy judge, own answers",
+    "judge, own boxed answers",
+    "greedy judge, own boxed answers",
     "judge, independent answers",
     "pairwise, both orders",
     "Brier score of verdicts",
@@ -367,7 +385,7 @@ def figure(cells: dict[str, dict[str, dict]], variants: list[str], path: str) ->
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="benchmarks.learning")
     parser.add_argument("--task", choices=TASKS, required=True)
     parser.add_argument("--variants", nargs="+", default=["grpo", "spark"], choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -380,9 +398,9 @@ def main() -> None:
     parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")
     args = parser.parse_args()
     if not args.table:
-        task = TASKS[args.task]
-        if not Path(task.start).exists():
-            parser.error(f"{task.start}: is missing; python -m {task.made_by} makes it")
+        for path, module in TASKS[args.task].made.items():
+            if not Path(path).exists():
+                parser.error(f"{path}: is missing; python -m {module} makes it")
         jobs = [("start", 0), *((variant, seed) for seed in args.seeds for variant in args.variants)]
         try:
             with ThreadPoolExecutor(args.jobs) as pool:

@@ -233,10 +233,16 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
 
     own = list(zip(right, reflected, judged, strict=True))
 
-    def balanced_accuracy(verdicts: list[bool | None]) -> Row:
-        groups = grouped(list(zip(right, verdicts, strict=True)))
-        sides = ([[v is side for was, v in group if was is side] for group in groups] for side in (True, False))
-        return balanced(*sides)
+    any_answer = [True] * len(texts)
+    boxed = [verify.extract_boxed(text) is not None for text in texts]  # the others are easily told from right ones
+
+    def balanced_accuracy(verdicts: list[bool | None], among: list[bool]) -> Row:
+        rows = grouped(list(zip(right, verdicts, among, strict=True)))
+
+        def hits(side: bool) -> list[list[bool]]:
+            return [[verdict is side for was, verdict, counts in group if counts and was is side] for group in rows]
+
+        return balanced(hits(True), hits(False))
 
     probable = Counter()
     for was, (verdict, probability) in zip(right, judgements, strict=True):
@@ -244,8 +250,10 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
     calibrated = calibration(probable) if probable["with_probability"] else {"brier": None, "calibration_error": None}
     measures = {
         "first answer": mean(all_right),
-        "judge, own answers": balanced_accuracy(judged),
-        "greedy judge, own answers": balanced_accuracy([verdict for verdict, _ in greedily]),
+        "judge, own answers": balanced_accuracy(judged, any_answer),
+        "greedy judge, own answers": balanced_accuracy([verdict for verdict, _ in greedily], any_answer),
+        "judge, own boxed answers": balanced_accuracy(judged, boxed),
+        "greedy judge, own boxed answers": balanced_accuracy([verdict for verdict, _ in greedily], boxed),
         "judge, independent answers": balanced(point_hits[::2], point_hits[1::2]),
         "pairwise, both orders": mean([[a == 0, b == 1] for a, b in zip(first, second, strict=True)]),
         "pairwise, A chosen": mean([[a == 0, b == 0] for a, b in zip(first, second, strict=True)]),
@@ -292,6 +300,7 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
         "price": price,
         "rows": {
             "right": all_right,
+            "boxed": grouped(boxed),
             "judged": grouped(judged),
             "judged_greedily": grouped([verdict for verdict, _ in greedily]),
             "chances": grouped([round(chance, 4) for chance in chances]),

@@ -76,7 +76,8 @@ def test_items_are_balanced_quoted_and_deterministic(groups, config, step, multi
     items, counts = recycle(groups, step, config, limits)
     assert (items, counts) == recycle(groups, step, config, limits)  # a function of its arguments
 
-    assert len(items) <= multiple_of * math.ceil(config.recycle_ratio * len(groups) / multiple_of)
+    unit = math.lcm(multiple_of, 2 if config.recycle_matched and "pointwise" in config.recycle_tasks else 1)
+    assert len(items) <= unit * math.ceil(config.recycle_ratio * len(groups) / unit)
     assert len(items) % multiple_of == 0
     assert {item.task for item in items} <= set(config.recycle_tasks)
 
@@ -233,39 +234,73 @@ def test_a_share_of_reflections_may_show_a_right_rollout_without_calling_it_wron
 
 
 def test_adaptive_recycling_grows_with_the_groups_that_teach_nothing():
-    config = options(recycle_adaptive=True, recycle_ratio=1.5)
-    for pure, items_at_most in ((0, 0), (2, 3), (4, 6), (8, 12)):
+    config = options(recycle_adaptive=True)
+    for pure, items_at_most in ((0, 0), (2, 2), (4, 4), (8, 8)):
         groups = [group(i, (RIGHT, WRONG, MIXED)[i % 2 if i < pure else 2]) for i in range(16)]
         items, _ = recycle(groups, 0, config, TEXT_ONLY)
         assert len(items) == items_at_most
 
 
-@pytest.mark.parametrize("multiple_of", [1, 2])
-def test_a_fraction_of_an_item_comes_in_as_many_steps(multiple_of):
+@pytest.mark.parametrize(
+    ("multiple_of", "tasks", "unit"), [(1, TASKS, 2), (2, TASKS, 2), (1, TASKS[1:], 1), (3, TASKS[1:], 3)]
+)
+def test_a_fraction_of_an_item_comes_in_as_many_steps(multiple_of, tasks, unit):
     groups = [group(i, MIXED) for i in range(3)]
-    config = options(recycle_ratio=0.25)  # 0.75 items a step
+    config = options(recycle_ratio=0.25, recycle_tasks=list(tasks))  # 0.75 items a step; pointwise ones come in twos
     limits = replace(TEXT_ONLY, multiple_of=multiple_of)
     n = [len(recycle(groups, step, config, limits)[0]) for step in range(2000)]
-    assert set(n) == {0, multiple_of}
+    assert set(n) == {0, unit}
     assert sum(n) / 2000 == pytest.approx(0.75, abs=0.05)
     whole = options(recycle_ratio=2 / 3)
     assert {len(recycle(groups, step, whole, TEXT_ONLY)[0]) for step in range(50)} == {2}
 
 
-@pytest.mark.parametrize("capacity", [1, 2, 4, 8])
-def test_a_small_step_has_every_task_in_its_turn(capacity):
-    groups = [group(i, MIXED) for i in range(4 * capacity)]
+@pytest.mark.parametrize("questions", [1, 4, 8, 32])
+def test_a_small_step_has_every_task_in_its_turn(questions):
+    groups = [group(i, MIXED) for i in range(questions)]
     drawn = Counter()
-    for step in range(600):
+    for step in range(2000):
         items, _ = recycle(groups, step, RecycleConfig(recycle_pairwise_prob=0.5), TEXT_ONLY)
-        assert len(items) == capacity
         drawn.update(item.task for item in items)
+    if questions > 1:  # one question can't be asked pairwise and pointwise, and its one pair leaves a place empty
+        assert drawn.total() / 2000 == pytest.approx(questions / 4, rel=0.1)
     share = {task: n / drawn.total() for task, n in drawn.items()}
-    assert share["reflection"] > 0.3
-    if capacity == 1:  # pointwise items come in twos
-        assert share.keys() == {"pairwise", "reflection"}
-    else:  # a question that is asked pointwise gives two items, one that is asked pairwise one
-        assert 0.2 < share["pointwise"] < 0.45 and share["pairwise"] > 0.1
+    assert share["reflection"] > 0.3  # a question gives two pointwise items, or one pairwise one
+    assert 0.1 < share["pointwise"] < 0.45 and share["pairwise"] > 0.1
+
+
+@pytest.mark.parametrize("questions", [1, 2, 5])
+def test_pointwise_alone_has_room_in_small_steps(questions):
+    groups = [group(i, MIXED) for i in range(questions)]
+    config = RecycleConfig(recycle_tasks=["pointwise"])
+    n = [len(recycle(groups, step, config, TEXT_ONLY)[0]) for step in range(2000)]
+    assert sum(n) / 2000 == pytest.approx(questions / 4, rel=0.1)
+    assert set(n) <= {0, 2}
+
+
+@pytest.mark.parametrize("source", ["both", "cot", "answer"])
+@pytest.mark.parametrize("cut_off", [1, 2, 3, 4])
+def test_a_cut_off_rollout_does_not_give_its_label_away(cut_off, source):
+    """Wrong for want of a box: whoever says "right" of what has a box must do no better than a coin."""
+    outcomes = [("1", True)] * 4 + [("2", False)] * (4 - cut_off) + [(None, False)] * cut_off
+    groups = [group(i, outcomes) for i in range(8)]
+    judged = 0
+    for step in range(100):
+        items, counts = recycle(groups, step, options(recycle_source=source, recycle_pairwise_prob=0.5), TEXT_ONLY)
+        judging = [item for item in items if item.task != "reflection"]
+        assert all((r.answer is None) == (i.responses[0].answer is None) for i in judging for r in i.responses)
+        points = [item.responses[0] for item in judging if item.task == "pointwise"]
+        assert sum((r.answer is not None) == r.correct for r in points) == len(points) / 2
+        judged += len(judging)
+        assert counts.skipped.get("unboxed", 0) >= (8 if cut_off == 4 else 0)
+    assert bool(judged) == (cut_off < 4)
+
+
+def test_where_no_answer_has_a_box_whole_rollouts_are_judged():
+    """A verifier that reads something else than boxes."""
+    groups = [group(i, [(None, True), (None, False)] * 4) for i in range(8)]
+    items, _ = recycle(groups, 0, options(recycle_pairwise_prob=0.5, recycle_ratio=3), TEXT_ONLY)
+    assert {item.task for item in items} == set(TASKS)
 
 
 def test_a_limit_of_items_takes_the_place_of_the_ratio():
@@ -277,7 +312,7 @@ def test_a_limit_of_items_takes_the_place_of_the_ratio():
 
 def test_an_odd_capacity_is_not_exceeded_by_items_that_come_in_twos():
     groups = [group(i, RIGHT) for i in range(4)] + [group(i, MIXED) for i in range(4, 6)]
-    items, _ = recycle(groups, 0, options(recycle_ratio=0.5, recycle_tasks=["pointwise"]), TEXT_ONLY)
+    items, _ = recycle(groups, 0, options(recycle_tasks=["pointwise"]), replace(TEXT_ONLY, at_most=3))
     assert len(items) == 2
 
 
