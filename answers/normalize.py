@@ -62,12 +62,15 @@ def _rewrites(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
+_ONE_SPACE = (r"\s+", " ")  # first of all: a rule with several \s* takes hours on a run of spaces
 _BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
+    _ONE_SPACE,
     (r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow)\s*\{\s*(\\?[a-zA-Z]+|\d)\s*\}(?<![a-z]{2}\})", r"\1 "),
     (r"\\(?:text)?color\s*\{\w+\}", " "),
     (r"(?<=\d)(?<!\d{4}),\s*(?:\\!\s*)+(?=\d{3}(?!\d))", ""),  # 11,\! 111 is one number
 )
 _AFTER_COMMANDS = _rewrites(
+    _ONE_SPACE,
     (  # x = 2k + 1, k \in \mathbb{Z}
         r"(?<=.)[,;]?\s*\(?\s*(?:\\text\{\s*(?:where|for|with)\s*\})?\s*[a-zA-Z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?"
         r"[+*^]*\s*\)?$",
@@ -94,7 +97,7 @@ _PLAIN = _rewrites(
     (r"\+\s*\\infty", r"\\infty"),
     (r"\\sqrt\s+(?=[\d({\[])", r"\\sqrt"),
     (r"(?<=[\d ])([cdkm]?m|ft)([23])$", r"\1^\2"),
-    (r"\s+", " "),
+    _ONE_SPACE,
 )
 _ANSWER_IS = re.compile(
     r"(?:\\text\{\s*)?(?:the )?(?:final )?(?:correct )?answer(?: is\b|\s*:)\s*:?\s*\}?|\\approx|\\therefore", re.I

@@ -315,8 +315,10 @@ def _same_quantity(pred: str, gold: str, digits: int) -> bool | None:
     (p, p_unit), (g, g_unit) = split_unit(pred), split_unit(gold)
     if p_unit and g_unit and p_unit != g_unit:
         return False
+    if len(p_unit + g_unit) == 1 and _same_products(pred, gold):  # 3 m may be three metres or three times m
+        return True
     p, g = plain_number(p), plain_number(g)
-    based = [re.fullmatch(r"\(?([0-9A-Fa-f]+)\)?_\{?(?:\\text\{)?(\w+?)\}*", body) for body in (p, g)]
+    based = [re.fullmatch(r"\(?(\d[0-9A-Fa-f]*)\)?_\{?(?:\\text\{)?(\w+?)\}*", body) for body in (p, g)]
     if any(based):  # 1011_2: digits and base, the base may be left out
         p_digits, g_digits = (b[1].upper() if b else body.upper() for b, body in zip(based, (p, g), strict=True))
         p_base, g_base = (b and plain_number(b[2]) for b in based)
@@ -333,6 +335,14 @@ def _same_quantity(pred: str, gold: str, digits: int) -> bool | None:
             return False
         return isinstance(value, Fraction) and (abs(value) > 1 or not value)
     return _same_expression(*(f"({body})/100" if unit else body for body, unit in ((p, p_unit), (g, g_unit))))
+
+
+def _same_products(pred: str, gold: str) -> bool:
+    """Whether two texts are the same where a unit of one letter is a variable."""
+    try:
+        return same_values(*(evaluate(unwrap_text(text)) for text in (pred, gold)))
+    except (TooBig, *CANNOT_EVALUATE):
+        return False
 
 
 # --------------------------------------------------------------------------- expressions and decimals

@@ -39,7 +39,7 @@ _NOT_UNITS = set(
     and or not to than more less minus plus times over half is are was no yes if only of from between about
     approximately least most other else but wrong correct dozen one two three four five six ten
     hundred thousand million billion trillion mod base halves thirds fourths quarters fifths sixths eighths tenths
-    hundredths thousandths factorial choose inverse below above negative
+    hundredths thousandths factorial choose inverse below above negative out
     """.split()
 )
 _UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys("cubic cu cu. cubed".split(), "3")
@@ -105,6 +105,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if not body or body[-1] in "+-*/^=(_" or (re.search(r"\\[A-Za-z]+$", body) and not body.endswith(r"\pi")):
         return text, unit
     name = (tail["text"] if tail["bare"] is None else tail["bare"]).strip()
+    name = re.sub(r" of [A-Za-z ]+$", "", name)  # cups of feed
     if tail["bare"]:  # only if it cannot be a product of variables
         spaced = text[tail.start() - 1] == " "
         for word in name.replace("/", " ").split():
