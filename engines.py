@@ -18,6 +18,7 @@ import json
 import os
 import queue
 import random
+import re
 import threading
 import time
 from dataclasses import dataclass
@@ -90,10 +91,10 @@ def load_processor(model: str, **settings: Any):
 
 
 def with_places(request: Request) -> list[dict[str, Any]]:
-    """The messages of a request with images, in parts; the images stand in front of the first question where the
-    messages have no places for them."""
+    """The messages of a request in parts; its images stand in front of the first question where the messages have no
+    places for them."""
     messages = in_parts(request.messages)
-    if all(part["type"] == "text" for message in messages for part in message["content"]):
+    if request.images and all(part["type"] == "text" for message in messages for part in message["content"]):
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         content = [{"type": "image"}] * len(request.images) + messages[first]["content"]
         messages[first] = {**messages[first], "content": content}
@@ -107,7 +108,8 @@ def prompt_text(processor, request: Request) -> str:
 
     if request.images and not isinstance(processor, ProcessorMixin):
         raise BadImage("the model takes no images")
-    messages = with_places(request) if request.images else request.messages
+    # A vision-language model's template may pass over contents that are plain text.
+    messages = with_places(request) if isinstance(processor, ProcessorMixin) else request.messages
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:  # some take no system prompt
@@ -172,6 +174,8 @@ class TransformersEngine(BatchEngine):
         self.factor = image_factor(processor)
         if self.tokenizer.pad_token is None:  # Llama's
             self.tokenizer.pad_token = self.tokenizer.eos_token
+        ends = self.model.generation_config.eos_token_id
+        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]  # tokens that end an answer
 
     def batch(self, requests: list[Request], sampling: Sampling, **more: Any) -> list[Output]:
         """`more` is what else `generate` is given: a logits processor, for one."""
@@ -182,11 +186,12 @@ class TransformersEngine(BatchEngine):
         for i, request in enumerate(requests):
             try:
                 text = prompt_text(self.processor, request)
-                images += [loaded(image, self.factor) for image in request.images]
+                shown = [loaded(image, self.factor) for image in request.images]
             except (BadImage, BadRequest) as error:
                 outputs[i] = Output(error=str(error))
                 continue
             texts.append(text)
+            images.append(shown)  # a list for each row: of a flat one, some processors make a single row
             rows.append(i)
         if not rows:
             return outputs
@@ -196,7 +201,7 @@ class TransformersEngine(BatchEngine):
             padding_side="left",
             add_special_tokens=False,  # the chat template has written them
             return_tensors="pt",
-            **({"images": images} if images else {}),
+            **({"images": images} if any(images) else {}),
         ).to(self.model.device)
         recorder = TokenLogprobs() if any(requests[i].with_logprobs for i in rows) else None
         drawn = {"temperature": sampling.temperature, "top_k": 0, "top_p": 1.0} if sampling.temperature > 0 else {}
@@ -211,7 +216,8 @@ class TransformersEngine(BatchEngine):
                 **drawn,
                 **more,
             )[:, inputs["input_ids"].size(1) :]  # (b, T)
-        kept = (ids != self.tokenizer.pad_token_id).sum(dim=1).tolist()
+        ends = torch.isin(ids, torch.tensor(self._ends).to(ids))  # the first is the last token
+        kept = torch.where(ends.any(dim=1), ends.int().argmax(dim=1) + 1, ids.size(1)).tolist()
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         logprobs = recorder.of(ids).tolist() if recorder else None  # (b, T)
@@ -322,11 +328,13 @@ FILL_IN = {"vllm", "sglang"}  # these take what a request leaves open from the m
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
-    403: "the key in OPENAI_API_KEY may not use this",
+    403: "the key in OPENAI_API_KEY may not use this",  # or the one request, if others are answered
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
-LOGPROBS = b', "logprobs": true'
+REFUSED = {"max_tokens": "max_completion_tokens", "seed": None, "logprobs": None}  # by some -> what they take instead
+FORBIDDEN = 16  # requests that may be answered 403 before any is answered otherwise
+BROKEN_OFF = {"abort", "error"}  # the server's reasons to finish, not the model's
 TOGETHER = 32  # requests handed to the thread at once: each time interrupts it, and waiting delays the first ones
 SET_ASIDE = 30.0  # seconds for which a server that could not be reached is asked last
 
@@ -336,7 +344,8 @@ class ServerEngine:
 
     A request goes to the least busy server. What may pass (429, 5xx, a broken connection, half an answer) is tried
     again with backoff and jitter, where there are several servers on another one. What is left then is that request's
-    error. What no request can survive (401, 403, 404) raises BadInput. Once no server could be reached for all tries
+    error. What no request can survive (401, 404, 403 for all) raises BadInput. A field that a server does not know
+    (REFUSED) is left out or renamed. Once no server could be reached for all tries
     of a request, the others try once each until a server answers.
 
     Args:
@@ -353,6 +362,8 @@ class ServerEngine:
         self._set_aside = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is asked last
         self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
         self._fill_in = False  # a server is one of FILL_IN
+        self._refused: frozenset[str] = frozenset()  # fields of REFUSED without which a request was answered
+        self._forbidden: int | None = 0  # answers of 403; None once there is another one
         self._submitted: list[tuple[int, bytes]] = []  # not yet handed to the thread
         self._waiting: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []  # each takes one waiting request at a time
@@ -419,7 +430,7 @@ class ServerEngine:
         if sampling.temperature > 0 and request.seed is not None:
             body["seed"] = request.seed
         if request.with_logprobs:
-            body["logprobs"] = True  # the last field: see LOGPROBS
+            body["logprobs"] = True
         return body
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
@@ -474,7 +485,8 @@ class ServerEngine:
             self._done.put((ticket, output))
 
     async def _complete(self, body: bytes) -> Output:
-        error, tries = "", dict.fromkeys(self._busy, 0)
+        error, tries, left_out = "", dict.fromkeys(self._busy, 0), self._refused
+        body = without(body, left_out)
         for attempt in range(1 if self._unreachable else self.retries + 1):
             if attempt:
                 await asyncio.sleep(min(30.0, 0.25 * 2**attempt) * random.uniform(0.5, 1.0))
@@ -491,14 +503,20 @@ class ServerEngine:
             finally:
                 self._busy[server] -= 1
             self._set_aside[server], self._unreachable = 0.0, False
-            if status in FATAL:
+            error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
+            if status in (400, 403, 422) and (name := refused_field(answer, body)):
+                left_out = left_out | {name}
+                body = without(body, frozenset({name}))
+                continue
+            if status == 403 and self._forbidden is not None:
+                self._forbidden += 1
+            elif status == 200:
+                self._forbidden = None
+            if status in FATAL and (status != 403 or self._forbidden == FORBIDDEN):
                 raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
             if status == 200 and (output := read_completion(answer)) is not None:
+                self._refused = self._refused | left_out
                 return output
-            error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
-            if status in (400, 422) and b"logprob" in answer.lower() and LOGPROBS in body:
-                body = body.replace(LOGPROBS, b"")  # this server has none: the answer alone, then
-                continue
             if status not in RETRIED and status != 200:
                 break
         else:
@@ -515,7 +533,8 @@ def api_url(url: str) -> str:
         valid = False
     if not valid:
         raise BadInput(f"{url}: expected http://host:port or https://host")
-    return url.rstrip("/").removesuffix("/v1") + "/v1"
+    url = url.rstrip("/")
+    return url if re.search(r"/v\d\w*(/|$)", parts.path) else f"{url}/v1"  # also .../v1beta/openai, .../api/v3
 
 
 def read_models(answer: bytes) -> dict[str, str | None]:
@@ -526,10 +545,31 @@ def read_models(answer: bytes) -> dict[str, str | None]:
         return {}
 
 
+def refused_field(answer: bytes, body: bytes) -> str | None:
+    """The field of a request that a server refuses by name, if it can be done without."""
+    words, request = answer.decode(errors="replace").lower(), json.loads(body)
+    return next((name for name in REFUSED if name in request and name.removesuffix("s") in words), None)
+
+
+def without(body: bytes, fields: frozenset[str]) -> bytes:
+    """The request without these fields, or with what stands for them (REFUSED)."""
+    if not fields:
+        return body
+    request = json.loads(body)
+    for name in fields & request.keys():
+        value = request.pop(name)
+        if REFUSED[name]:
+            request[REFUSED[name]] = value
+    return json.dumps(request, ensure_ascii=False).encode()
+
+
 def read_completion(answer: bytes) -> Output | None:
-    """Parse a chat completion; None if malformed."""
+    """Parse a chat completion; None if malformed, or broken off by the server."""
     try:
         completion = json.loads(answer)
+        reason = completion["choices"][0].get("finish_reason")
+        if reason in BROKEN_OFF:
+            return None
         text = completion["choices"][0]["message"].get("content") or ""
         usage = completion.get("usage") or {}
         tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
@@ -538,7 +578,10 @@ def read_completion(answer: bytes) -> Output | None:
         logprobs = content and tuple((str(step["token"]), float(step["logprob"])) for step in content)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    return Output(text, *tokens, logprobs=logprobs or None) if all(isinstance(n, int) for n in tokens) else None
+    if not all(isinstance(n, int) for n in tokens):
+        return None
+    error = "the server's content filter" if reason == "content_filter" else None
+    return Output(text, *tokens, error, logprobs=logprobs or None)
 
 
 def _reason(error: Exception) -> str:

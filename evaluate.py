@@ -663,7 +663,7 @@ def make_engine(settings: Settings, engine: EngineSettings):
         return TransformersEngine(settings.model, batch_size=engine.batch_size, dtype=engine.dtype)
     except BadInput:
         raise
-    except (ValueError, SafetensorError) as error:  # transformers' and vLLM's, about a model that they can't load
+    except (ValueError, ImportError, RuntimeError, SafetensorError) as error:  # about a model that can't be loaded
         raise BadInput(f"--model {settings.model}: {error}") from error
 
 

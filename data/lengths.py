@@ -47,7 +47,9 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
 
     images = [image_tokens(row, processor) for row in rows]
     prompts = [
-        prepare_multimodal_messages(row["prompt"], images=row["images"]) if row["images"] else row["prompt"]
+        prepare_multimodal_messages(row["prompt"], images=row["images"])
+        if isinstance(processor, ProcessorMixin)
+        else row["prompt"]
         for row in rows
     ]
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor

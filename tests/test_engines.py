@@ -24,7 +24,7 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from engines import Request, Sampling, ServerEngine, complete, data_url
+from engines import Request, Sampling, ServerEngine, api_url, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
 from models.make_digits import OUTPUT
 from tests.test_images import png_of
@@ -103,6 +103,8 @@ SETTINGS = Settings("small", "answer", (), "server")
         (200, b'{"choices": [{"mess'),
         (200, b"[]"),
         (200, b'{"choices": []}'),
+        (200, b'{"choices": [{"message": {"content": "Let us"}, "finish_reason": "abort"}]}'),
+        (200, b'{"choices": [{"message": {"content": "Let us"}, "finish_reason": "error"}]}'),
         (200, b'{"choices": [{"message": {"content": 5}}]}'),
         (200, b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
         (200, b'{"choices": [{"message": {"content": "5"}}], "usage": {"prompt_tokens": "many"}}'),
@@ -123,6 +125,8 @@ def test_a_failure_that_may_pass_is_tried_again(fault, server):
     ("fault", "tries", "expected"),
     [
         ((400, b'{"error": "the prompt is too long"}'), 1, "answered 400: .*too long"),
+        ((403, b'{"error": "your input was flagged"}'), 1, "answered 403: .*flagged"),
+        ((200, b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}'), 1, "filter"),
         ((429, b"slow down"), 3, "answered 429: slow down"),
         ((200, b"half a js"), 3, "answered 200: half a js"),
         ((None, b""), 3, "ServerDisconnectedError"),
@@ -139,9 +143,7 @@ def test_a_failure_that_stays_is_recorded_in_its_row(fault, tries, expected, ser
     assert len(server.seen) == 3 + tries
 
 
-@pytest.mark.parametrize(
-    ("status", "expected"), [(401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")]
-)
+@pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")])
 def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
     rows = evaluate.read_benchmark(Source(ROWS), "answer")
     server.plan["What is 2+1?"] = [(status, b"")]
@@ -154,6 +156,16 @@ def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, exp
     engine.close()
     assert len(again) == 4
     assert all(r["error"] is None for r in again)
+
+
+def test_a_key_that_may_not_use_the_model_ends_the_run_before_every_question_has_failed(server, tmp_path):
+    many = [{**ROWS[0], "problem": f"{i}?"} for i in range(100)]
+    server.plan = {row["problem"]: [(403, b"not yours")] for row in many}
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    with pytest.raises(BadInput, match=r"answered 403: .*OPENAI_API_KEY"):
+        run_to_file(evaluate.read_benchmark(Source(many), "answer"), engine, SETTINGS, tmp_path / "r.json")
+    engine.close()
+    assert len(server.seen) == 16
 
 
 def test_an_answer_that_comes_too_late_is_an_error_and_the_next_request_gets_its_own(server):
@@ -251,8 +263,40 @@ def test_usage_that_is_missing_is_no_tokens(server):
     assert (row["error"], row["vlm_output"], row["prompt_tokens"], row["completion_tokens"]) == (None, "", 0, 0)
 
 
-def test_a_server_without_log_probabilities_still_judges(server):
-    server.plan["1+1?"] = [(400, b'{"error": "logprobs is not supported by this model"}')]
+def test_fields_that_a_server_refuses_are_left_out_or_renamed_from_then_on(server):
+    """As OpenAI's newer models do, and Mistral's API."""
+    server.plan["What is 0+1?"] = [
+        (400, b"Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."),
+        (422, b'{"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"]}]}'),
+    ]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    rows = evaluate.evaluate_records(ROWS, engine, replace(SETTINGS, temperature=1.0, max_tokens=77))
+    engine.close()
+    assert [row["error"] for row in rows] == [None] * 4
+    asked = [body.keys() - {"model", "messages", "temperature"} for _, body in server.seen]
+    assert asked[:2] == [{"max_tokens", "seed"}, {"max_completion_tokens", "seed"}]
+    assert asked[2:] == [{"max_completion_tokens"}] * 4
+    assert server.seen[-1][1]["max_completion_tokens"] == 77
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://a:8000", "http://a:8000/v1"),
+        ("http://a:8000/v1/", "http://a:8000/v1"),
+        ("http://a/proxy", "http://a/proxy/v1"),
+        ("https://a/v1beta/openai/", "https://a/v1beta/openai"),
+        ("https://a/v1/openai", "https://a/v1/openai"),
+        ("https://a/api/paas/v4", "https://a/api/paas/v4"),
+    ],
+)
+def test_an_address_with_a_version_is_the_api_s(url, expected):
+    assert api_url(url) == expected
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_server_without_log_probabilities_still_judges(status, server):
+    server.plan["1+1?"] = [(status, b'{"error": "logprobs is not supported by this model"}')]
     engine = ServerEngine([server.url], "small", concurrency=1)
     row = {"dataset": "d", "problem": "1+1?", "response": "2", "label": "Yes"}
     (result,) = evaluate.evaluate_records([row], engine, replace(SETTINGS, mode="judge"))

@@ -5,9 +5,13 @@ import copy
 import pytest
 import torch
 from helpers import coin, config, digits, sums, weights
+from PIL import Image
 from transformers import (
     Gemma3ForCausalLM,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     Gemma3TextConfig,
+    GenerationConfig,
     GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
@@ -32,6 +36,8 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
+from data.images import reference
+from engines import Request, Sampling, TransformersEngine, complete
 from train_spark import SparkConfig, SparkTrainer
 
 WIDTH = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -176,6 +182,48 @@ def test_vision(family, tmp_path, processor):
     torch.manual_seed(0)
     model, made = family(processor)
     two_steps(model, made, digits(12, {"sum"}), tmp_path)
+
+
+PARTS_ALONE = """\
+{%- for message in messages -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' %}IMAGE{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif -%}
+{%- endfor -%}
+{%- endfor -%}"""  # as Idefics3's published one: of contents that are plain text it writes nothing
+
+
+def gemma3(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    for name, token in (("image", "<image_soft_token>"), ("boi", "<start_of_image>"), ("eoi", "<end_of_image>")):
+        tokenizer.add_tokens([token], special_tokens=True)
+        setattr(tokenizer, f"{name}_token", token)
+        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    images = Gemma3ImageProcessor(size={"height": 32, "width": 32})
+    template = CHAT.replace("IMAGE", "<start_of_image>")
+    return None, Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=template)
+
+
+@pytest.mark.parametrize("family", [idefics3, internvl, gemma3])
+def test_evaluation_asks_about_texts_and_images_together(family, processor):
+    made = family(processor)[1]
+    made.chat_template = PARTS_ALONE.replace("IMAGE", made.chat_template.split("'image' %}")[1].split("{%")[0])
+    seen = {}
+
+    class Sees(torch.nn.Module):
+        device, generation_config = torch.device("cpu"), GenerationConfig()
+
+        def generate(self, **inputs):
+            seen.update(inputs)
+            return torch.cat([inputs["input_ids"], inputs["input_ids"][:, -1:]], dim=1)
+
+    red, blue = (reference(Image.new("RGB", (32, 32), colour)) for colour in ("red", "blue"))
+    asked = [("What is 1+1?", ()), ("Which colour?", (red,)), ("The same?", (red, blue))]
+    requests = [Request([{"role": "user", "content": text}], images) for text, images in asked]
+    complete(TransformersEngine(Sees(), made), requests, Sampling(max_tokens=1))
+    texts = made.batch_decode(seen["input_ids"], skip_special_tokens=True)
+    assert {text for text, _ in asked} == {next(t for t, _ in asked if t in text) for text in texts}
+    pixels = [value for name, value in seen.items() if "pixel_values" in name]
+    assert len(pixels) == 1 and pixels[0].numel() > 0
 
 
 def two_steps(model, processor, data, folder):
