@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import ProcessorMixin, Qwen2_5_VLModel, Qwen2VLImageProcessor, Qwen2VLModel
 from transformers.image_utils import make_flat_list_of_images
-from trl.data_utils import prepare_multimodal_messages
+from trl.data_utils import is_conversational, prepare_multimodal_messages
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from data.rows import BadInput, images_of
@@ -30,8 +30,12 @@ class MixedImages:
 
     def _generate_and_score_completions(self, inputs):
         """Messages become lists of parts where a row has an image. TRL's table of completions can't hold these beside
-        the plain texts of a process without any image, so that all become such lists."""
-        if isinstance(self.processing_class, ProcessorMixin) and not any(images_of(row) for row in inputs):
+        the plain texts of a process without any image, so that all become such lists. Where a row's images are None,
+        as Arrow has it, they are []: TRL would take it for an image."""
+        if any(row.get(name, name) is None for row in inputs for name in ("images", "image")):
+            inputs = [{**row, "images": images_of(row)} for row in inputs]
+        parts = isinstance(self.processing_class, ProcessorMixin) and is_conversational(inputs[0])
+        if parts and not any(images_of(row) for row in inputs):
             inputs = [{**row, "prompt": prepare_multimodal_messages(row["prompt"])} for row in inputs]
         with processed_once(self.processing_class) if self.args.recycle_ratio > 0 else nullcontext():
             return super()._generate_and_score_completions(inputs)

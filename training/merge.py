@@ -29,7 +29,7 @@ def merge(adapter: str, output: str) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="training.merge")
     parser.add_argument("adapter", help="what training with use_peft saved: a run's folder or one of its checkpoints")
     parser.add_argument("--output", help="default: merged, in the adapter's folder")
     args = parser.parse_args()
