@@ -84,7 +84,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         "Least reward of the first reward function that makes a rollout right. Default: it gives 0 or 1, and anything "
         "else is refused.",
     )
-    recycle_every: int = flag(1, "Recycle in every so many-th generation; the others are plain GRPO.")
+    recycle_every: int = flag(1, "Recycle in every n-th generation; the others are plain GRPO.")
     recycle_in_evaluation: bool = flag(
         True,
         "Evaluation during training measures judging and reflecting as well, on everything that its rollouts can be "

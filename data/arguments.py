@@ -28,7 +28,7 @@ class DataSettings:
 class DataArguments(DataSettings):
     """What to train on."""
 
-    dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`.")
+    dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`, `arithmetic`.")
     eval_dataset: str | None = flag(None, "The same, for evaluation during training (eval_strategy).")
     eval_split: str = flag("test", "The same, of eval_dataset.")
     strict: bool = flag(False, "Refuse data with unusable rows instead of leaving them out.")

@@ -131,7 +131,7 @@ def held_out(split: Split, n: int, seed: int = 1) -> dict[str, list[dict[str, An
 
 
 def main() -> int:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="data.arithmetic")
     parser.add_argument("--split", choices=("train", "test"), default="train")
     parser.add_argument("--n", type=int, default=800)
     parser.add_argument("--output", type=Path, required=True)

@@ -37,6 +37,8 @@ class Parser(argparse.ArgumentParser):
                 options["required"] = True
             else:
                 options["default"] = each.default
+                if kind is not bool and each.default not in (None, ()) and str(each.default).isprintable():
+                    options["help"] = f"{options.get('help', '')} [{each.default}]".strip()
             self.add_argument(f"--{each.name}", **options)
 
     def values(self, args: argparse.Namespace, settings: type) -> Any:

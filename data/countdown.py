@@ -322,7 +322,7 @@ def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> d
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="data.countdown")
     parser.add_argument("--split", choices=("train", "dev", "test"), default="test")
     parser.add_argument("--n", type=int, default=250)
     parser.add_argument("--output", type=Path, required=True)

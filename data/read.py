@@ -337,7 +337,7 @@ def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Ent
     elif name == "arithmetic":
         from data.arithmetic import arithmetic_rows
 
-        found = arithmetic_rows()
+        found = arithmetic_rows("test" if settings.dataset_split == "test" else "train")
     elif not isinstance(name, str):
         found = hub.as_stored(name)
     elif not name.strip():

@@ -95,7 +95,7 @@ def teach(model, tokenizer, n: int, seed: int = 0) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, prog="models.smollm2")
     parser.add_argument("output", type=Path)
     parser.add_argument("--examples", type=int, default=640, help="supervised ones, of every role")
     args = parser.parse_args()
