@@ -55,7 +55,9 @@ from data.rows import BadInput, BadRow, Source
 from data.table import list_text
 from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, VLLMEngine
 from prompts import (
+    BOX,
     PROMPT_SUFFIX,
+    Form,
     ask,
     neutralise,
     pairwise_instruction,
@@ -85,6 +87,7 @@ class Settings:
     judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
+    answer_mark: str = flag(BOX, "where reflections put the answer; as in training")
     reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
     seed: int = flag(0)
 
@@ -105,6 +108,11 @@ class Settings:
     def equal(self) -> Callable[[list[tuple]], list[bool | None]]:
         """Whether two answers are the same, of pairs."""
         return getattr(self.reward, "equal", verify.verify_many)
+
+    @cached_property
+    def extract(self) -> Callable[[str], str | None]:
+        """The answer in a text, or None."""
+        return getattr(self.reward, "extract", verify.extract_boxed)
 
 
 @dataclass(frozen=True)
@@ -154,6 +162,10 @@ class Calls:
         temperature = self.settings.judge_temperature
         return self.request(instruction)._replace(with_logprobs=with_logprobs, temperature=temperature)
 
+    def reflecting(self, candidate: str, form: Form) -> Request:
+        """The question again, with an earlier answer as `candidate` shows it."""
+        return self.request(reflection_instruction(candidate, form, template=1, mark=self.settings.answer_mark))
+
     def read(self, outputs: list[Output]) -> list[str]:
         """The texts of the outputs, whose tokens are counted."""
         for output in outputs:
@@ -161,12 +173,15 @@ class Calls:
             self.completion_tokens += output.completion_tokens
         return [output.text for output in outputs]
 
-    def candidate(self, response: str) -> tuple[str, str]:
+    def candidate(self, response: str) -> tuple[str, Form]:
         """(what a judge sees of a response, its form): the box if that is wanted and there is one, else all of it."""
-        boxed = verify.extract_boxed(response)
+        boxed = self.settings.extract(response)
         if self.settings.judge_source == "answer" and boxed is not None:
             return neutralise(boxed), "answer"
         return neutralise(response), "cot"
+
+    def round(self, text: str, verdict: str | None = None, judged: str | None = None) -> Row:
+        return {"answer": self.settings.extract(text), "output": text, "verdict": verdict, "judge_output": judged}
 
     def result(self, text: str, **fields: Any) -> Row:
         row = self.row
@@ -190,7 +205,7 @@ class Calls:
         """The columns are those of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
         row, reward = self.row, self.settings.reward
         if reward is None:
-            return verify.is_equal(verify.extract_boxed(text), row["solution"])
+            return verify.is_equal(self.settings.extract(text), row["solution"])
         columns = {name: [row[name]] for name in ("solution", "task", "source")}
         message = [{"role": "assistant", "content": text}]
         (value,) = reward(prompts=[row["prompt"]], completions=[message], **columns)
@@ -203,7 +218,7 @@ class Calls:
     def scored(self, text: str, **fields: Any) -> Row:
         if self.settings.reward_funcs:
             fields["verifier"] = self.settings.reward_funcs
-        answer = verify.extract_boxed(text)
+        answer = self.settings.extract(text)
         return self.result(text, extracted_answer=answer, is_correct=self.is_right(text), **fields)
 
     def final(self, text: str, first: str, first_tokens: int, rounds: list[Row], **fields: Any) -> Row:
@@ -211,7 +226,7 @@ class Calls:
         return self.scored(
             text,
             rounds=rounds,
-            first_answer=verify.extract_boxed(first),
+            first_answer=self.settings.extract(first),
             first_is_correct=self.is_right(first),
             first_completion_tokens=first_tokens,
             **fields,
@@ -273,14 +288,14 @@ def _reflect(calls: Calls, text: str):
         candidate, form = calls.candidate(text)
         (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
         verdict = verify.parse_verdict(judged)
-        rounds.append(_round(text, verdict, judged))
+        rounds.append(calls.round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
             stops += [(text, calls.completion_tokens - start)] * left
             break
-        (text,) = calls.read((yield [calls.request(reflection_instruction(candidate, form, template=1))]))
+        (text,) = calls.read((yield [calls.reflecting(candidate, form)]))
         stops.append((text, calls.completion_tokens - start))
     else:
-        rounds.append(_round(text))
+        rounds.append(calls.round(text))
     return text, rounds, stops
 
 
@@ -302,9 +317,9 @@ class Samples(Calls):
     def draw(self) -> Solver:
         outputs = yield [self.request()] * self.settings.n
         self.texts, self.prices = self.read(outputs), [output.completion_tokens for output in outputs]
-        self.rounds = [_round(text) for text in self.texts]
+        self.rounds = [self.round(text) for text in self.texts]
         self._candidates = [self.candidate(text)[0] for text in self.texts]
-        self._groups = _same_answers([verify.extract_boxed(text) for text in self.texts], self.settings.equal)
+        self._groups = _same_answers([self.settings.extract(text) for text in self.texts], self.settings.equal)
 
     def chosen(self, i: int, **fields: Any) -> Row:
         """The result, if the i-th answer is the one to give."""
@@ -346,7 +361,7 @@ class Samples(Calls):
             beliefs = [_belief(output, letter) for output, letter in zip(both, "AB", strict=True)]
             self._weights.append((sum(beliefs) / 2, price))
             verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
-            self.rounds[i] = {**_round(self.texts[i], verdict, judged), "weight": sum(beliefs) / 2}
+            self.rounds[i] = {**self.round(self.texts[i], verdict, judged), "weight": sum(beliefs) / 2}
 
     def _knock_out(self, groups: list[list[int]]):
         """Reduce `groups` to the winner of a knock-out; return its price. A pair is won by the side that both verdicts
@@ -390,7 +405,7 @@ def compared_row(row: Row, settings: Settings) -> Solver:
     variants, right = [], lru_cache(samples.is_right)
 
     def add(variant: str, count: int, text: str, price: int) -> None:
-        answer = {"answer": verify.extract_boxed(text), "is_correct": right(text)}
+        answer = {"answer": settings.extract(text), "is_correct": right(text)}
         variants.append({"variant": variant, "n": count, **answer, "completion_tokens": price})
 
     for variant, counts in (("vote", range(1, n + 1)), ("weighted_vote", powers), ("best_of_n", powers)):
@@ -413,10 +428,6 @@ def _belief(output: Output, right_letter: str) -> float:
     probability = verdict_probability(output, verdict)
     probability = 1.0 if probability is None else probability
     return probability if verdict in ("Yes", right_letter) else 1 - probability
-
-
-def _round(text: str, verdict: str | None = None, judged: str | None = None) -> Row:
-    return {"answer": verify.extract_boxed(text), "output": text, "verdict": verdict, "judge_output": judged}
 
 
 def _same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:

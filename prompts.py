@@ -31,6 +31,8 @@ PROMPT_SUFFIX = (
     "\nPlease first conduct reasoning, and then answer the question. Repeat the final answer using a '\\boxed{}'."
 )
 
+BOX = "\\boxed{}"  # where answers and verdicts go
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates. {response}, {first} and {second} are quoted rollouts; {if_a} and {if_b} are "correct" and "incorrect" in
 # either order, so that no letter stands for one verdict.
@@ -220,13 +222,13 @@ def pairwise_instruction(first: str, second: str, template: int = 0) -> str:
     return fill(PAIRWISE[template], first=quote(first, "A"), second=quote(second, "B"))
 
 
-def reflection_instruction(response: str, form: Form, template: int = 0) -> str:
-    """Ask to solve the question again, given an earlier response in the form `form`."""
+def reflection_instruction(response: str, form: Form, template: int = 0, mark: str = BOX) -> str:
+    """Ask to solve the question again, given an earlier response in the form `form`; the answer goes into `mark`."""
     templates = REFLECT_ON_COT if form == "cot" else REFLECT_ON_ANSWER
-    return fill(templates[template], response=quote(response))
+    return fill(templates[template].replace(BOX, mark), response=quote(response))
 
 
-def instructions() -> list[str]:
+def instructions(mark: str = BOX) -> list[str]:
     """Every instruction with empty responses, to count the tokens of its wording."""
     slots = {"response": quote(""), "first": quote("", "A"), "second": quote("", "B")}
-    return [fill(template, **slots, if_a="correct", if_b="incorrect") for template in TEMPLATES]
+    return [fill(template.replace(BOX, mark), **slots, if_a="correct", if_b="incorrect") for template in TEMPLATES]

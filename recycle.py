@@ -40,6 +40,7 @@ from typing import Any, Literal
 
 from data.cli import flag
 from prompts import (
+    BOX,
     PAIRWISE,
     POINTWISE_A_B,
     POINTWISE_YES_NO,
@@ -102,6 +103,9 @@ class RecycleConfig:
     recycle_seed: int = flag(0, "Seed of the random choices of recycling, together with the step.")
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "What policy prompts end with; removed before the judge is asked about the question."
+    )
+    answer_mark: str = flag(
+        BOX, "Where reflection prompts want the answer, if your verifier reads something else: <answer></answer>."
     )
 
     def check_recycling(self) -> None:
@@ -241,7 +245,7 @@ def recycle(
 
     used = len({(task, group.key) for task, group, _ in selected})
     counts = Counts(len(candidates) - used, {reason: n for reason, n in sorted(skipped.items()) if n})
-    return _write_items(selected, config.prompt_suffix, rng), counts
+    return _write_items(selected, config, rng), counts
 
 
 def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
@@ -408,7 +412,7 @@ def _select_pointwise(candidates, n: int, config, rng) -> tuple[list[Candidate],
     return right, (only_wrong + mixed[from_mixed:])[: n - n_right]
 
 
-def _write_items(selected, suffix: str, rng) -> tuple[Item, ...]:
+def _write_items(selected, config, rng) -> tuple[Item, ...]:
     """Give each item its wording, its order and its label, each balanced to within one."""
     n_of: Counter[Task] = Counter()
     by_letter, letter, position = rng.randrange(2), rng.randrange(2), rng.randrange(2)
@@ -426,7 +430,7 @@ def _write_items(selected, suffix: str, rng) -> tuple[Item, ...]:
             template = rng.randrange(len(REFLECT_ON_COT if response.form == "cot" else REFLECT_ON_ANSWER))
             if response.correct:
                 template |= 1  # the even templates say that the attempt is wrong
-            instruction = reflection_instruction(response.text, response.form, template)
+            instruction = reflection_instruction(response.text, response.form, template, config.answer_mark)
         elif (i + by_letter) % 2:  # right responses come first, so alternating balances within each label
             label = "AB"[(i // 2 + letter) % 2]
             right_letter = label if response.correct else "BA"["AB".index(label)]
@@ -434,7 +438,7 @@ def _write_items(selected, suffix: str, rng) -> tuple[Item, ...]:
         else:
             label = "Yes" if response.correct else "No"
             instruction = pointwise_instruction(response.text, rng.randrange(len(POINTWISE_YES_NO)))
-        items.append(Item(task, ask(group.prompt, instruction, suffix), label, group, responses))
+        items.append(Item(task, ask(group.prompt, instruction, config.prompt_suffix), label, group, responses))
     return tuple(items)
 
 

@@ -76,8 +76,8 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     use_vllm: bool | None = flag(None, "Generate with vLLM; default: where it is installed and there is a GPU.")
     max_prompt_length: int = flag(
         8192,
-        "Longest policy prompt in tokens, images included; longer rows are left out. vLLM has room for that, two "
-        "quoted rollouts and a completion (vllm_max_model_length); longer recycled prompts are skipped.",
+        "Longest policy prompt in tokens, images included; the command leaves longer rows out. vLLM has room for that, "
+        "two quoted rollouts and a completion (vllm_max_model_length); longer recycled prompts are skipped.",
     )
     correct_at: float | None = flag(
         None,
@@ -166,9 +166,11 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
         reward_funcs: functions of (prompts, completions, **columns), as TRL's. The first one is the verifier: a rollout
-            is right where it gives 1 (or `correct_at`), and a row without an opinion of it (None) is left out. If it
-            has an attribute `equal`, that tells which (prediction, gold) pairs are the same answer, else
-            verify.verify_many. Judge rows are scored by their label instead, reflection rows by these functions.
+            is right where it gives 1 (or `correct_at`), and a row without an opinion of it (None) is left out. Judge
+            rows are scored by their label instead, reflection rows by these functions. Two attributes of the verifier
+            are used where it has them: `extract` (text -> the answer in it, or None) instead of verify.extract_boxed,
+            and `equal` (pairs of prediction and gold -> whether they are the same answer) instead of
+            verify.verify_many.
         args: a SparkConfig.
 
     Raises ValueError, with recycling on, for reward models, async functions and environments: a label must come from
@@ -212,7 +214,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         if self.use_vllm:
             adopt_engine(self, longest)
         self._longest_prompt = longest - self.max_completion_length
-        self._longest_instruction = max(map(len, self._tokenizer(instructions())["input_ids"]))
+        self._longest_instruction = max(map(len, self._tokenizer(instructions(args.answer_mark))["input_ids"]))
         added = self._tokenizer.get_added_vocab()
         self._control_tokens = sorted({*self._tokenizer.all_special_tokens, *added}, key=len, reverse=True)
         self._evaluated = 0  # batches of this evaluation
@@ -303,7 +305,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         for start in range(0, len(texts), size):
             group = slice(start, start + size)
             rollouts = tuple(
-                Rollout(text, verify.extract_boxed(text), correct)
+                Rollout(text, self._rewards.extract(text), correct)
                 for text, correct in zip(texts[group], right[group], strict=True)
             )
             row = rows[start]

@@ -684,6 +684,26 @@ def test_a_verifier_of_one_s_own_scores_votes_and_tables(tmp_path, monkeypatch, 
     assert "reward_funcs" in refusal(monkeypatch, capsys, tmp_path / "b.json", "--reward_funcs", "none.py:x")
 
 
+def test_a_verifier_that_reads_something_else_than_boxes(tmp_path, monkeypatch):
+    (tmp_path / "tagged.py").write_text(
+        "def tagged(text):\n"
+        "    return text.rpartition('<answer>')[2].partition('</answer>')[0] or None\n"
+        "def reward(prompts, completions, solution, **columns):\n"
+        "    return [float(tagged(c[-1]['content']) == s) for c, s in zip(completions, solution)]\n"
+        "reward.extract = tagged\n"
+    )
+    (tmp_path / "b.json").write_text(json.dumps([{"dataset": "d", "problem": "1+1?", "answer": "2"}]))
+    given = iter(["<answer>3</answer>", "\\boxed{No}", "<answer>2</answer>", "\\boxed{Yes}"])
+    asked = []
+    engine = Scripted(lambda text: asked.append(text) or next(given))
+    flags = ["--reward_funcs", f"{tmp_path}/tagged.py:reward", "--mode", "tts", "--answer_mark", "<answer></answer>"]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, *flags) == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert (row["first_answer"], row["extracted_answer"]) == ("3", "2")
+    assert (row["first_is_correct"], row["is_correct"]) == (False, True)
+    assert ["<answer></answer>" in text for text in asked] == [False, False, True, False]
+
+
 def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
     reward = "def {}(prompts, completions, solution, task, source):\n    return [{}]\n"
     (tmp_path / "half.py").write_text(reward.format("half", 0.5) + reward.format("none", "float('nan')"))

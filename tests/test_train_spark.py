@@ -15,6 +15,7 @@ from types import MethodType
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset, Image, List
 from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, save_text_model, sums, weights
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 import train_spark
 import verify
 from data.rows import BadInput
-from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout
+from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout, recycle
 from train_spark import SparkConfig, SparkTrainer
 from training import settings
 from training.batch import cut_pass, join, merge_images, share_images
@@ -707,6 +708,68 @@ def test_without_an_opinion_of_the_verifier_a_row_has_no_reward(tmp_path, proces
     batch = trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
     assert batch["advantages"][:4].tolist() == [0.0] * 4
     assert trainer._rewards.right[0] is None
+
+
+@pytest.mark.parametrize("recycle_ratio", [0, 1.0])
+@pytest.mark.parametrize("data", ["null images", "null image", "plain text"])
+def test_rows_as_others_make_them(data, recycle_ratio, tmp_path, processor, vision_model):
+    """Arrow's null for no image, also where a whole batch has none, and prompts that are text."""
+    rows = digits(6, IMAGE_KINDS).to_list() + digits(6, TEXT_KINDS).to_list()
+    if data == "plain text":
+        rows = [{"prompt": "What is 1+1?", "solution": "2"}] * 12
+    elif data == "null images":
+        rows = [{**row, "images": row["images"] or None} for row in rows]
+    else:
+        rows = [{**row, "image": row.pop("images")[0] if row["images"] else None} for row in rows]
+    dataset = Dataset.from_list(rows)
+    for name, feature in (("images", List(Image())), ("image", Image())):
+        dataset = dataset.cast_column(name, feature) if name in dataset.column_names else dataset
+
+    def even(prompts, completions, **columns):
+        return [float(len(verify.last_text(completion)) % 2 == 0) for completion in completions]
+
+    trainer = SparkTrainer(
+        vision_model,
+        reward_funcs=even,
+        args=config(SparkConfig, tmp_path, recycle_ratio=recycle_ratio, shuffle_dataset=False),
+        train_dataset=dataset,
+        processing_class=processor,
+    )
+    trainer.train()  # in order: batches with images, with some, with none
+    assert len(history(trainer)) == 3
+
+
+def test_merging_images_leaves_the_batch_as_it_was():
+    batch = {"num_images": [1, 1], "pixel_values": torch.zeros(2, 3), "num_items_in_batch": torch.tensor(8)}
+    merged = merge_images(batch)
+    merged["num_items_in_batch"] = 0
+    assert batch["num_items_in_batch"] == 8
+
+
+def test_a_verifier_that_reads_something_else_than_boxes(tmp_path, processor, text_model, monkeypatch):
+    """Reflections are asked for what earns the reward, and answers are quoted as it reads them."""
+
+    def tagged_reward(prompts, completions, **columns):
+        return coin(prompts, completions)
+
+    tagged_reward.extract = lambda text: f"tag of {len(text)}"
+    tagged_reward.equal = lambda pairs: [a == b for a, b in pairs]
+    trainer = SparkTrainer(
+        text_model,
+        tagged_reward,
+        config(SparkConfig, tmp_path, recycle_source="answer", answer_mark="<answer></answer>"),
+        train_dataset=sums(4),
+        processing_class=processor.tokenizer,
+    )
+    found = []
+    monkeypatch.setattr(train_spark, "recycle", lambda *args: found.append(recycle(*args)) or found[-1])
+    trainer.train()
+    items = [item for made, _ in found for item in made]
+    assert {item.task for item in items} == {"pointwise", "pairwise", "reflection"}
+    for item in items:
+        text = item.prompt[-1]["content"]
+        assert "tag of" in text
+        assert ("<answer></answer>" in text) == (item.task == "reflection") == ("\\boxed" not in text)
 
 
 def test_a_verifier_that_pays_anything_but_0_or_1_is_refused_or_has_a_threshold(tmp_path, processor, text_model):

@@ -143,6 +143,6 @@ def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
 
 
 def merge_images(batch: Batch) -> Batch:
-    """The image fields of a pass as the model takes them: one tensor over all rows, or none where no row has any."""
-    batch = unsplit_pixel_values_by_grid(batch)
-    return batch if any(batch.get("num_images") or ()) else {k: v for k, v in batch.items() if k not in IMAGE_FIELDS}
+    """A batch with the image fields as the model takes them: one tensor over all rows, or none where no row has any."""
+    seen = any(batch.get("num_images") or ())
+    return {k: v for k, v in unsplit_pixel_values_by_grid(batch).items() if seen or k not in IMAGE_FIELDS}

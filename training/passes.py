@@ -87,7 +87,7 @@ class InPasses:
         TRL divides by the rows or the tokens of the pass, or (TOKEN_LOSSES) by the tokens of the generation. The
         latter needs no weight, but an entropy bonus or auxiliary loss that TRL adds to it does.
         """
-        batch = dict(merge_images(part["batch"]))
+        batch = merge_images(part["batch"])
         weight = part["token_weight"] if self.loss_type in (*TOKEN_LOSSES, "bnpo") else part["row_weight"]
         if self.loss_type in TOKEN_LOSSES:
             batch["num_items_in_batch"] = batch["num_items_in_batch"] * part["token_share"]

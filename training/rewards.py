@@ -26,6 +26,7 @@ class JudgingRewards:
     Attributes:
         functions: what the trainer calls.
         equal: tells which (prediction, gold) pairs are the same answer.
+        extract: finds the answer in what was written, or None.
         items: what the rows to be scored were recycled into; None: they are the policy's.
         texts, values, right: of the rows scored last on this process: what was written, its reward, and whether the
             answer is right; None where the verifier has no opinion.
@@ -42,6 +43,7 @@ class JudgingRewards:
                 )
         self.functions = list(reward_funcs)
         self.equal: Callable[[list[tuple[str, str]]], list[bool | None]] = verify.verify_many
+        self.extract: Callable[[str], str | None] = verify.extract_boxed
         self.items: list[Item] | None = None
         self.texts: list[str] = []
         self.values: list[float | None] = []
@@ -50,6 +52,7 @@ class JudgingRewards:
         if is_model(reward_funcs[0]) or is_async_callable(reward_funcs[0]):
             return  # plain GRPO by a model's reward: nothing is right or wrong
         self.equal = getattr(reward_funcs[0], "equal", self.equal)
+        self.extract = getattr(reward_funcs[0], "extract", self.extract)
         self.functions[0] = self._verifier(reward_funcs[0])
         if recycling:
             self.functions[1:] = [self._other(function) for function in reward_funcs[1:]]
