@@ -363,7 +363,7 @@ class ServerEngine:
         self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
         self._fill_in = False  # a server is one of FILL_IN
         self._refused: frozenset[str] = frozenset()  # fields of REFUSED without which a request was answered
-        self._forbidden: int | None = 0  # answers of 403; None once there is another one
+        self._answered, self._forbidden = False, 0  # whether there was any answer; how many of 403
         self._submitted: list[tuple[int, bytes]] = []  # not yet handed to the thread
         self._waiting: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []  # each takes one waiting request at a time
@@ -508,11 +508,10 @@ class ServerEngine:
                 left_out = left_out | {name}
                 body = without(body, frozenset({name}))
                 continue
-            if status == 403 and self._forbidden is not None:
-                self._forbidden += 1
-            elif status == 200:
-                self._forbidden = None
-            if status in FATAL and (status != 403 or self._forbidden == FORBIDDEN):
+            self._answered |= status == 200
+            self._forbidden += status == 403
+            this_one = status == 403 and (self._answered or self._forbidden < FORBIDDEN)
+            if status in FATAL and not this_one:
                 raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
             if status == 200 and (output := read_completion(answer)) is not None:
                 self._refused = self._refused | left_out

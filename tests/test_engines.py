@@ -165,7 +165,7 @@ def test_a_key_that_may_not_use_the_model_ends_the_run_before_every_question_has
     with pytest.raises(BadInput, match=r"answered 403: .*OPENAI_API_KEY"):
         run_to_file(evaluate.read_benchmark(Source(many), "answer"), engine, SETTINGS, tmp_path / "r.json")
     engine.close()
-    assert len(server.seen) == 16
+    assert 16 <= len(server.seen) <= 18
 
 
 def test_an_answer_that_comes_too_late_is_an_error_and_the_next_request_gets_its_own(server):
