@@ -201,8 +201,9 @@ class Page:
             settings = self._settings(temperature=temperature, max_tokens=length, max_rounds=rounds)
             solver = reflect_row(self._row(question, picture), settings)
             (request,) = next(solver)
+            judging = False
             while True:
-                judging, start = len(parts) % 2 == 1, time.monotonic()
+                start = time.monotonic()
                 name = "Verdict" if judging else "Reflection" if parts else "Answer"
                 for state in self.backend.stream(request._replace(with_logprobs=judging), settings.sampling):
                     if isinstance(state, str):
@@ -213,6 +214,7 @@ class Page:
                 counts = f"{state.completion_tokens} tokens, {time.monotonic() - start:.1f} s"
                 parts.append(f"{heading}\n\n{inert(state.text)}\n\n<small>{counts}</small>")
                 yield "\n\n".join(parts)
+                judging = not judging and verify.extract_boxed(state.text) is not None
                 (request,) = solver.send([state])
         except StopIteration as finished:
             answer = finished.value["extracted_answer"]

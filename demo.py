@@ -94,7 +94,8 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
     harmed = [[not new for old, new in row if old] for row in reflected]
 
     def own_hits(correct: bool, label: str) -> list[list[bool]]:
-        return [[s["rounds"][0]["verdict"] == label for s in row if s["first_is_correct"] is correct] for row in tts]
+        judged = [[s for s in row if s["rounds"][0]["judge_output"] is not None] for row in tts]
+        return [[s["rounds"][0]["verdict"] == label for s in row if s["first_is_correct"] is correct] for row in judged]
 
     return {
         "temperature": temperature,

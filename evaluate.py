@@ -6,7 +6,8 @@
     answer   one answer per question
     tts      test-time scaling, with the one model as its own judge; the first and the final answer are both scored, so
              that training and test-time scaling are never mixed up. --tts says how:
-               reflect         answer, judge that answer, reflect while the verdict is No (paper, section 3.4)
+               reflect         answer, judge that answer, reflect while the verdict is No (paper, section 3.4) or there
+                               is no answer to judge
                vote            --n answers, the most frequent one
                weighted_vote   the same, each answer weighted by the judge's probability that it is right
                best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
@@ -286,8 +287,10 @@ def _reflect(calls: Calls, text: str):
     start, rounds, stops = calls.completion_tokens, [], []
     for left in range(calls.settings.max_rounds, 0, -1):
         candidate, form = calls.candidate(text)
-        (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
-        verdict = verify.parse_verdict(judged)
+        verdict, judged = "No", None  # of what has no answer, unasked: judges are trained on answers
+        if calls.settings.extract(text) is not None:
+            (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
+            verdict = verify.parse_verdict(judged)
         rounds.append(calls.round(text, verdict, judged))
         if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
             stops += [(text, calls.completion_tokens - start)] * left

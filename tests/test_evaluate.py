@@ -99,6 +99,22 @@ def test_tts_stops_unless_the_verdict_is_no(verdict):
     assert row["extracted_answer"] == row["first_answer"] == "9"
 
 
+def test_what_has_no_answer_is_reflected_on_without_being_judged():
+    asked = []
+
+    def reply(text):
+        asked.append(kind(text))
+        return {"policy": "cut off", "reflection": "\\boxed{1}", "pointwise": "\\boxed{Yes}"}[kind(text)]
+
+    (row,) = evaluate.evaluate_records([QUESTIONS[0]], Scripted(reply), settings("tts"))
+    assert asked == ["policy", "reflection", "pointwise"]
+    assert [(r["answer"], r["verdict"], r["judge_output"]) for r in row["rounds"]] == [
+        (None, "No", None),
+        ("1", "Yes", "\\boxed{Yes}"),
+    ]
+    assert (row["round_num"], row["first_is_correct"], row["is_correct"]) == (1, False, True)
+
+
 def test_rows_do_not_wait_for_each_other():
     """A row that needs five calls and one that needs two share batches; five batches in all."""
     engine = Scripted(
