@@ -95,8 +95,7 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                     fields = {name: row[name] for name in ("dataset", "extracted_answer", "ground_truth")}
                     total.examples.append({"row": index, **fields, "stored": bool(row["stored"]), "rescored": right})
             if kind == "pointwise":
-                question = match_key(row), row.get("image_digest")
-                n, label = total.questions[dataset][question], row["label"]
+                n, label = total.questions[dataset][match_key(row)], row["label"]
                 n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
             for name, values in (row.get("categories") or {}).items():
                 for value in [values] if isinstance(values, str) else values:
@@ -143,7 +142,7 @@ def rescored(rows: Iterable[Row]) -> Iterator[Row]:
 def match_key(row: Row) -> int:
     """The same number for the same question in another file."""
     question = row["problem"] if "problem" in row else ("gold", row["ground_truth"])
-    parts = repr((row["dataset"], question, row.get("image_path")))
+    parts = repr((row["dataset"], question, row.get("image_path") or row.get("image_digest")))
     return int.from_bytes(blake2b(parts.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 

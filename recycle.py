@@ -251,7 +251,8 @@ def recycle(
 def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
     """Items of this step, at most; rounded at random, so that small steps recycle as well, and have room for two where
     pointwise items come in twos."""
-    counted = [g for g in groups if len({r.correct for r in g.rollouts}) == 1] if config.recycle_adaptive else groups
+    alike = [group for group in groups if len({r.correct for r in group.rollouts} - {None}) == 1]
+    counted = alike if config.recycle_adaptive else groups
     unit = 2 if config.recycle_matched and "pointwise" in config.recycle_tasks else 1
     return _rounded(config.recycle_ratio * len(counted), math.lcm(multiple_of, unit), rounding)
 

@@ -224,8 +224,12 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
             row["prompt"], row["completion"] = verify.last_text(row["prompt"]), verify.last_text(row["completion"])
             if row.get("images") or (row["task"], row["prompt"]) != item:  # only an item's first rollout has them
                 item, images, group = (row["task"], row["prompt"]), list(row.get("images") or []), []
-            if "reward" not in row:  # TRL's table has a column for each reward function, by its name
-                row["reward"] = next(v for k, v in row.items() if isinstance(v, float) and k != "advantage")
+            if (
+                "reward" not in row
+            ):  # TRL's table has a column for each reward function, by its name, the verifier's first
+                row["reward"] = row[list(row)[list(row).index("completion") + 1]]
+            if row["reward"] is None:  # no opinion of the verifier
+                row["reward"] = math.nan
             group.append(row["reward"])
             row["images"], row["group"] = images, group
     except Exception as error:  # a file cut off by a crash must not cost the report

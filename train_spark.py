@@ -58,6 +58,7 @@ from training.model_card import SparkModelCard
 from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
 from training.settings import (
+    after_loading,
     attention,
     check_columns,
     check_engine,
@@ -65,6 +66,7 @@ from training.settings import (
     check_installation,
     check_weights,
     refusing,
+    under_fsdp,
 )
 from training.vllm import adopt_engine
 
@@ -202,7 +204,9 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest
         self._rewards = JudgingRewards(reward_funcs, args.recycle_ratio > 0, args.correct_at)
+        under_fsdp(args, adapter=kwargs.get("peft_config") is not None or hasattr(model, "peft_config"))
         super().__init__(model, self._rewards.functions, args, train_dataset, eval_dataset, *rest, **kwargs)
+        after_loading(self)
         self.log_multimodal = False  # TRL gathers images only from processes that have some; `_log_images` from all
         exact, drop = not (args.has_extra_terms or self.aux_loss_enabled), args.drop_zero_advantage
         if drop and not exact:

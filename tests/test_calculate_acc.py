@@ -523,3 +523,9 @@ def test_the_price_of_test_time_scaling_by_hand(tmp_path):
 def test_variants_that_are_none_are_refused(variant):
     with pytest.raises(BadInput, match="f: row 0: field variants: expected"):
         tally("f", rows=[row("4", first_answer="4", variants=[variant])])
+
+
+def test_images_without_a_path_are_told_apart_by_their_content():
+    a, b = row("4", image_digest="a"), row("5", image_digest="b")
+    (found,) = summarise([tally("x", pair=True, rows=[a, b]), tally("y", pair=True, rows=[b, a])])["paired"]
+    assert (found["rows"], found["gained"], found["lost"]) == (2, 0, 0)

@@ -938,3 +938,11 @@ def test_no_chat_template_is_one_line_and_a_row_that_it_refuses_an_error(tmp_pat
     capsys.readouterr()
     assert evaluate.main() == 2
     assert capsys.readouterr().err.endswith("expected a model with a chat template, which its tokenizer has not\n")
+
+
+@pytest.mark.parametrize(("knows", "expected"), [("two", ("A", "B", True)), ("three", ("B", "A", False))])
+def test_a_pair_is_right_where_both_orders_name_the_chosen_one(knows, expected):
+    judge = Scripted(lambda text: "\\boxed{A}" if knows in text.split("<response_b>")[0] else "\\boxed{B}")
+    pair = {"dataset": "d", "problem": "1+1?", "chosen": "two", "rejected": "three"}
+    (row,) = evaluate.evaluate_records([pair], judge, settings("judge"))
+    assert (row["verdict"], row["verdict_swapped"], row["is_correct"]) == expected

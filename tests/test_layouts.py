@@ -440,3 +440,16 @@ def test_accuracies_by_category_and_their_mean_by_hand():
 def test_categories_and_groups_that_are_none_are_refused(change):
     with pytest.raises(BadInput, match=f"f: row 0: field {next(iter(change))}: expected"):
         tally("f", rows=[scored(1, **change)])
+
+
+@pytest.mark.parametrize(
+    ("name", "pairs"),
+    [
+        ("VL-RewardBench.parquet", [("A cat.", ["A dog."]), ("A dog.", ["A cat."])]),
+        ("VL-RewardBench.tsv", [("A cat.", ["A dog's."]), ("No.", ["Yes."])]),
+        ("judgebench.json", [("It is 2.", ["It is 3."]), ("It is 3.", ["It is 2."])]),
+    ],
+)
+def test_the_better_response_is_the_chosen_one(name, pairs, folder):
+    rows = evaluate.read_benchmark(Source(str(folder / name)), "judge")[:2]
+    assert [(row["chosen"], row["rejected"]) for row in rows] == pairs

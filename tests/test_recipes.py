@@ -9,8 +9,10 @@ from dataclasses import fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -19,7 +21,7 @@ from data import countdown
 from data.arguments import DataArguments
 from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
-from training import plan
+from training import plan, settings
 from training.seconds import Card, Lengths, generation_seconds
 
 RECIPES = sorted(path for path in Path("recipes").glob("*.yaml"))
@@ -417,3 +419,49 @@ def test_an_unknown_key_in_a_recipe_is_one_line(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err.strip()
     assert "num_generation" in error and "\n" not in error
+
+
+def test_fsdp_with_a_reference_model_loads_it_whole(monkeypatch):
+    """TRL shards it without exchanging weights, and spreads it over all GPUs unless told not to."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    args = SimpleNamespace(beta=0.1, model_init_kwargs=None)
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading: expected false"):
+        settings.under_fsdp(args, adapter=False)
+    settings.under_fsdp(args, adapter=True)  # its reference is the model without it
+    assert args.model_init_kwargs == {"device_map": None}
+    recipe = yaml.safe_load(Path("recipes/accelerate/fsdp2.yaml").read_text())
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", str(recipe["fsdp_config"]["fsdp_cpu_ram_efficient_loading"]))
+    settings.under_fsdp(args, adapter=False)
+
+
+def test_an_adapter_in_bfloat16_is_float32_where_gradients_are_scaled():
+    layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(torch.bfloat16)
+    layers[0].requires_grad_(False)
+    gradients = SimpleNamespace(plugin_kwargs={})
+    trainer = SimpleNamespace(
+        is_fsdp_enabled=False,
+        args=SimpleNamespace(fp16=True),
+        model=layers,
+        accelerator=SimpleNamespace(gradient_state=gradients),
+    )
+    settings.after_loading(trainer)
+    assert [p.dtype for p in layers.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    assert gradients.plugin_kwargs == {}
+    trainer.is_fsdp_enabled = True
+    settings.after_loading(trainer)
+    assert gradients.plugin_kwargs == {"sync_each_batch": True}
+
+
+def test_what_ddp_and_fsdp_hold_beside_the_weights():
+    sizes = plan.Architecture("x", 1000, 1000, 1, 1, 1, 1, 1)
+
+    def parts(sharding, *flags):
+        data, args, model = parse(["--dataset", "digits", "--output_dir", "x", *flags])
+        return plan.memory(plan.settings(data, args, model, plan.Launch(4, sharding), None, None), sizes)
+
+    assert parts("none", "--bf16", "false")["buckets"] == 4000 and parts("fsdp2")["buckets"] == 0
+    half = parts("fsdp2", "--bf16", "true", "--dtype", "bfloat16")  # accelerate makes what is trained float32
+    assert (half["weights"], half["gradients"], half["optimizer"]) == (1000, 1000, 2000)
+    more = parts("fsdp2", "--beta", "0.1")["scoring"] - parts("zero3", "--beta", "0.1")["scoring"]
+    assert more == 2000  # the reference, in two bytes

@@ -524,3 +524,18 @@ def test_an_instruction_replaces_the_suffix_of_the_last_question_and_nothing_els
 def test_bad_settings_name_the_field(field, value):
     with pytest.raises(ValueError, match=field):
         recycle([], 0, replace(options(), **{field: value}))
+
+
+def test_adaptive_recycling_counts_groups_whose_scored_rollouts_are_alike():
+    groups = [group(i, [("2", False), ("5", None)]) for i in range(8)]
+    assert len(recycle(groups, 0, options(recycle_adaptive=True), TEXT_ONLY)[0]) == 8
+
+
+def test_both_forms_are_quoted_alike_often():
+    groups, forms = [group(i, MIXED) for i in range(40)], Counter()
+    for step in range(20):
+        items, _ = recycle(groups, step, options(recycle_ratio=3.0), TEXT_ONLY)
+        forms.update((item.task, item.responses[0].form) for item in items)
+    for task in TASKS:
+        answer, cot = forms[task, "answer"], forms[task, "cot"]
+        assert answer / (answer + cot) == pytest.approx(0.5, abs=0.1)

@@ -131,6 +131,25 @@ def cards(path):
     return re.findall(r"<article class=\"card.*?</article>", path.read_text(encoding="utf-8"), re.DOTALL)
 
 
+def test_a_rollout_that_could_not_be_scored_is_shown_as_such(tmp_path):
+    """Parquet has null for no opinion of the verifier, whatever other rewards there are."""
+    run = make_run(tmp_path / "mine", tables=())
+    table = rollouts(1)
+    table.loc[table["task"] == "reflection", "reward"] = float("nan")
+    table.to_parquet(run / "completions" / "recycled_00001.parquet")
+    rows = [
+        {"step": 1, "prompt": f"Policy question {i}", "completion": "7", "answer_reward": reward, "length_reward": 1.0}
+        for i, reward in enumerate((1.0, None))
+    ]
+    pd.DataFrame(rows).assign(advantage=0.0).to_parquet(run / "completions" / "completions_00001.parquet")
+    page = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "could not be read" not in page and "Policy question 1" in page
+    cards = re.findall(r'<article class="card (\w+) (right|wrong|unscored)', page)
+    assert {outcome for kind, outcome in cards if kind == "reflection"} == {"unscored"}
+    others = {outcome for kind, outcome in cards if kind not in ("pointwise", "pairwise", "reflection")}
+    assert others == {"right", "unscored"}
+
+
 def test_one_file_with_everything_in_it(whole):
     page = Page(whole)
     for words in ("mine", "20 steps", "12 policy rollouts kept", "144 recycled ones kept",

@@ -1,6 +1,8 @@
 """Ends that nobody planned: signals, kill -9, a full disk, a NaN. By the command, as a user meets them."""
 
+import copy
 import json
+import math
 import random
 import shutil
 import signal
@@ -20,7 +22,7 @@ import train_spark
 from data.digits import digit_rows
 from train_spark import SparkConfig, SparkTrainer
 from training.callbacks import StopOnSignal
-from training.checkpoint import batches_in, last_checkpoint, load_batches
+from training.checkpoint import SafeCheckpoints, batches_in, copy_result, finished, last_checkpoint, load_batches
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
 SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"
@@ -246,3 +248,57 @@ def test_who_launched_it_is_told_how_long_the_launcher_waits(launched, monkeypat
     stop.on_train_end(None, None, None)
     assert ("launcher waits 30 seconds" in capsys.readouterr().err) == launched
     assert stop.received == signal.SIGTERM
+
+
+def test_a_signal_that_another_process_hears_stops_this_one():
+    gathered = torch.tensor([0, int(signal.SIGTERM)])
+    stop = StopOnSignal(SimpleNamespace(is_main_process=True, device="cpu", gather=lambda heard: gathered))
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    stop.on_step_end(None, None, control)
+    stop.on_train_end(None, None, None)
+    assert control.should_save and control.should_training_stop and stop.received == signal.SIGTERM
+
+
+def test_another_number_of_processes_draws_the_generation_anew(tmp_path, processor, text_model, capsys):
+    def trainer(folder):
+        half = {"steps_per_generation": 2, "per_device_train_batch_size": 8}
+        arguments = config(SparkConfig, folder, max_steps=4, save_strategy="steps", save_steps=3, **half)
+        model, tokenizer = copy.deepcopy(text_model), processor.tokenizer
+        return SparkTrainer(model, coin, arguments, train_dataset=sums(16), processing_class=tokenizer)
+
+    trainer(tmp_path / "whole").train()
+    saved = tmp_path / "whole" / "checkpoint-3"
+    (saved / "spark_state.json").write_text('{"step": 3, "processes": 2}')
+    (saved / "generation_rank_0.safetensors").unlink()
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(saved))
+    assert resumed.state.global_step == 4 and "drawn anew" in capsys.readouterr().err
+
+
+def test_each_process_keeps_its_own_rest():
+    rank = SimpleNamespace(accelerator=SimpleNamespace(process_index=1))
+    assert SafeCheckpoints._rest_of_generation.fget(rank) == "generation_rank_1.safetensors"
+
+
+@pytest.mark.parametrize(("had", "asked", "done"), [(2, 2, True), (2, 3, False), (0.5, 1.0, False), (1.5, 1.5, True)])
+def test_a_run_is_finished_for_as_many_epochs_as_it_had(had, asked, done, tmp_path):
+    state = {"global_step": 8, "max_steps": 8, "num_train_epochs": math.ceil(had), "epoch": had}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert finished(str(tmp_path), -1, asked) is done
+
+
+def test_with_fp16_an_overflow_is_skipped_and_not_the_end(tmp_path, processor, text_model, monkeypatch):
+    arguments = config(SparkConfig, tmp_path)
+    trainer = SparkTrainer(text_model, coin, arguments, train_dataset=sums(4), processing_class=processor.tokenizer)
+    monkeypatch.setattr(type(trainer.accelerator), "mixed_precision", "fp16")
+    assert trainer._get_grad_norm(trainer.model, grad_norm=torch.tensor(math.inf)) == math.inf
+
+
+def test_a_result_is_copied_without_the_optimizer_s_state(tmp_path):
+    saved, result = tmp_path / "checkpoint-1", tmp_path / "result"
+    saved.mkdir()
+    result.mkdir()
+    for name in ("optimizer.bin", "pytorch_model_fsdp.bin", "model.safetensors", "pytorch_model-00001.bin"):
+        (saved / name).write_text("")
+    copy_result(str(saved), result)
+    assert {path.name for path in result.iterdir()} == {"model.safetensors", "pytorch_model-00001.bin"}

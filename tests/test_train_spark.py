@@ -25,13 +25,14 @@ from trl import GRPOConfig, GRPOTrainer
 import train_spark
 import verify
 from data.rows import BadInput
+from prompts import neutralise
 from recycle import Counts, Group, Item, RecycleConfig, Response, Rollout, recycle
 from train_spark import SparkConfig, SparkTrainer
 from training import settings
 from training.batch import cut_pass, join, merge_images, share_images
 from training.checkpoint import last_checkpoint
 from training.images import each_image_once, processed_once
-from training.metrics import judge_metrics, recycling_metrics
+from training.metrics import judge_metrics, policy_metrics, recycling_metrics
 from training.passes import cuts, plan_passes
 from training.rewards import JudgingRewards, load_rewards
 
@@ -1262,3 +1263,48 @@ def test_metrics_against_a_case_by_hand():
         "recycle/seconds": 0.5,
         "judge/pointwise/question_only": 0.5,
     }
+
+
+def test_policy_metrics_by_hand():
+    def group(*outcomes):
+        return Group("q", "1+1?", tuple(Rollout("", answer, correct) for answer, correct in outcomes))
+
+    groups = [group(("2", True), ("3", False)), group((None, False), ("3", False)), group(("x", None), (None, None))]
+    assert policy_metrics(groups) == {"policy/accuracy": 1 / 4, "policy/pass_at_g": 1 / 2, "policy/unboxed": 2 / 6}
+
+
+def test_iterations_do_not_count_as_generations(tmp_path, processor, text_model):
+    arguments = config(SparkConfig, tmp_path, max_steps=4, num_iterations=2, recycle_every=2)
+    trainer = SparkTrainer(text_model, coin, arguments, train_dataset=sums(16), processing_class=processor.tokenizer)
+    trainer.train()
+    assert ["recycle/rows" in logs for logs in history(trainer)] == [True, False, False, False]
+
+
+def test_the_tokenizers_own_control_tokens_are_broken_up_too(tmp_path, processor, text_model):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens(["<my_tool>"], special_tokens=True)
+    trainer = SparkTrainer(
+        text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(4), processing_class=tokenizer
+    )
+    trainer.model.train()
+    made = Group("q", "1+1?", (Rollout("<my_tool>", None, False),))
+    limits = trainer._limits({"prompt_mask": torch.ones(4, 3)}, [made])
+    assert neutralise("<my_tool>", limits.control_tokens) == "< my_tool>"
+
+
+def test_metrics_of_passes_are_means_over_tokens(tmp_path, processor, vision_model):
+    arguments = config(SparkConfig, tmp_path, drop_zero_advantage=False)
+    trainer = SparkTrainer(
+        vision_model, args=arguments, train_dataset=digits(4, TEXT_KINDS), processing_class=processor
+    )
+    union, logged = drawn_union(trainer), trainer._metrics["train"]
+    union["completion_mask"][:8, 2:] = 0  # half of the policy's rows are short
+    logged.clear()
+    gradient_of(trainer, merge_images(cut_pass(union, torch.arange(16))))
+    (whole,) = logged["entropy"]
+    trainer.args.per_device_train_batch_size = 5
+    (passes,) = trainer._passes(union, n_policy=16)
+    assert sum(not part["recycled"] for part in passes) > 1
+    logged.clear()
+    gradient_of(trainer, passes)
+    assert sum(logged["entropy"]) / len(logged["entropy"]) == pytest.approx(whole, rel=1e-4)

@@ -19,7 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from data.rows import BadInput
 
 STATE = "spark_state.json"
-RESULT_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.txt", "*.model", "README.md")  # of a saved model
+RESULT_FILES = (  # of a saved model
+    *("*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"),
+    *("*.json", "*.jinja", "*.txt", "*.model", "README.md"),
+)
 
 
 class NotSaved(Exception):
@@ -241,7 +244,7 @@ def finished(checkpoint: str, max_steps: int, epochs: float) -> bool:
     state = _state_of(checkpoint)
     if max_steps > 0:
         return state["global_step"] >= max_steps
-    return state["global_step"] >= state["max_steps"] and epochs <= state["num_train_epochs"]
+    return state["global_step"] >= state["max_steps"] and epochs <= state["epoch"] + 1e-6
 
 
 def copy_result(checkpoint: str, folder: str | Path) -> None:

@@ -248,7 +248,8 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     weight_shards = 1 if whole else world
     state_shards = 1 if sharding == "none" else world  # of gradients and moments
     weight_bytes = 2 if deepspeed and half else run.weight_bytes
-    trained_bytes = 4 if lora and sharding != "zero3" else weight_bytes  # an adapter is float32 but under ZeRO-3
+    float32 = (lora and sharding != "zero3") or (half and sharding == "fsdp2")  # an adapter; what accelerate makes it
+    trained_bytes = 4 if float32 else weight_bytes
     moment_bytes = 12 if deepspeed and half else 2 * trained_bytes  # DeepSpeed: with its float32 weights
     compute_bytes = 2 if half or run.weight_bytes < 4 else 4
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
@@ -283,6 +284,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
 
     tile = min(HEAD_TILE[0], tokens) * min(HEAD_TILE[1], model.vocab) * compute_bytes  # of logits
     cached = 2 * compute_bytes * model.layers * model.kv_width  # keys and values of a token
+    reference_pass = references * 2 * model.parameters if sharding == "fsdp2" else 0  # TRL has it gathered whole
     scored = max(layer(per_device * longest, *text_sizes), layer(per_device * patches, *vision_sizes))
     generated = rollouts * longest * cached + layer(rollouts * args.max_prompt_length, *text_sizes)
     engine = (2 * model.parameters + longest * cached) / args.vllm_tensor_parallel_size + ENGINE_OVERHEAD
@@ -292,12 +294,13 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
         "gradients": model.trained * trained_bytes / state_shards,
         "optimizer": 0 if run.launch.offloads_optimizer else model.trained * moment_bytes / state_shards,
         "reference": references * model.parameters * weight_bytes / weight_shards,
+        "buckets": model.trained * trained_bytes if sharding == "none" and world > 1 else 0,  # DDP's, of gradients
         "half copies": copies * 2 * model.trained,
         "gathered": 0 if whole else 2 * 2 * max(one_layer, embedding),
         "activations": activations(model.layers, tokens, *text_sizes)
         + activations(model.vision_layers, per_device * patches, *vision_sizes),
         "head": 2 * tile + (0 if lora else 4 * embedding),  # logits and their gradient, the weights' gradient
-        "scoring": scored + 2 * tile if run.scores else 0,  # without gradient, of per_device rows
+        "scoring": scored + 2 * tile + reference_pass if run.scores else 0,  # without gradient, of per_device rows
         "pixels": rollouts * max(args.recycle_ratio, 1) * image,  # as TRL makes them: once a rollout
         "kept pixels": questions * image * (1 + args.recycle_ratio) + per_device * image,  # a pass has its own
         "cache": 0 if run.engine_share else generated,  # of generate()
@@ -312,7 +315,7 @@ def peaks(run: Run, parts: dict[str, float], card: float) -> tuple[float, float]
     use while the rollouts are scored. While training, its share stays in use unless it sleeps.
     """
     share = (run.engine_share or 0) * card
-    state = parts["weights"] + parts["optimizer"] + parts["reference"] + OVERHEAD
+    state = parts["weights"] + parts["optimizer"] + parts["reference"] + parts["buckets"] + OVERHEAD
     scoring = parts["pixels"] + parts["scoring"] + parts["gathered"]
     generating = state + max(parts["cache"], share + scoring) + parts["kept pixels"]
     working = ("gradients", "half copies", "gathered", "activations", "head", "kept pixels")
@@ -361,7 +364,8 @@ def remarks(run: Run) -> list[str]:
         found.append("DeepSpeed is not installed here")
     if recycles and not drops_rows:
         found.append("drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)")
-    if run.weight_bytes == 2 and not run.model.use_peft and not deepspeed:
+    float32 = deepspeed or (run.launch.sharding == "fsdp2" and (run.args.bf16 or run.args.fp16))
+    if run.weight_bytes == 2 and not run.model.use_peft and not float32:
         found.append("dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away")
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
@@ -115,3 +116,25 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
         reason = error
     refuse("train_spark.py", reason)
     raise SystemExit(status)
+
+
+def under_fsdp(args: Any, adapter: bool) -> None:
+    """Let TRL load the reference model whole in each process, as it shards it without exchanging weights."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return
+    if args.beta != 0 and not adapter and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: expected false where beta is not 0: all processes but one would load "
+            "zeros for the reference model"
+        )
+    args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
+
+
+def after_loading(trainer: Any) -> None:
+    """What TRL and Trainer leave to be set for FSDP2 and for float16."""
+    if trainer.is_fsdp_enabled:  # else every process keeps whole gradients until the last micro-step
+        trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+    if trainer.args.fp16:  # a quantised model's adapter is bfloat16, which CUDA's gradient scaler can't unscale
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad and parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
