@@ -135,6 +135,8 @@ def test_the_papers_recipe_has_its_hyperparameters():
         "recycle_matched": False,
         "recycle_balance": False,
         "recycle_apart": True,
+        "warmup_steps": 0.03,
+        "adam_beta2": 0.95,
     }
     for name, processes in (("spark_vl_32b", 16), ("spark_7b", 8)):
         data, args, model = parse(["--config", f"recipes/{name}.yaml"], plan.Launch(processes))
@@ -207,6 +209,7 @@ def test_a_recipe_trains_a_step(path, tmp_path, monkeypatch):
         "use_vllm": "false",
         "per_device_train_batch_size": 2 if "steps_per_generation" in path.read_text() else 8,
         "gradient_accumulation_steps": 2,
+        "recycle_ratio": 1,  # two items of two questions
         "max_completion_length": 16,
         "max_steps": 1,
         "disable_tqdm": "true",
