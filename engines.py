@@ -345,8 +345,8 @@ class ServerEngine:
     A request goes to the least busy server. What may pass (429, 5xx, a broken connection, half an answer) is tried
     again with backoff and jitter, where there are several servers on another one. What is left then is that request's
     error. What no request can survive (401, 404, 403 for all) raises BadInput. A field that a server does not know
-    (REFUSED) is left out or renamed. Once no server could be reached for all tries
-    of a request, the others try once each until a server answers.
+    (REFUSED) is left out or renamed. Once no server could be reached for all tries of a request, the others try once
+    each until a server answers.
 
     Args:
         urls: as `http://host:8000` or `http://host:8000/v1`.
@@ -503,19 +503,19 @@ class ServerEngine:
             finally:
                 self._busy[server] -= 1
             self._set_aside[server], self._unreachable = 0.0, False
+            self._answered |= status == 200
+            if status == 200 and (output := read_completion(answer)) is not None:
+                self._refused = self._refused | left_out
+                return output
             error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
             if status in (400, 403, 422) and (name := refused_field(answer, body)):
                 left_out = left_out | {name}
                 body = without(body, frozenset({name}))
                 continue
-            self._answered |= status == 200
             self._forbidden += status == 403
             this_one = status == 403 and (self._answered or self._forbidden < FORBIDDEN)
             if status in FATAL and not this_one:
                 raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
-            if status == 200 and (output := read_completion(answer)) is not None:
-                self._refused = self._refused | left_out
-                return output
             if status not in RETRIED and status != 200:
                 break
         else:

@@ -151,8 +151,9 @@ def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:
 
 # Control tokens of common chat templates. The trainer adds those of its tokenizer.
 _CONTROL = re.compile(
-    r"<(?=[|｜])|<(?=/?(?:s|bos|eos|pad|unk|image|img|video|audio|end_of_utterance|fake_token_around_image|row_\d+_col_\d+"
-    r"|think|tool_call|tool_response|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token|start_header_id|end_header_id|eot_id)>)"
+    r"<(?=[|｜])|<(?=/?(?:s|bos|eos|pad|unk|think|tool_call|tool_response|image|img|video|audio|end_of_utterance"
+    r"|fake_token_around_image|row_\d+_col_\d+|start_of_turn|end_of_turn|start_of_image|end_of_image|image_soft_token"
+    r"|start_header_id|end_header_id|eot_id)>)"
     r"|<(?=/?SYS>|<SYS|</SYS|IMG_CONTEXT)|\[(?=/?INST\])|\[(?=/?(?:IMG|IMG_BREAK|IMG_END|SYSTEM_PROMPT)\])",
     re.IGNORECASE,
 )

@@ -224,10 +224,9 @@ def read_table(path: Path, task: str | None, notes: list[str]) -> list[Row]:
             row["prompt"], row["completion"] = verify.last_text(row["prompt"]), verify.last_text(row["completion"])
             if row.get("images") or (row["task"], row["prompt"]) != item:  # only an item's first rollout has them
                 item, images, group = (row["task"], row["prompt"]), list(row.get("images") or []), []
-            if (
-                "reward" not in row
-            ):  # TRL's table has a column for each reward function, by its name, the verifier's first
-                row["reward"] = row[list(row)[list(row).index("completion") + 1]]
+            if "reward" not in row:  # TRL's table has a column for each reward function, the verifier's first
+                columns = list(row)
+                row["reward"] = row[columns[columns.index("completion") + 1]]
             if row["reward"] is None:  # no opinion of the verifier
                 row["reward"] = math.nan
             group.append(row["reward"])
