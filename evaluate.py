@@ -181,6 +181,12 @@ class Calls:
             return neutralise(boxed), "answer"
         return neutralise(response), "cot"
 
+    def may_be_right(self, text: str) -> bool:
+        """False where there is no answer; a verifier that does not say how it finds one may see it anywhere."""
+        reward = self.settings.reward
+        tells = reward is None or hasattr(reward, "extract")
+        return not tells or self.settings.extract(text) is not None
+
     def round(self, text: str, verdict: str | None = None, judged: str | None = None) -> Row:
         return {"answer": self.settings.extract(text), "output": text, "verdict": verdict, "judge_output": judged}
 
@@ -288,7 +294,7 @@ def _reflect(calls: Calls, text: str):
     for left in range(calls.settings.max_rounds, 0, -1):
         candidate, form = calls.candidate(text)
         verdict, judged = "No", None  # of what has no answer, unasked: judges are trained on answers
-        if calls.settings.extract(text) is not None:
+        if calls.may_be_right(text):
             (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
             verdict = verify.parse_verdict(judged)
         rounds.append(calls.round(text, verdict, judged))

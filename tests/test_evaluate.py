@@ -720,6 +720,18 @@ def test_a_verifier_that_reads_something_else_than_boxes(tmp_path, monkeypatch):
     assert ["<answer></answer>" in text for text in asked] == [False, False, True, False]
 
 
+def test_answers_of_a_verifier_that_does_not_say_how_it_reads_them_are_judged(tmp_path, monkeypatch):
+    """Code, say: no box, and no `extract`."""
+    (tmp_path / "code.py").write_text("def reward(prompts, completions, **columns):\n    return [1.0]\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"dataset": "d", "problem": "Write it.", "answer": "2"}]))
+    given = iter(["def f(): return 2", "\\boxed{Yes}"])
+    engine = Scripted(lambda text: next(given))
+    flags = ["--reward_funcs", f"{tmp_path}/code.py:reward", "--mode", "tts"]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, *flags) == 0
+    (row,) = json.loads((tmp_path / "r.json").read_text())
+    assert (row["round_num"], row["is_correct"], row["rounds"][0]["verdict"]) == (0, True, "Yes")
+
+
 def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
     reward = "def {}(prompts, completions, solution, task, source):\n    return [{}]\n"
     (tmp_path / "half.py").write_text(reward.format("half", 0.5) + reward.format("none", "float('nan')"))
