@@ -22,7 +22,16 @@ import train_spark
 from data.digits import digit_rows
 from train_spark import SparkConfig, SparkTrainer
 from training.callbacks import StopOnSignal
-from training.checkpoint import SafeCheckpoints, batches_in, copy_result, finished, last_checkpoint, load_batches
+from training.checkpoint import (
+    SafeCheckpoints,
+    batches_in,
+    copy_result,
+    finished,
+    last_checkpoint,
+    load_batches,
+    save_batches,
+)
+from training.settings import check_weights
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
 SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"
@@ -196,7 +205,7 @@ def test_a_nan_stops_with_its_batch_saved(where, tmp_path, processor, text_model
     assert f"step {step}:" in str(error.value)
     if where != "loss":
         assert torch.equal(trainer.model.lm_head.weight, before)
-    (texts,), (tensors,) = tmp_path.glob("nonfinite_*.jsonl"), tmp_path.glob("nonfinite_*.safetensors")
+    (texts,), (tensors,) = tmp_path.glob("nonfinite/*.jsonl"), tmp_path.glob("nonfinite/*.safetensors")
     rows = [json.loads(line) for line in texts.read_text().splitlines()]
     saved = list(batches_in(load_batches(tensors, torch.device("cpu"))))
     assert len(rows) == sum(len(batch["advantages"]) for batch in saved) > 8
@@ -269,7 +278,7 @@ def test_another_number_of_processes_draws_the_generation_anew(tmp_path, process
     trainer(tmp_path / "whole").train()
     saved = tmp_path / "whole" / "checkpoint-3"
     (saved / "spark_state.json").write_text('{"step": 3, "processes": 2}')
-    (saved / "generation_rank_0.safetensors").unlink()
+    (saved / "generation" / "rank_0.safetensors").unlink()
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(saved))
     assert resumed.state.global_step == 4 and "drawn anew" in capsys.readouterr().err
@@ -277,7 +286,7 @@ def test_another_number_of_processes_draws_the_generation_anew(tmp_path, process
 
 def test_each_process_keeps_its_own_rest():
     rank = SimpleNamespace(accelerator=SimpleNamespace(process_index=1))
-    assert SafeCheckpoints._rest_of_generation.fget(rank) == "generation_rank_1.safetensors"
+    assert SafeCheckpoints._rest_of_generation.fget(rank) == "generation/rank_1.safetensors"
 
 
 @pytest.mark.parametrize(("had", "asked", "done"), [(2, 2, True), (2, 3, False), (0.5, 1.0, False), (1.5, 1.5, True)])
@@ -302,3 +311,15 @@ def test_a_result_is_copied_without_the_optimizer_s_state(tmp_path):
         (saved / name).write_text("")
     copy_result(str(saved), result)
     assert {path.name for path in result.iterdir()} == {"model.safetensors", "pytorch_model-00001.bin"}
+
+
+def test_kept_batches_are_no_weights(tmp_path):
+    """A run that met a NaN, went on and was killed before it saved its model has none yet."""
+    saved, result = tmp_path / "checkpoint-1", tmp_path / "result"
+    for folder in (saved / "generation", result / "nonfinite"):
+        save_batches([{"advantages": torch.zeros(2)}], folder / "rank_0.safetensors")
+    with pytest.raises(ValueError, match="has no weights"):
+        check_weights(str(saved))
+    (saved / "model.safetensors").write_text("")
+    copy_result(str(saved), result)
+    assert (result / "model.safetensors").exists() and not (result / "generation").exists()

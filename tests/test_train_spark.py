@@ -1064,7 +1064,7 @@ def test_resumed_is_uninterrupted(steps_per_generation, ratio, tmp_path, process
     whole = trainer(tmp_path / "whole")
     whole.train()
     checkpoint = tmp_path / "whole" / "checkpoint-3"
-    assert (checkpoint / "generation_rank_0.safetensors").exists() == (steps_per_generation > 1)
+    assert (checkpoint / "generation" / "rank_0.safetensors").exists() == (steps_per_generation > 1)
     resumed = trainer(tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(checkpoint))
     timed = ("seconds", "time", "runtime", "per_second")

@@ -65,7 +65,7 @@ class SafeCheckpoints:
 
     @property
     def _rest_of_generation(self) -> str:
-        return f"generation_rank_{self.accelerator.process_index}.safetensors"
+        return f"generation/rank_{self.accelerator.process_index}.safetensors"
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -117,8 +117,7 @@ class SafeCheckpoints:
     def _stop_at(self, what: str, value: float) -> None:
         """Raise FloatingPointError, with the step's batch in files: tensors for the debugger, texts for the eye."""
         step = self.state.global_step
-        path = Path(self.args.output_dir) / f"nonfinite_step_{step:05d}_rank_{self.accelerator.process_index}"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = Path(self.args.output_dir) / "nonfinite" / f"step_{step:05d}_rank_{self.accelerator.process_index}"
         save_batches(self._buffered_inputs, path.with_suffix(".safetensors"))
         with open(path.with_suffix(".jsonl"), "w", encoding="utf-8") as file:
             for i, batch in enumerate(batches_in(self._buffered_inputs)):
@@ -153,7 +152,8 @@ def batches_in(value) -> Iterator[dict[str, Any]]:
 
 
 def save_batches(batches, path: Path) -> None:
-    """Lists and dictionaries of tensors and numbers; a tensor that stands in several places is written once."""
+    """Lists and dictionaries of tensors and numbers; a tensor that stands in several places is written once. The folder
+    is one without weights: the file would be taken for some."""
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
 
@@ -170,6 +170,7 @@ def save_batches(batches, path: Path) -> None:
             return {"list": [outline(part) for part in value]}
         return {"value": value}
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path, metadata={"outline": json.dumps(outline(batches))})
 
 
@@ -255,7 +256,7 @@ def copy_result(checkpoint: str, folder: str | Path) -> None:
             if path.name == "trainer_state.json":
                 wanted = not Path(folder, path.name).exists()
             else:
-                wanted = no_model and path.name != STATE and not path.name.startswith("generation_rank_")
+                wanted = no_model and path.name != STATE
             if wanted:
                 shutil.copy2(path, folder)
 
