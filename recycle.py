@@ -253,8 +253,18 @@ def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
     pointwise items come in twos."""
     alike = [group for group in groups if len({r.correct for r in group.rollouts} - {None}) == 1]
     counted = alike if config.recycle_adaptive else groups
-    unit = 2 if config.recycle_matched and "pointwise" in config.recycle_tasks else 1
-    return _rounded(config.recycle_ratio * len(counted), math.lcm(multiple_of, unit), rounding)
+    return _rounded(config.recycle_ratio * len(counted), _unit(config, multiple_of), rounding)
+
+
+def _unit(config, multiple_of: int) -> int:
+    """What a step's number of items is a multiple of, before it is known which ones there are."""
+    return math.lcm(multiple_of, 2 if config.recycle_matched and "pointwise" in config.recycle_tasks else 1)
+
+
+def most_items(n: int, config: RecycleConfig, multiple_of: int = 1) -> int:
+    """Items of a step of `n` groups, at most."""
+    unit = _unit(config, multiple_of)
+    return unit * math.ceil(config.recycle_ratio * n / unit - 1e-9)
 
 
 def _rounded(number: float, multiple_of: int, rounding: random.Random) -> int:

@@ -53,8 +53,6 @@ class DataArguments(DataSettings):
 
     def read(self, args: Any, processor: Any) -> tuple[Any, Any]:
         """The training set and the evaluation set (None without one). Raises BadInput."""
-        from transformers import ProcessorMixin
-
         from data.rows import BadInput
 
         train = self.read_one(self.dataset, self.dataset_split, args, processor)
@@ -63,11 +61,6 @@ class DataArguments(DataSettings):
             raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it: without, it is never used")
         if self.eval_dataset:
             evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
-        if "images" in train.column_names and not isinstance(processor, ProcessorMixin):
-            raise BadInput(
-                f"{self.dataset}: rows have images, but {processor.name_or_path} reads text alone: expected a "
-                "vision-language model, or data without the image column"
-            )
         prompts = args.generation_batch_size // args.num_generations
         if len(train) < prompts:  # TRL would train on nothing, and say nothing
             raise BadInput(

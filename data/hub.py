@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.rows import BadInput
+from data.rows import BadInput, NotLoaded
 
 
 def records(source: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
-    """The records of one split, images as their bytes or paths. Raises BadInput."""
+    """The records of one split, images as their bytes or paths. Raises BadInput, NotLoaded."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
@@ -28,7 +28,7 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
         else:
             loaded = load_dataset(source, config)
     except (OSError, ValueError, DatasetsError) as error:
-        raise BadInput(
+        raise NotLoaded(
             f"{source}: expected a file (json, jsonl, csv, tsv, parquet), a folder or a hub name; "
             f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from None

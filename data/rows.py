@@ -41,6 +41,10 @@ class BadInput(ValueError):
     """Input that can't be used: one line that names file, row and field, and what is expected."""
 
 
+class NotLoaded(BadInput):
+    """Data that are not here (yet)."""
+
+
 class RowError(ValueError):
     """What is wrong with one row: the field, and what was expected."""
 

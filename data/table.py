@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from data.rows import BadInput, BadRow, RowError
+from data.rows import BadInput, BadRow, NotLoaded, RowError
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 MAX_FIELD = 64 << 20  # characters of a CSV field
@@ -35,7 +35,7 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Entry]:
     """
     file = Path(path)
     if not file.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise NotLoaded(f"{path}: no such file")
     try:
         suffix = file.suffix.lower()
         if suffix == ".parquet":

@@ -349,6 +349,16 @@ def test_a_plan_says_what_is_unknown_without_model_and_data(monkeypatch, capsys)
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.parametrize(("dataset", "reason"), [("digits", "reads text alone"), ("{bad}", "row 0: field solution")])
+def test_a_plan_refuses_data_that_a_run_would(dataset, reason, tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "solution": ""}')
+    arguments = ["--model_name_or_path", "models/countdown", "--output_dir", "x", "--use_cpu", "true", "--plan"]
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "--dataset", dataset.format(bad=tmp_path / "bad.jsonl"), *arguments)
+    printed = capsys.readouterr()
+    assert reason in printed.out.split("refused")[1] and reason in printed.err
+
+
 def test_a_plan_fetches_config_and_processor_but_no_weights(tmp_path):
     """On a machine that has nothing of the model yet: the real hub client, against a server with the small model."""
     requests = []

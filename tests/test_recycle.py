@@ -22,7 +22,7 @@ from prompts import (
     ask,
     neutralise,
 )
-from recycle import TASKS, Group, Limits, RecycleConfig, Rollout, question_only, recycle
+from recycle import TASKS, Group, Limits, RecycleConfig, Rollout, most_items, question_only, recycle
 from verify import parse_verdict
 
 GOLD = "987654321"
@@ -539,3 +539,12 @@ def test_both_forms_are_quoted_alike_often():
     for task in TASKS:
         answer, cot = forms[task, "answer"], forms[task, "cot"]
         assert answer / (answer + cot) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(("n", "ratio", "multiple_of"), [(4, 0.25, 1), (12, 0.25, 1), (40, 0.125, 1), (16, 0.25, 3)])
+def test_a_step_has_at_most_as_many_items_as_a_plan_says(n, ratio, multiple_of):
+    groups = [group(i, [("1", True), ("2", False)]) for i in range(n)]
+    config = options(recycle_ratio=ratio)
+    limits = replace(TEXT_ONLY, multiple_of=multiple_of)
+    made = [len(recycle(groups, step, config, limits)[0]) for step in range(60)]
+    assert max(made) == most_items(n, config, multiple_of)

@@ -105,10 +105,12 @@ def _entry(name: str, default: Any, about: str) -> str:
 
 def plan_lines(args, max_steps: int, done: int) -> list[str]:
     """What the steps after the first `done` will be."""
+    from recycle import most_items
+
     prompts, size = args.generation_batch_size // args.num_generations, args.num_generations
     generations = -(-(max_steps - done) * args.gradient_accumulation_steps // args.steps_per_generation)
     generations = -(-generations // args.num_iterations)
-    recycled = math.ceil(args.recycle_ratio * prompts - 1e-9)
+    recycled = most_items(prompts, args, args.world_size // math.gcd(args.world_size, size))
     rounds = -(-generations // args.recycle_every)
     steps = f"{max_steps:,} steps" if not done else f"steps {done + 1:,} to {max_steps:,}"
     line = f"{steps}: {generations * prompts * size:,} rollouts ({prompts:,} prompts x {size} each time)"

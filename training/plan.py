@@ -20,6 +20,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from data.rows import NotLoaded
+from recycle import most_items
 from training.seconds import Card, average_lengths, generation_seconds
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
@@ -214,7 +216,7 @@ def steps(run: Run) -> Steps:
     rollouts = args.per_device_train_batch_size * args.steps_per_generation * world
     prompts = rollouts // args.num_generations
     multiple = world // math.gcd(world, args.num_generations)  # so that recycled rollouts divide over the processes
-    recycled = math.ceil(args.recycle_ratio * prompts / multiple - 1e-9) * multiple
+    recycled = most_items(prompts, args, multiple)
     optimizer_steps = Fraction(run.micro_steps, args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else None
     if total is None and run.rows is not None:  # the last incomplete generation of an epoch is dropped
@@ -445,15 +447,18 @@ def show(data, args, model, launch: Launch) -> None:
 
     datasets_config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True  # no gigabytes for a plan
     rows, images = None, counted is not None and counted.sees  # a model that sees is given images, for all we know
+    unusable = []
     try:
         dataset = data.read_one(data.dataset, data.dataset_split, args, processor)
         rows, images = len(dataset), "images" in dataset.column_names
         data_line = f"{rows:,} rows of {data.dataset}"
-    except (OSError, ValueError) as error:
+    except NotLoaded as error:
         data_line = unknown(error)
+    except (OSError, ValueError) as error:
+        data_line, unusable = "none that can be used", [str(error)]
 
     run = settings(data, args, model, launch, config, rows, images)
-    reasons = refusals(run, counted)
+    reasons = unusable + refusals(run, counted)
     estimates = ["memory     unknown, as the model is"]
     if counted:
         estimates = [*_memory(run, counted), "", *_seconds(run, counted)]
