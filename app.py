@@ -33,7 +33,7 @@ import verify
 from data.cli import Parser, refuse
 from data.rows import BadInput, Source
 from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, api_url, complete
-from evaluate import Settings, read_benchmark, reflect_row, sampled_row, verdict_probability
+from evaluate import Settings, read_benchmark, reflect_row, same_answers, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
 from report import TASKS, image, read_table, visible
 from training.merge import merged
@@ -282,14 +282,8 @@ def election(result: dict[str, Any], gold: str) -> str:
     """The chosen answer, the votes, the matches and all answers."""
     rounds, matches, chosen = result["rounds"], result["matches"], result["chosen"]
     answers = [each["answer"] for each in rounds]
-    groups: list[list[int]] = []  # answers that are equal to the verifier, by their positions
-    for i, answer in enumerate(answers):
-        for group in groups:
-            if answer == answers[group[0]] or (answer and verify.is_equal(answer, answers[group[0]])):
-                group.append(i)
-                break
-        else:
-            groups.append([i])
+    unboxed = [i for i, answer in enumerate(answers) if answer is None]
+    groups = same_answers(answers, verify.verify_many) + ([unboxed] if unboxed else [])
 
     def name(i: int) -> str:
         return "no box" if answers[i] is None else inert(answers[i])
@@ -347,11 +341,7 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
 
     lines = [f"### Step {step}: {inert(question)}", f"#### {len(groups[number])} rollouts", *map(line, groups[number])]
     for row in table(run, "recycled", step):
-        if "question" in row:
-            recycled_from_it = row["question"] == number
-        else:  # a table of an earlier version
-            recycled_from_it = row["prompt"].startswith(question + "\n\n")
-        if not recycled_from_it:
+        if row["question"] != number:
             continue
         if row["prompt"] != asked:
             asked = row["prompt"]

@@ -49,7 +49,7 @@ from typing import Any
 import verify
 from data.arguments import DataSettings
 from data.cli import Errors, Parser, flag, printable, progress_bar, refuse, write_atomically
-from data.images import Reference, content_digest
+from data.images import Reference, content_digest, loaded
 from data.progress import PartFile
 from data.read import Reader
 from data.rows import BadInput, BadRow, Source
@@ -209,11 +209,12 @@ class Calls:
         }
 
     def is_right(self, text: str) -> bool | None:
-        """The columns are those of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
+        """The verifier gets the columns of training. Raises BadInput for another reward than 0, 1 or None (or NaN)."""
         row, reward = self.row, self.settings.reward
         if reward is None:
             return verify.is_equal(self.settings.extract(text), row["solution"])
         columns = {name: [row[name]] for name in ("solution", "task", "source")}
+        columns["images"] = [[loaded(image) for image in row["images"]]]
         message = [{"role": "assistant", "content": text}]
         (value,) = reward(prompts=[row["prompt"]], completions=[message], **columns)
         if value is None or value != value:
@@ -328,7 +329,7 @@ class Samples(Calls):
         self.texts, self.prices = self.read(outputs), [output.completion_tokens for output in outputs]
         self.rounds = [self.round(text) for text in self.texts]
         self._candidates = [self.candidate(text)[0] for text in self.texts]
-        self._groups = _same_answers([self.settings.extract(text) for text in self.texts], self.settings.equal)
+        self._groups = same_answers([self.settings.extract(text) for text in self.texts], self.settings.equal)
 
     def chosen(self, i: int, **fields: Any) -> Row:
         """The result, if the i-th answer is the one to give."""
@@ -439,7 +440,7 @@ def _belief(output: Output, right_letter: str) -> float:
     return probability if verdict in ("Yes", right_letter) else 1 - probability
 
 
-def _same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
+def same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
     """Positions of equal answers together, in order of appearance; without those that have no box."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):

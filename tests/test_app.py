@@ -262,6 +262,7 @@ def make_run(folder: Path, hostile: str = "") -> Path:
     recycled = {
         "step": 3, "task": "pointwise", "prompt": "Sum?\n\n" + pointwise_instruction("\\boxed{1}"), "advantage": 1.0,
         "completion": f"\\boxed{{Yes}}{hostile}", "label": "Yes", "reward": 1.0, "shown_correct": [True], "images": [],
+        "question": 0,
     }  # fmt: skip
     (folder / "completions").mkdir()
     pd.DataFrame(rows).to_parquet(folder / "completions" / "completions_00003.parquet")
@@ -280,7 +281,7 @@ def test_a_runs_rollouts_and_what_was_recycled_from_them(tmp_path):
     with pytest.raises(BadInput, match="expected a question from 0 to 2"):
         family(run, 3, 7, PROMPT_SUFFIX)
     path = run / "completions" / "recycled_00003.parquet"
-    pd.read_parquet(path).assign(question=1).to_parquet(path)  # as tables have it now: of the second of equal words
+    pd.read_parquet(path).assign(question=1).to_parquet(path)  # of the second of equal words
     assert "Nothing was recycled" in family(run, 3, 0, PROMPT_SUFFIX)
     assert "Label: **Yes**" in family(run, 3, 1, PROMPT_SUFFIX)
 

@@ -732,8 +732,22 @@ def test_answers_of_a_verifier_that_does_not_say_how_it_reads_them_are_judged(tm
     assert (row["round_num"], row["is_correct"], row["rounds"][0]["verdict"]) == (0, True, "Yes")
 
 
+def test_a_verifier_sees_the_images(tmp_path, monkeypatch):
+    (tmp_path / "wide.py").write_text(
+        "def reward(prompts, completions, images, **columns):\n"
+        "    return [float([image.width for image in shown] == [9]) for shown in images]\n"
+    )
+    Image.new("RGB", (9, 12)).save(tmp_path / "a.png")
+    questions = [{"dataset": "d", "problem": "Wide?", "answer": "2", "image_path": path} for path in ("a.png", None)]
+    (tmp_path / "b.json").write_text(json.dumps(questions))
+    flags = ["--reward_funcs", f"{tmp_path}/wide.py:reward"]
+    engine = Scripted(lambda text: "\\boxed{2}")
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, *flags) == 0
+    assert [row["is_correct"] for row in json.loads((tmp_path / "r.json").read_text())] == [True, False]
+
+
 def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, capsys):
-    reward = "def {}(prompts, completions, solution, task, source):\n    return [{}]\n"
+    reward = "def {}(prompts, completions, **columns):\n    return [{}]\n"
     (tmp_path / "half.py").write_text(reward.format("half", 0.5) + reward.format("none", "float('nan')"))
     (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
     name = f"{tmp_path}/half.py:half"
