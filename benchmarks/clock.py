@@ -1,8 +1,10 @@
 """Where the seconds of a training step go: a SparkTrainer with a clock around each part of a step."""
 
+import json
 import time
 from collections import defaultdict
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -77,13 +79,15 @@ class OptimizerClock(TrainerCallback):
 
 
 class TimedTrainer(SparkTrainer):
-    """SparkTrainer that keeps in `steps` the seconds of each optimizer step by part, its rows and tokens.
+    """SparkTrainer that keeps in `steps` the seconds of each optimizer step by part, its rows and tokens, and a line of
+    `file` for each, if there is one.
 
     It times what it inherits by wrapping it on the instance, so that the code that is measured is the code that runs.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, file: Path | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.file = file
         self.clock = clock = Clock()
         self.steps: list[dict] = []
         self._began = None
@@ -118,7 +122,7 @@ class TimedTrainer(SparkTrainer):
 
     def training_step(self, *args, **kwargs):
         if self._began is None:
-            self._began = now()
+            self._began, self._tokens = now(), self.state.num_input_tokens_seen  # of a resumed run not 0
         return super().training_step(*args, **kwargs)
 
     def log(self, logs, *args, **kwargs):
@@ -139,6 +143,9 @@ class TimedTrainer(SparkTrainer):
             "metrics": {k: v for k, v in logs.items() if k.startswith(("policy/", "judge/", "reflection/"))},
         }
         self.steps.append(row)
+        if self.file is not None:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
         self._tokens = logs["num_tokens"]
         self.clock.seconds.clear()
         self._began = now()

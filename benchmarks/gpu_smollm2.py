@@ -5,21 +5,14 @@
 
 Both by recipes/smollm2_135m.yaml; GRPO has as many more questions a step as SPARK has recycled prompts at most. Can be
 cut: after --minutes a run saves and ends (exit status 75), and the same command goes on. One line a step is kept in
-RUNS/steps.jsonl: TRL's and SPARK's metrics, seconds of each part, tokens, peak memory. When both runs are through,
+RUNS/steps.jsonl: metrics, seconds by part (benchmarks/clock.py), tokens, peak memory. When both runs are through,
 benchmarks/results/gpu_smollm2.json has all of them, with command, commit and versions.
-
-Seconds of a step, the device synchronised before each clock: `sync` (weights into vLLM), `generate`, `score` (rewards),
-`logps` (those of the sampling policy, where they are needed), `loss` (forward), `train` (forward and backward), `other`
-(recycling, optimizer, logging, data).
 """
 
 import json
 import statistics
 import sys
 import time
-from collections import defaultdict
-from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 from benchmarks import record
@@ -27,91 +20,6 @@ from data.cli import Parser
 
 RESULTS = record.RESULTS / "gpu_smollm2.json"
 UNFINISHED = 75  # EX_TEMPFAIL: the same command goes on
-
-
-def timed_trainer():
-    """SparkTrainer with a clock around each part of a step; `seconds` and `tokens` are of the step in progress."""
-    import torch
-    from transformers import TrainerCallback
-
-    from train_spark import SparkTrainer
-
-    class Timed(SparkTrainer):
-        def __init__(self, *args, rows: Path, deadline: float, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.seconds, self.began = defaultdict(float), None
-            if self.use_vllm:
-                generation = self.vllm_generation
-                generation.sync_weights = self._clocked("sync", generation.sync_weights)
-            self.add_callback(Rows(self, rows, deadline))
-
-        def synchronised(self) -> float:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            return time.perf_counter()
-
-        @contextmanager
-        def clock(self, part: str):
-            start, inner = self.synchronised(), sum(self.seconds.values())
-            try:
-                yield
-            finally:  # less what a part within this one has taken for itself
-                own = self.synchronised() - start - (sum(self.seconds.values()) - inner)
-                self.seconds[part] += own
-
-        def _clocked(self, part: str, function):
-            def clocked(*args, **kwargs):
-                with self.clock(part):
-                    return function(*args, **kwargs)
-
-            return clocked
-
-        def _generate(self, *args, **kwargs):
-            with self.clock("generate"):
-                return super()._generate(*args, **kwargs)
-
-        def _calculate_rewards(self, *args, **kwargs):
-            with self.clock("score"):
-                return super()._calculate_rewards(*args, **kwargs)
-
-        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-            with self.clock("loss" if torch.is_grad_enabled() else "logps"):
-                return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-        def training_step(self, model, inputs, *args, **kwargs):
-            with self.clock("train"):
-                return super().training_step(model, inputs, *args, **kwargs)
-
-    class Rows(TrainerCallback):
-        """A row of every step in a file as soon as it is known; ends the run at the deadline, with a checkpoint."""
-
-        def __init__(self, trainer, path: Path, deadline: float):
-            self.trainer, self.path, self.deadline = trainer, path, deadline
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            if self.trainer.began is None:
-                self.trainer.began = self.trainer.synchronised()
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
-
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            if "loss" not in logs:
-                return
-            trainer, now = self.trainer, self.trainer.synchronised()
-            whole = now - trainer.began
-            seconds = {**trainer.seconds, "other": whole - sum(trainer.seconds.values()), "step": whole}
-            peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-            row = {"step": state.global_step, "seconds": seconds, "peak_bytes": peak, "metrics": logs}
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            trainer.seconds.clear()
-            trainer.began = now
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if time.monotonic() > self.deadline:
-                control.should_save = control.should_training_stop = True
-
-    return Timed
 
 
 def folder_of(name: str, args) -> Path:
@@ -137,15 +45,21 @@ def settings(name: str, args) -> list[str]:
 
 def work(name: str, args, deadline: float) -> bool:
     """Train, from the last checkpoint where there is one; whether it is through."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import ModelConfig, TrlParser
 
     import verify
+    from benchmarks.clock import TimedTrainer
     from data.arguments import DataArguments
     from data.read import read_dataset
     from train_spark import SparkConfig
     from training.checkpoint import last_checkpoint
     from training.settings import attention
+
+    class Deadline(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if time.monotonic() > deadline:
+                control.should_save = control.should_training_stop = True
 
     data, config, model = TrlParser((DataArguments, SparkConfig, ModelConfig)).parse_args_and_config(
         settings(name, args)
@@ -160,13 +74,13 @@ def work(name: str, args, deadline: float) -> bool:
     if done >= args.steps:
         return True
     verify.warm_up()
-    trainer = timed_trainer()(
+    trainer = TimedTrainer(
         model.model_name_or_path,
         args=config,
         train_dataset=read_dataset(data.dataset).remove_columns("task"),
         processing_class=AutoTokenizer.from_pretrained(args.model, padding_side="left"),
-        rows=rows,
-        deadline=deadline,
+        callbacks=[Deadline()],
+        file=rows,
     )
     trainer.train(resume_from_checkpoint=resume)
     if trainer.state.global_step < args.steps:
@@ -181,12 +95,10 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     for name, rows in runs.items():
         warm = rows[3:] or rows
         tail = [row["metrics"] for row in rows[-max(1, len(rows) // 10) :]]
-        parts = sorted({part for row in rows for part in row["seconds"]})
-        table[name] = {f"seconds/{p}": statistics.median(row["seconds"].get(p, 0.0) for row in warm) for p in parts}
-        tokens = [b["metrics"]["num_tokens"] - a["metrics"]["num_tokens"] for a, b in pairwise(rows)]
-        whole = [row["seconds"]["step"] for row in rows[1:]]
-        table[name]["tokens_per_second"] = sum(tokens) / sum(whole) if whole else None
-        table[name]["peak_bytes"] = max((row["peak_bytes"] or 0 for row in rows), default=0) or None
+        table[name] = {f"seconds/{p}": statistics.median(row["seconds"][p] for row in warm) for p in rows[0]["seconds"]}
+        table[name]["seconds"] = statistics.median(row["whole"] for row in warm)
+        table[name]["tokens_per_second"] = sum(row["tokens"] for row in warm) / sum(row["whole"] for row in warm)
+        table[name]["peak_bytes"] = max(row["peak_bytes"] or 0 for row in rows) or None
         for metric in ("policy/accuracy", "judge/pointwise/balanced_accuracy", "judge/pairwise/accuracy"):
             values = [logs[metric] for logs in tail if metric in logs]
             table[name][metric] = sum(values) / len(values) if values else None
