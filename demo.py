@@ -102,14 +102,14 @@ def measure(model: str, benchmark: dict[str, list[Row]], temperature: float = 1.
         "questions": len(benchmark["answers"]),
         "samples": samples,
         "measures": {
-            "policy accuracy": _mean(first),
-            "pointwise balanced accuracy": _balanced(point_hits[::2], point_hits[1::2]),
-            "pointwise, own answers": _balanced(own_hits(True, "Yes"), own_hits(False, "No")),
-            "pairwise accuracy, both orders": _mean(order),
-            "reflection fixes a wrong answer": _mean(fixed),
-            "reflection harms a right answer": _mean(harmed),
-            "test-time scaling, final answer": _mean(final),
-            "test-time scaling minus first": _mean(gain),
+            "policy accuracy": mean(first),
+            "pointwise balanced accuracy": balanced(point_hits[::2], point_hits[1::2]),
+            "pointwise, own answers": balanced(own_hits(True, "Yes"), own_hits(False, "No")),
+            "pairwise accuracy, both orders": mean(order),
+            "reflection fixes a wrong answer": mean(fixed),
+            "reflection harms a right answer": mean(harmed),
+            "test-time scaling, final answer": mean(final),
+            "test-time scaling minus first": mean(gain),
         },
         "rows": {
             "first": first,
@@ -139,26 +139,26 @@ def _reflect(answers, tts, engine, settings) -> list[list[tuple[bool, bool]]]:
     return reflected
 
 
-def _mean(groups: list[list[float]]) -> Row:
+def mean(groups: list[list[float]]) -> Row:
     """Mean over all samples of all questions that have any, with an interval over questions (a ratio estimator)."""
     groups = [g for g in groups if g]
     total = sum(map(len, groups))
     if not total:
         return {"mean": None, "n": 0, "interval": None}
-    mean = sum(sum(g) for g in groups) / total
-    squares = sum((sum(g) - mean * len(g)) ** 2 for g in groups)
+    rate = sum(sum(g) for g in groups) / total
+    squares = sum((sum(g) - rate * len(g)) ** 2 for g in groups)
     half = 1.96 * math.sqrt(squares * len(groups) / max(len(groups) - 1, 1)) / total
-    return {"mean": mean, "n": len(groups), "interval": [mean - half, mean + half]}
+    return {"mean": rate, "n": len(groups), "interval": [rate - half, rate + half]}
 
 
-def _balanced(right: list[list[bool]], wrong: list[list[bool]]) -> Row:
+def balanced(right: list[list[bool]], wrong: list[list[bool]]) -> Row:
     """Mean of the accuracies on right and on wrong candidates."""
-    sides = [_mean(right), _mean(wrong)]
+    sides = [mean(right), mean(wrong)]
     if any(side["mean"] is None for side in sides):
         return {"mean": None, "n": 0, "interval": None}
-    mean = sum(side["mean"] for side in sides) / 2
+    rate = sum(side["mean"] for side in sides) / 2
     half = math.hypot(*(side["interval"][1] - side["mean"] for side in sides)) / 2
-    return {"mean": mean, "n": sum(side["n"] for side in sides), "interval": [mean - half, mean + half]}
+    return {"mean": rate, "n": sum(side["n"] for side in sides), "interval": [rate - half, rate + half]}
 
 
 def random_judge(measured: Row) -> dict[str, float]:
@@ -194,7 +194,7 @@ def staged(path: Path, settings: Row, make) -> Row:
     return result
 
 
-def train(recipe: str, output: Path, **overrides: Any) -> None:
+def train(output: Path, **overrides: Any) -> None:
     """train_spark.py in a process of its own, resumed from its last checkpoint; nothing to do if it has finished."""
     state = output / "trainer_state.json"
     done = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
@@ -202,7 +202,7 @@ def train(recipe: str, output: Path, **overrides: Any) -> None:
         print(f"{output}: trained before", flush=True)
         return
     flags = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
-    command = [sys.executable, "train_spark.py", "--config", recipe, "--output_dir", str(output)]
+    command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(output)]
     subprocess.run([*command, "--resume_from_checkpoint", "latest", *flags], check=True)
 
 
@@ -220,7 +220,6 @@ def printed_table(rows: list[Row]) -> str:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--recipe", default="recipes/demo.yaml")
     parser.add_argument("--steps", type=int, default=42)
     parser.add_argument("--questions", type=int, default=300)
     args = parser.parse_args()
@@ -233,7 +232,7 @@ def main() -> None:
     start = staged(args.output / "start.json", settings, lambda: measure(str(START), benchmark))
     print("2/3  training: answer, judge and reflect, from verifiable rewards alone", flush=True)
     trained = args.output / "spark"
-    train(args.recipe, trained, max_steps=args.steps)
+    train(trained, max_steps=args.steps)
     print("3/3  measuring the trained model", flush=True)
     settings = {**settings, "steps": args.steps}
     after = staged(args.output / "after.json", settings, lambda: measure(str(trained), benchmark))

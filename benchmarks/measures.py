@@ -15,10 +15,9 @@ from typing import Any
 
 import verify
 from data.cli import Parser
-from demo import _balanced as balanced
-from demo import _mean as mean
+from demo import balanced, mean
 from engines import Output, Request, Sampling, TransformersEngine, complete
-from evaluate import verdict_probability
+from evaluate import same_answers, verdict_probability
 from prompts import (
     PAIRWISE,
     POINTWISE_A_B,
@@ -318,12 +317,10 @@ def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperatur
 
 def classes(task: Task, texts: list[str]) -> list[int]:
     """For each sample the first one with the same answer; one without a box is alone."""
-    boxed = [verify.extract_boxed(text) for text in texts]
-    first: list[int] = []
-    for i, answer in enumerate(boxed):
-        candidates = [k for k in dict.fromkeys(first) if answer and boxed[k]]
-        equal = task.same([(answer, boxed[k]) for k in candidates]) if candidates else []
-        first.append(next((k for k, verdict in zip(candidates, equal, strict=True) if verdict), i))
+    first = list(range(len(texts)))
+    for group in same_answers([verify.extract_boxed(text) or None for text in texts], task.same):
+        for i in group:
+            first[i] = group[0]
     return first
 
 

@@ -71,11 +71,11 @@ class Errors:
     def add(self, message: str) -> None:
         self._counts.setdefault(re.sub(r"\d+", "#", message)[:200], [0, message])[0] += 1
 
-    def lines(self, most: int = 3) -> list[str]:
-        """The most frequent ones, each with its count and its first message."""
+    def lines(self) -> list[str]:
+        """The three most frequent ones, each with its count and its first message."""
         ordered = sorted(self._counts.values(), key=lambda entry: -entry[0])
-        lines = [f"  {n:,} x {message[:300]}" for n, message in ordered[:most]]
-        return lines + ([f"  and {len(ordered) - most:,} other errors"] if len(ordered) > most else [])
+        lines = [f"  {n:,} x {message[:300]}" for n, message in ordered[:3]]
+        return lines + ([f"  and {len(ordered) - 3:,} other errors"] if len(ordered) > 3 else [])
 
 
 def progress_bar(total: int | None, initial: int, description: str, **options: Any):

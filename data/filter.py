@@ -37,8 +37,8 @@ class SamplingSettings:
     model: str = flag(help="a folder or a hub name")
     dataset: str = flag(help="a file, a folder or a hub name")
     n: int = flag(8, "answers a question", least=1)
-    temperature: float = flag(1.0, least=0)
-    top_p: float = flag(1.0, least=0)
+    temperature: float = flag(1.0, least=0.01)
+    top_p: float = flag(1.0, least=0.01)
     max_tokens: int = flag(2048, least=1)
     seed: int = flag(0)
 

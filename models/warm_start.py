@@ -119,8 +119,9 @@ def encode(examples: list[tuple[str, list, str]], processor, comparisons: list[s
     return {**inputs, "labels": labels}, torch.isin(labels, words)
 
 
-def batches(example: Callable[[], tuple], processor, comparisons: list[str], rng: random.Random, size: int = 32):
+def batches(example: Callable[[], tuple], processor, comparisons: list[str], rng: random.Random):
     """Encoded batches without end. Eight are drawn at once and sorted by length, for little padding."""
+    size = 32
     while True:
         examples = sorted((example() for _ in range(8 * size)), key=lambda e: len(e[0]) + len(e[-1]))
         starts = list(range(0, len(examples), size))

@@ -48,6 +48,9 @@ def checks(row: Row, kind: str) -> Iterator[tuple[str, bool, str]]:
         known = fields.get("variant") in tuple(WAYS) and all(isinstance(a, int) and a >= 0 for a in amounts)
         yield "variants", known, f"objects with variant ({', '.join(WAYS)}), n, answer, completion_tokens"
         yield "variants", _is_plain(fields.get("answer", ...)), "answers as text, or null"
+    if kind == "tts" and row.get("variants"):
+        has_majority = any(variant["variant"] == "vote" for variant in row["variants"])
+        yield "variants", has_majority, "a vote among them"
     categories = row.get("categories") or {}
     are_texts = isinstance(categories, dict) and all(isinstance(v, str) or _are_texts(v) for v in categories.values())
     yield "categories", are_texts, "an object of texts or lists of them"

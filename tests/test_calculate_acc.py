@@ -518,6 +518,7 @@ def test_the_price_of_test_time_scaling_by_hand(tmp_path):
 @pytest.mark.parametrize(
     "variant", [3, {}, {"variant": "luck", "n": 1, "answer": "4", "completion_tokens": 1},
                 {"variant": ["vote"], "n": 1, "answer": "4", "completion_tokens": 1},
+                {"variant": "best_of_n", "n": 2, "answer": "4", "completion_tokens": 1},
                 {"variant": "vote", "n": 1, "completion_tokens": 1}],
 )  # fmt: skip
 def test_variants_that_are_none_are_refused(variant):

@@ -6,18 +6,18 @@ import sys
 
 import pytest
 
-from demo import _balanced, _mean, held_out, random_judge
+from demo import balanced, held_out, mean, random_judge
 
 
 def test_means_and_intervals():
-    value = _mean([[True, False], [True, True], [False, False], []])
+    value = mean([[True, False], [True, True], [False, False], []])
     assert value["mean"] == pytest.approx(0.5)
     assert value["n"] == 3
     # a ratio estimator: residual sums 0, 1, -1; 1.96 * sqrt(2 * 3 / 2) / 6
     assert value["interval"][1] - value["mean"] == pytest.approx(1.96 * 3**0.5 / 6)
-    both = _balanced([[True], [True]], [[False], [True]])
+    both = balanced([[True], [True]], [[False], [True]])
     assert both["mean"] == pytest.approx(0.75)
-    assert _mean([[]])["mean"] is None
+    assert mean([[]])["mean"] is None
 
 
 def test_a_random_judge():
