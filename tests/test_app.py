@@ -199,16 +199,24 @@ def server():
             self.wfile.write(json.dumps({"data": [{"id": "m"}]}).encode())
 
         def do_POST(self):
-            served.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(served.status)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            served.bodies.append(body)
+            refused = served.refused in body
+            self.send_response(400 if refused else served.status)
             self.end_headers()
-            self.wfile.write("".join(f"data: {line}\n\n" for line in served.lines).encode())
+            if refused:
+                answer = f'{{"error": "Unsupported parameter: {served.refused}"}}'
+            elif "stream" in body:
+                answer = "".join(f"data: {line}\n\n" for line in served.lines)
+            else:
+                answer = json.dumps({"choices": [{"message": {"content": "\\boxed{2}"}, "finish_reason": "stop"}]})
+            self.wfile.write(answer.encode())
 
         def log_message(self, *args):
             pass
 
     served = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    served.bodies, served.status, served.lines = [], 200, []
+    served.bodies, served.status, served.lines, served.refused = [], 200, [], None
     threading.Thread(target=served.serve_forever, daemon=True).start()
     yield served
     served.shutdown()
@@ -231,6 +239,18 @@ def test_a_server_streams_with_the_probability_of_its_verdict(server):
     assert server.bodies[0]["stream"] and server.bodies[0]["logprobs"]
     list(backend.stream(request._replace(with_logprobs=False), Sampling()))
     assert "logprobs" not in server.bodies[1]
+
+
+def test_a_field_that_a_server_does_not_know_is_left_out(server):
+    backend = Remote(f"http://127.0.0.1:{server.server_port}", "m")
+    server.refused = "max_tokens"
+    *_, output = backend.stream(Request([{"role": "user", "content": "1+1?"}]), Sampling())
+    assert (output.text, output.error) == ("\\boxed{2}", None)
+    assert [sorted({"max_tokens", "max_completion_tokens"} & body.keys()) for body in server.bodies] == [
+        ["max_tokens"],
+        ["max_tokens"],
+        ["max_completion_tokens"],
+    ]
 
 
 def test_a_server_that_refuses_or_dies_is_a_line(server):
