@@ -8,14 +8,18 @@ Unicode becomes LaTeX, synonyms become one command, decoration is removed.
 
 import re
 import unicodedata
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 from answers.calculator import FUNCTIONS, MAX_DEPTH, TooBig
 
 _UNICODE = r"""
     −–—‐‑‒﹣－ -  ⋅·∙• \cdot  ×✕ \times  ⁄∕÷ /  √ \sqrt  ∞ \infty  ± \pm  ∓ \mp  ≤⩽ \leq  ≥⩾ \geq
     ≠ \neq  ≈ \approx  ∪ \cup  ∩ \cap  ∈ \in  ∅ \emptyset  °º ^\circ  ∠ \angle  ∆ \Delta  ℝ \mathbb{R}
-    ⟨ \langle  ⟩ \rangle  “”„‟ "  ‘’′ '  ，、 ,  。 .  ∶ :  ∣ |  ％ %  ￥ ¥  ￡ £
+    ⟨ \langle  ⟩ \rangle  “”„‟ "  ‘’′ '  ″ ''  ，、 ,  。 .  ∶ :  ∣ |  ％ %  ￥ ¥  ￡ £
+    ⊆ \subseteq  ⊂ \subset  ∥ \parallel  ⊥ \perp  △ \triangle  ≅≌ \cong  ∼ \sim  ∖ \setminus  → \to  ∀ \forall
+    ℤ \mathbb{Z}  ℕ \mathbb{N}  或 \text{or}  和 \text{and}
 """.split()
 _UNICODE_TABLE = {
     ord(c): latex + " " * ("\\" in latex)
@@ -51,14 +55,14 @@ _SPELLINGS = {  # one command for its synonyms, or what a command of layout leav
     "%": r"\%",
     "#": r"\#",
     " ": r"\ \, \; \: \> \( \) \[ \] \quad \qquad \thinspace \rm \bf \it \cal \underline",
-    "": r"""\! \left \right \displaystyle \textstyle \limits \big \Big \bigg \Bigg \bigl \Bigl \biggl \Biggl \bigr
-        \Bigr \biggr \Biggr \bigm \Bigm""",
+    "": r"""\! \left \right \middle \displaystyle \textstyle \limits \large \Large \big \Big \bigg \Bigg \bigl \Bigl
+        \biggl \Biggl \bigr \Bigr \biggr \Biggr \bigm \Bigm \number \num""",
 }
 _COMMANDS = {name: latex for latex, names in _SPELLINGS.items() for name in names.split()}
 _COMMAND = re.compile(r"\\(?:[A-Za-z]+\*?(?:\s+(?=\{))?|.)", re.DOTALL)
 
 
-def _rewrites(*rules: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
+def _rewrites(*rules: tuple[str, str | Callable[[re.Match], str]]) -> list[tuple[re.Pattern, Any]]:
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
@@ -68,20 +72,27 @@ _BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
     (r"\\(?:mathbf|boldsymbol|bm|vec|overrightarrow)\s*\{\s*(\\?[a-zA-Z]+|\d)\s*\}(?<![a-z]{2}\})", r"\1 "),
     (r"\\(?:text)?color\s*\{\w+\}", " "),
     (r"(?<=\d)(?<!\d{4}),\s*(?:\\!\s*)+(?=\d{3}(?!\d))", ""),  # 11,\! 111 is one number
+    (r"(?<![\\A-Za-z}])\{\s*\}(?=\s*\^)", ""),  # 30{}^\circ
+    (r"\\(?:quantity|qty|SI)\s*\{([^{}]*)\}\s*\{([A-Za-z][^{}\\]*)\}", r"\1\\text{ \2}"),
 )
 _AFTER_COMMANDS = _rewrites(
     _ONE_SPACE,
     (  # x = 2k + 1, k \in \mathbb{Z}
-        r"(?<=.)[,;]?\s*\(?\s*(?:\\text\{\s*(?:where|for|with)\s*\})?\s*[a-zA-Z]\s*\\in\s*\\mathbb\s*\{?[ZN]\}?"
-        r"[+*^]*\s*\)?$",
+        r"(?<=.)[,;]?\s*\(?\s*(?:\\text\{\s*(?:where|for|with)\s*\})?\s*[a-zA-Z]\s*\\in\s*"
+        r"(?:\\(?:mathbb|text)\s*\{?[ZN]\}?|[ZN](?![a-z]))(?:[+*^_]|\{[+*]\})*\s*\)?[\s.]*$",
         "",
     ),
+    (r"(?<=\S),?\s*(?:\\text\{\s*for (?:all|any|every)\b.*|\\forall\b.*)$", ""),
     (r"\\text\{\s*(" + FUNCTIONS + r")\s*\}", r"\\\1 "),
     (r"\\text\{\s*([:;,.%$])?\s*\}", r"\1"),
     (r"\\frac\s*\{\\text\{([^{}]*)\}\}\s*\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
     (r"\}\s*/\s*\\text\{", "/"),
     (r"\\overline\s*\{([A-Z]{2,})\}|\\(?:hat|widehat)\s*\{?\s*\\?([a-z])(?:math)?\s*\}?", r"\1\2 "),
-    (r"\^\s*\{?\s*(?:\\circ|\^\\circ)(?![a-z])\s*\}?", r"^\\circ "),
+    (r"\^\s*(?:\{\s*\^?\\circ(?![a-z])\s*\}|\^?\\circ(?![a-z]))", r"^\\circ "),
+    (r"\^\s*(?:\{\s*(?:\\prime\s*)+\}|\\prime(?![a-z]))", lambda match: "'" * match[0].count("prime")),
+    (r"\\text\{([^{}^]*[A-Za-z])\s*\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d))\s*\}", r"\\text{\1}^{\2\3}"),
+    (r"(?<=\d)\s*(?:\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\{\s*-?(?:st|nd|rd|th)\s*\})", ""),
+    (r"\\text\{\s*,\s*(and|or)\s*\}", r"\\text{\1}"),
     (r"(?<=[\d}])\s*\\Omega$", r"\\text{ohm}"),
 )
 _PLAIN = _rewrites(
@@ -97,6 +108,8 @@ _PLAIN = _rewrites(
     (r"\+\s*\\infty", r"\\infty"),
     (r"\\sqrt\s+(?=[\d({\[])", r"\\sqrt"),
     (r"(?<=[\d ])([cdkm]?m|ft)([23])$", r"\1^\2"),
+    (r"(?<=\d)(?:\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
+    (r"(?<=\d)\s*\^\s*(?:\{o\}|o(?![a-z])|\{\\text\{o\}\}|\\text\{o\})", r"^\\circ "),
     _ONE_SPACE,
 )
 _ANSWER_IS = re.compile(
@@ -111,6 +124,8 @@ def clean(text: str) -> str:
     text = (text if text.isascii() else _from_unicode(text)).strip()
     if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
         text = bold[2]
+    if r"\begin" not in text:  # values in lines or formulas of their own
+        text = re.sub(r"(?<=[\w)}\]])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=[\d(\[]|-\d|\\frac|\\sqrt)", ", ", text)
     text = text.replace(r"\$", "\uff04")
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")  # math mode
@@ -137,11 +152,29 @@ def clean(text: str) -> str:
     return re.sub(r"[.,;:\s]+$", "", whole[1]).strip() if whole else text
 
 
+_CHINESE_UNITS = dict(
+    pair.split(":")
+    for pair in """
+    毫米:mm 厘米:cm 分米:dm 千米:km 公里:km 米:m 毫升:mL 升:L 毫克:mg 千克:kg 公斤:kg 克:g 吨:t
+    小时:h 时:h 分钟:min 秒:s 天:day 年:year 度:degree 元:yuan
+    个: 人: 只: 本: 条: 张: 次: 辆: 棵: 件: 名: 种: 块: 支:
+    """.split()
+)
+_CHINESE_UNIT = re.compile(rf"(?<=[\d)}}\s])(平方|立方)?({'|'.join(_CHINESE_UNITS)})(?=$|[\s,，、。或和$])")
+
+
+def _chinese_unit(match: re.Match) -> str:
+    unit, power = _CHINESE_UNITS[match[2]], {"平方": "^2", "立方": "^3", None: ""}[match[1]]
+    return rf"\text{{ {unit}}}{power}" if unit else ""
+
+
 def _from_unicode(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: rf"\frac{{{unicodedata.normalize('NFKC', m[0])}}}".replace("⁄", "}{"), text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = re.sub("[①-⑨]", lambda m: f"({ord(m[0]) - ord('①') + 1})", text)
+    text = _CHINESE_UNIT.sub(_chinese_unit, text)
     return unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
 
 

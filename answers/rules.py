@@ -31,10 +31,12 @@ from answers.units import plain_number, split_unit, unit_name
 
 MAX_CHARS = 2000  # longer answers are equal only if identical
 DIGITS = 6  # significant digits from which on a decimal may stand for the exact gold that it rounds
+FLOAT_DIGITS = 12  # from which on a decimal gold is a float that a program printed
 DIGITS_OF_PART = 5  # the same inside a list, tuple or interval, where the other parts must be right too
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
+_STATEMENTS = re.compile(r"(?:\(\d\)\s*){2,}")
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _has_control_characters(text: str) -> bool:
 # --------------------------------------------------------------------------- multiple choice
 
 _CHOICE_GOLD = re.compile(  # (B), B. or B: x = 5, but not the ratio A:B = 1:2
-    r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|([A-Z])(?:\s*[.)]|:(?![A-Z]\S*=|.*=.*:))\s*(\S.*)", re.DOTALL
+    r"\(?\s*([A-Z])\s*\)?[.:]?|\(\s*([A-Z])\s*\)\s*(\S.*)|"
+    r"([A-Z])(?:\s*[.)](?![A-Z]\.)|:(?![A-Z]\S*=|.*=.*:))\s*(\S.*)",
+    re.DOTALL,
 )
 _CHOICE_PRED = re.compile(
     r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b)?\s*:?\s*)?"
@@ -105,7 +109,9 @@ _CHOICE_PRED = re.compile(
 )
 _SEVERAL_CHOICES = re.compile(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*")
 _NEXT_LABEL = re.compile(r"[,;]\s*[A-Z]\s*:")
-_OTHER_OPTION = re.compile(r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.)]|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_OTHER_OPTION = re.compile(
+    r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.)]|(?<![A-Za-z])(?:and|or)\s*\(?[A-H](?![A-Za-z])|^\s*or(?![A-Za-z])"
+)
 
 
 def _same_choice(pred: str, gold: str) -> bool | None:
@@ -126,7 +132,9 @@ def _same_choice(pred: str, gold: str) -> bool | None:
     rest = choice[2] or ""
     if _OTHER_OPTION.search(rest) or choice[1].upper() != letter:
         return False
-    return _same(rest, content) if content and rest else True
+    if not content or not rest or has_words(content):  # words may be said in another way
+        return True
+    return _same(rest, content)
 
 
 # --------------------------------------------------------------------------- answers of several parts
@@ -136,6 +144,8 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
     """Equality of two normalized answers, by what they are made of."""
     if squeeze(unwrap_text(pred)) == squeeze(unwrap_text(gold)):
         return True
+    if _STATEMENTS.fullmatch(gold):  # (1)(3) names two statements, and is no product
+        return bool(re.fullmatch(r"(?:[\d(),;&\s]|\\text\{and\}|and)+", pred)) and _digits(pred) == _digits(gold)
     if _DECIMAL.fullmatch(gold) and re.fullmatch(r"[+-]?\d+,(?:\d{1,2}|\d{4,})", pred):
         pred = pred.replace(",", ".")  # a decimal comma
     p, g = take_apart(pred), take_apart(gold)
@@ -165,6 +175,10 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
             return _says_empty(gold if g.parts else pred)
         return len(p.parts) == len(g.parts) == 1 and _same(p.parts[0], g.parts[0])
     return False
+
+
+def _digits(text: str) -> list[str]:
+    return sorted(re.findall(r"\d", text))
 
 
 def _ordered(pred: list[str], gold: list[str]) -> bool | None:
@@ -234,6 +248,8 @@ def _same_relations(pred: Answer, gold: Answer) -> bool | None:
         return bool(p and g) and _all(_same(x, g[-1]) for x in p)
     if g_signs[0] not in (p_signs[0], FLIP.get(p_signs[0])):
         return False
+    if g_signs == p_signs == ["="] and has_words(g[0]) and is_named(p[0]) and is_named(g[0]) and not has_words(p[0]):
+        return _same(p[1], g[1])  # A = 9 for Area = 9
     names = [squeeze(side[0]) for side in (p, g)]  # y = ... is accepted for f(x) = ...
     functions = all(NAME.fullmatch(n) for n in names) and "(" in names[0] + names[1] and {"y", "f(x)"} & set(names)
     worded = any(has_words(side) for side in p + g)
@@ -315,7 +331,7 @@ def _same_quantity(pred: str, gold: str, digits: int) -> bool | None:
     (p, p_unit), (g, g_unit) = split_unit(pred), split_unit(gold)
     if p_unit and g_unit and p_unit != g_unit:
         return False
-    if len(p_unit + g_unit) == 1 and _same_products(pred, gold):  # 3 m may be three metres or three times m
+    if re.fullmatch(r"\w(?:/\w)?", p_unit + g_unit) and _same_products(pred, gold):  # 3 m may be three times m
         return True
     p, g = plain_number(p), plain_number(g)
     based = [re.fullmatch(r"\(?(\d[0-9A-Fa-f]*)\)?_\{?(?:\\text\{)?(\w+?)\}*", body) for body in (p, g)]
@@ -372,10 +388,18 @@ def _same_rounded(p_value, g_value, pred: str, gold: str, digits: int) -> bool:
     of three significant digits or more: 0.254 is not 0.25. A decimal of `digits` significant digits counts as exact.
     """
     p_decimal, g_decimal = _DECIMAL.fullmatch(pred), _DECIMAL.fullmatch(gold)
+    if g_decimal and _significant(gold) >= FLOAT_DIGITS:
+        return not _differ(p_value, g_value)
     if g_decimal:
         enough = len(g_decimal[1]) >= 2 and (not p_decimal or _significant(gold) >= 3)
         return enough and _rounds_to(p_value, g_value, len(g_decimal[1]))
     return bool(p_decimal) and _significant(pred) >= digits and _rounds_to(g_value, p_value, len(p_decimal[1]))
+
+
+def _differ(value, target: Fraction) -> bool:
+    """By more than the rounding of a float."""
+    value = value if isinstance(value, Fraction) else value.real if abs(value.imag) < 1e-40 else float("inf")
+    return abs(value - target) > abs(target) * 1e-10
 
 
 def _significant(decimal: str) -> int:

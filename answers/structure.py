@@ -22,7 +22,10 @@ _QUANTITY = (  # x, a_1, f(2), |AB|, \angle ABC, \text{area}, but not the curve 
     r"(?!\\pi$|[xyz]{2,}$)(?:\\?[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w+))?'?(?:\^\{-1\})?(?:\([\w\s,\\]*\))?|"
     r"\|[^|]+\||m?\\angle [A-Z]+|\\frac\{d\w?\}\{d\w\}|\\overline\{[A-Z]+\}"
 )
-NAME = re.compile(rf"{_QUANTITY}|\(\\?\w+(?:\s*,\s*\\?\w+)+\s*\)")  # may stand to the left of "= answer"
+_SEVERAL_WORDS = r"(?=[^=]*[A-Za-z]{3})[A-Za-z][A-Za-z.]*(?: [A-Za-z.]+)+|[A-Z]\.[A-Z]\."  # Surface Area, S.A.
+NAME = re.compile(  # may stand to the left of "= answer"
+    rf"{_QUANTITY}|{_SEVERAL_WORDS}|\(\\?\w+(?:\s*,\s*\\?\w+)+\s*\)"
+)
 _TERM = rf"(?![xyz]+(?![\w']))(?:{_QUANTITY})"
 _COMBINED = re.compile(  # so may these, if the answer is a number; but x + y = 5 is a line
     rf"{_TERM}(?:\s*(?:[/+-]|\\cdot|\\times)\s*{_TERM})+|\\frac\{{{_TERM}\}}\{{{_TERM}\}}|"
@@ -30,6 +33,7 @@ _COMBINED = re.compile(  # so may these, if the answer is a number; but x + y = 
 )
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr|]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
 _BRACKETED = re.compile(r"(\\\{|\\langle|[(\[])(.*?)(\\\}|\\rangle|[)\]])", re.DOTALL)
+_BUILDER = re.compile(r"[A-Za-z]\s*(?:\\in\s*\\mathbb\{R\}\s*)?\|([^|]*)")  # x | x > 2
 _LIST_SIGNS = {",", ";", "&", "and", "or"}
 _REALS = (r"\mathbb R", r"\R", "all real numbers", "all reals")
 
@@ -48,10 +52,12 @@ class Answer(NamedTuple):
 def take_apart(text: str) -> Answer:
     """What kind of answer this is, and its parts."""
     text = strip_braces(text.strip())
+    if (builder := _BUILDER.fullmatch(text)) and split(builder[1], _RELATIONS)[1]:
+        return take_apart(builder[1])
     if any(sign in text for sign in _LIST_SIGNS) and not _is_one_number(text):
         parts, signs = split(text, _LIST_SIGNS)
         if len(parts := [part for part in parts if part]) > 1:
-            both = _intersection(*parts) if signs == ["and"] else None
+            both = _intersection(*parts) if signs == ["and"] or (signs == [","] and r"\neq" in text) else None
             return both or _collection("list", parts)
     parts, signs = split(text, _RELATIONS)
     if signs and all(parts):
@@ -138,10 +144,18 @@ def intervals(answer: Answer) -> tuple[str | None, list[str]] | None:
 
 
 def _intersection(first: str, second: str) -> Answer | None:
-    """The relation 2 < x < 5 that `x > 2 and x < 5` means."""
-    bounds = [intervals(take_apart(part)) for part in (first, second)]
+    """The relation 2 < x < 5 that `x > 2 and x < 5` means; the union that `x > 2, x \\neq 5` does."""
+    apart = [take_apart(part) for part in (first, second)]
+    bounds = [intervals(part) for part in apart]
     if not all(bounds) or bounds[0][0] is None or bounds[0][0] != bounds[1][0]:
         return None
+    holes = [part.parts[1] for part in apart if part.signs == [r"\neq"]]
+    if holes:
+        pieces = [piece for _, pieces in bounds if len(pieces) == 1 for piece in pieces]
+        if len(holes) > 1 or len(pieces) != 1:
+            return None
+        low, high = pieces[0][1:-1].rsplit(",", 1)
+        return Answer("union", [f"{pieces[0][0]}{low},{holes[0]})", f"({holes[0]},{high}{pieces[0][-1]}"])
     lower_first = sorted(bounds[0][1] + bounds[1][1], key=lambda piece: piece.startswith(r"(-\infty"))
     low, middle, high = "".join(lower_first).partition(r",\infty)(-\infty,")
     signs = [r"\leq" if bracket in "[]" else "<" for bracket in (low[0], high[-1:])]

@@ -94,7 +94,7 @@ def split_unit(text: str) -> tuple[str, str]:
             text, unit = text.replace(sign, "", 1).strip(), name
         elif text.endswith(sign):
             text, unit = text[:-1].strip(), name
-    degrees = re.search(r"(?<=.)\^\\circ\s*(?:\\text\{\s*([CF])\s*\}|([CF]))?$", text)
+    degrees = re.search(r"(?<=.)\^\\circ\s*(?:\\text\{\s*([CFT])\s*\}|([CFT]))?$", text)  # T: a bearing
     if degrees and not re.search(rf"\\(?:{FUNCTIONS})", text):
         scale = {"C": "celsius", "F": "fahrenheit"}.get(degrees[1] or degrees[2], "degree")
         return text[: degrees.start()].strip(), scale
@@ -110,7 +110,8 @@ def split_unit(text: str) -> tuple[str, str]:
         spaced = text[tail.start() - 1] == " "
         for word in name.replace("/", " ").split():
             known = _known_unit(word) is not None or word.lower() in _UNIT_POWERS
-            single = len(word) == 1 and not (spaced and (word == name or "/" in name))
+            fits = (spaced and word == name) or ("/" in name and (spaced or known))
+            single = len(word) == 1 and not fits
             if single or not (known or (spaced and len(word) > 2)):
                 return text, unit
     first, _, rest = name.partition(" ")

@@ -41,6 +41,9 @@ _PROGRAM = ["-m", "answers.workers"]
 # --------------------------------------------------------------------------- inside a worker
 
 _TOWERS = re.compile(r"\^\s*[{(]*\s*\d+\s*[})]*\s*\^|\^\s*[{(]*\s*-?\d{4,}|\d{4,}\s*[})]*\s*!|!\s*[)}]*\s*!|\d{400}")
+_SIDE_BY_SIDE = re.compile(  # numbers that the grammar would add, as of a mixed number: 7 5, (1) 20, 1.2.3
+    r"(?:(?<![_^])\d|\))\s+\.?\d|\)\.?\d|\d\.\d+\.|%\s*\d|\\ldots\s*\d"
+)
 _VETTED = re.compile(r"[\w\s+\-*/^=<>()\[\]{}|\\.,:;!&%'~]*", re.ASCII)
 
 
@@ -56,7 +59,7 @@ def math_verify(pred: str, gold: str) -> bool:
         text = text.replace(ROW, r"\\")
         if len(text) > MAX_CHARS or _TOWERS.search(text):
             raise error("for sympy")
-        if not _VETTED.fullmatch(text) or "__" in text:
+        if not _VETTED.fullmatch(text) or "__" in text or _SIDE_BY_SIDE.search(text):
             return False
         try:
             parsed.append(latex2sympy(text, is_real=True, normalization_config=config))

@@ -1,6 +1,6 @@
-"""Multiple choice: a question, its options, and which one is right. Options become lettered lines, the gold a letter.
+"""Multiple choice: a question, its options, and which one is right. Options become lettered lines.
 
-    {"question": "Which is prime?", "options": ["4", "7", "9"], "answer": "B"}
+    {"question": "Which is prime?", "options": ["4", "7", "9"], "answer": "B"}       gold: (B) 7
     {"question": "Which is prime?", "A": "4", "B": "7", "answer": "7"}
 
 Options are a column `options` or `choices` (a list, also as text in JSON or Python; a dict of letters; ARC's {"text":
@@ -162,6 +162,14 @@ def _same(answer: str, text: str, label: str) -> bool:
     """Whether this is the option's text, with its label or without."""
     written = (text, f"{label}. {text}", f"{label}: {text}", f"({label}) {text}")
     return " ".join(answer.split()).casefold() in (way.casefold() for way in written)
+
+
+def gold_of(label: str, options: Options) -> str:
+    """The right option as a gold: `(B) 12 cm` is answered by B and by 12 cm. The label alone where its text is made of
+    letters that might be labels themselves, and for labels that are no letters."""
+    text = options.texts.get(label, "")
+    told_apart = re.fullmatch("[A-Z]", label) and text and not re.fullmatch(r"(?:\W*\b[A-Za-z]\b)+\W*", text)
+    return f"({label}) {text}" if told_apart else label
 
 
 def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:

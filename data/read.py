@@ -33,7 +33,7 @@ from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
-from data.options import check_letter, common_kinds, options_of, right_label
+from data.options import check_letter, common_kinds, gold_of, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
 from prompts import PROMPT_SUFFIX
 
@@ -276,7 +276,8 @@ class Reader:
         elif record.options:
             answer = extracted(record.solution)
             kind = self.source.settings.answer_kind
-            record.solution = right_label(answer, record.options, record.letter, kind, self.layout.common)
+            label = right_label(answer, record.options, record.letter, kind, self.layout.common)
+            record.solution = gold_of(label, record.options)
         elif several_golds and (golds := several(record.solution)):
             record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:

@@ -206,14 +206,14 @@ def test_published_files_can_be_trained_on(folder, processor, vision_model, tmp_
 def test_options_hints_and_golds_of_each_layout(folder):
     first = {name: rows_of(folder / name)[:2] for name in ANSWERED}
     asked = {name: [(row["problem"], row["solution"]) for row in rows] for name, rows in first.items()}
-    assert asked["MathVista.tsv"] == [("Longer?\nA. AB\nB. BC", "B"), ("Area?\nA. 1\nB. 2\nC. 3", "B")]
+    assert asked["MathVista.tsv"] == [("Longer?\nA. AB\nB. BC", "(B) BC"), ("Area?\nA. 1\nB. 2\nC. 3", "(B) 2")]
     assert asked["MathVision.tsv"][0] == ("Like    or   ?\nA. A\nB. B\nC. C", "C")
-    assert asked["WeMath.tsv"][0] == ("Hint: Look at the red one.\nArea?\nA. 1\nB. 2", "B")
+    assert asked["WeMath.tsv"][0] == ("Hint: Look at the red one.\nArea?\nA. 1\nB. 2", "(B) 2")
     assert asked["LogicVista.tsv"][0][1] == "A, C"
-    assert asked["mathvista.parquet"] == [("Longer?\nA. AB\nB. BC", "B"), ("Sum?", "7")]
+    assert asked["mathvista.parquet"] == [("Longer?\nA. AB\nB. BC", "(B) BC"), ("Sum?", "7")]
     assert asked["mathvision.parquet"] == [("Count ", "12"), ("Which   \nA. A\nB. B", "B")]
     assert [question for question, _ in asked["mathverse.json"]][1] == "Answer the question in the image."
-    assert asked["wemath.json"][0] == ("Area?\nA. 1\nB. 2\nC. No answer", "B")
+    assert asked["wemath.json"][0] == ("Area?\nA. 1\nB. 2\nC. No answer", "(B) 2")
     assert [gold for _, gold in asked["llava.json"]] == ["12", "9"]
     assert asked["verl.parquet"][0] == ("Area?", "12")
     assert [len(row["images"]) for row in first["MathVision.tsv"]] == [2, 1]

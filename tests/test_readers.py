@@ -21,6 +21,7 @@ from data.golds import gold
 from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
 from data.rows import BadRow, Record, RowError, Source, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
+from verify import is_equal
 
 
 @pytest.fixture
@@ -79,6 +80,11 @@ def test_math(tmp_path):
     assert found[2].field == "solution"
 
 
+def label_of(row: dict) -> str:
+    """That of the right option, of a gold with its text."""
+    return re.fullmatch(r"\((.)\) .+|(.+)", row["solution"]).expand(r"\1\2")
+
+
 @pytest.mark.parametrize(
     ("options", "answer", "letter"),
     [
@@ -109,7 +115,7 @@ def test_multiple_choice(options, answer, letter, tmp_path):
     if letter is None:
         assert isinstance(found, BadRow) and found.field in ("answer", "options")
     else:
-        assert found["solution"] == letter
+        assert label_of(found) == letter
         assert re.fullmatch(r"Prime\?(\n\w\. \w)+", text_of(found))
 
 
@@ -142,9 +148,18 @@ ASKED = "Which is prime?\nA. 4\nB. 7\nC. 9"
 def test_options_are_shown_in_every_layout_and_for_every_use(columns):
     reader = Reader(Source([columns, {**columns, "id": 1}]), "answer")
     for _, _, row in reader:
-        assert (row["problem"], row["solution"]) == (ASKED, "B")
+        assert (row["problem"], row["solution"]) == (ASKED, "(B) 7")
     trained = read_dataset([columns])
-    assert (text_of(trained[0]), trained[0]["solution"]) == (ASKED, "B")
+    assert (text_of(trained[0]), trained[0]["solution"]) == (ASKED, "(B) 7")
+
+
+def test_an_option_is_answered_by_its_letter_and_by_its_text():
+    (row,) = read_rows([{"question": "Which is prime?", "options": ["4", "7", "9"], "answer": "B"}])
+    given = ["B", "(b)", "7", "B. 7", "7.0", "C", "9", "C. 7", "B. 9", "B or C", "4, 7, 9"]
+    right = [is_equal(answer, row["solution"]) for answer in given]
+    assert right == [True] * 5 + [False] * 6
+    (row,) = read_rows([{"question": "Which comes next?", "options": ["B", "C"], "answer": "A"}])
+    assert row["solution"] == "A"  # whose text is another option's label
 
 
 def test_a_solution_beside_an_answer_is_how_to_get_there():
@@ -163,11 +178,11 @@ def test_numbered_options_keep_their_numbers():
 def test_open_questions_among_those_with_options(tmp_path):
     rows = [{"question": "6*7?", "choices": nothing, "answer": "42"} for nothing in (None, [], "[]", "", {})]
     found = read_rows([{"question": "Prime?", "choices": ["4", "7"], "answer": "B"}, *rows])
-    assert [row["solution"] for row in found] == ["B", *["42"] * 5]
+    assert [row["solution"] for row in found] == ["(B) 7", *["42"] * 5]
     assert {text_of(row) for row in found[1:]} == {"6*7?"}
     (tmp_path / "x.csv").write_text("question,A,B,answer\nPrime?,4,7,B\n6*7?,,,42\nWhich?,,,B\n")
     choice, number, lost = read(tmp_path / "x.csv")
-    assert (choice["solution"], number["solution"], text_of(number)) == ("B", "42", "6*7?")
+    assert (choice["solution"], number["solution"], text_of(number)) == ("(B) 7", "42", "6*7?")
     assert str(lost) == "row 2: field A: expected options, of which the answer is B, got none"
 
 
@@ -214,7 +229,7 @@ def test_what_the_answers_count_from_is_seen_from_all_of_them(start, as_written,
     from data import check
 
     rows = [{**row, "answer": as_written(row["answer"])} for row in numbered(start)]
-    assert "".join(row["solution"] for row in read_rows(rows)) == "ABCD" * 8
+    assert "".join(map(label_of, read_rows(rows))) == "ABCD" * 8
     assert check.main([write(tmp_path / "x.json", rows)]) == 0
     assert f"options   are named by number, counted from {start}" in capsys.readouterr().out
     late = [*rows, {**rows[0], "answer": 4 - 4 * start}]  # as one that counts otherwise would have it
@@ -230,16 +245,16 @@ def test_a_count_that_stays_open_is_refused_until_it_is_said():
         "'2' may be C by its number, counted from 0 or B by its number, counted"
     )
     for kind, letters in (("from_0", "BCD"), ("from_1", "ABC")):
-        assert "".join(row["solution"] for row in read_rows(rows, answer_kind=kind)) == letters * 4
+        assert "".join(map(label_of, read_rows(rows, answer_kind=kind))) == letters * 4
 
 
 def test_numbers_that_may_be_an_option_s_text():
     options = [{"question": f"{i}?", "options": ["1", "2", "3", "4"], "answer": "2"} for i in range(3)]
     assert all("B by its text or C by its number, counted from 0" in bad.reason for bad in read_rows(options))
-    assert [row["solution"] for row in read_rows(options, answer_kind="text")] == ["B"] * 3
-    assert [row["solution"] for row in read_rows(options, answer_kind="from_0")] == ["C"] * 3
+    assert [row["solution"] for row in read_rows(options, answer_kind="text")] == ["(B) 2"] * 3
+    assert [row["solution"] for row in read_rows(options, answer_kind="from_0")] == ["(C) 3"] * 3
     larger = {"question": "x?", "options": ["12", "15"], "answer": "15"}  # by text alone: so are the others
-    assert [row["solution"] for row in read_rows([*options, larger])] == ["B"] * 4
+    assert [*map(label_of, read_rows([*options, larger]))] == ["B"] * 4
 
 
 def test_an_answer_that_is_the_text_of_several_options_is_refused():
@@ -249,14 +264,14 @@ def test_an_answer_that_is_the_text_of_several_options_is_refused():
     *_, bad = read_rows([{"question": "?", "options": ["a", "b"], "answer": "b"}, row])
     assert bad.reason == "expected one option, got '3', the text of A and C"
     (letter,) = read_rows([{**row, "answer": "B"}])  # the others are no fault of this answer
-    assert letter["solution"] == "B"
+    assert label_of(letter) == "B"
 
 
 def test_a_letter_that_is_another_option_s_text():
     row = {"question": "Article?", "options": ["the", "a", "an"], "answer": "a"}
     assert "A by its letter or B by its text" in read_rows([row])[0].reason
-    assert read_rows([{**row, "answer": "an"}, row])[1]["solution"] == "B"
-    assert read_rows([{**row, "answer": "C"}, row])[1]["solution"] == "A"
+    assert read_rows([{**row, "answer": "an"}, row])[1]["solution"] == "B"  # "a" may be a label too
+    assert read_rows([{**row, "answer": "C"}, row])[1]["solution"] == "(A) the"
 
 
 # ---- golds that no answer could be equal to -------------------------------------------------------------------------
@@ -438,7 +453,7 @@ def test_a_column_that_comes_late_is_read(folder):
     *_, first, choice, second = [row for _, _, row in reader]
     for row in (first, second):
         assert (len(row["images"]), row["images"][0]["max_pixels"], row["task"]) == (1, 784, "t")
-    assert (choice["solution"], choice["task"]) == ("B", "multiple_choice")
+    assert (label_of(choice), choice["task"]) == ("B", "multiple_choice")
     assert list(reader.columns) == ["prompt", "solution", "image", "max_pixels", "task", "options", "images"]
 
 
@@ -1018,4 +1033,6 @@ def test_records_of_a_data_frame(tmp_path):
     rows = [{"problem": "Prime?", "options": ["4", "7"], "answer": 1, "images": []}] * 2
     pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
     found = read_rows(pd.read_parquet(tmp_path / "x.parquet").to_dict("records"), answer_kind="from_0")
-    assert [(text_of(row), row["solution"], row["images"]) for row in found] == [("Prime?\nA. 4\nB. 7", "B", [])] * 2
+    assert [(text_of(row), row["solution"], row["images"]) for row in found] == [
+        ("Prime?\nA. 4\nB. 7", "(B) 7", [])
+    ] * 2
