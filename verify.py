@@ -24,8 +24,9 @@ import sys
 from collections.abc import Sequence
 
 from answers import calculator, workers
-from answers.normalize import TEXT_COMMANDS
+from answers.normalize import TEXT_COMMANDS, clean, squeeze
 from answers.rules import Result, decide
+from answers.units import split_unit
 
 logger = logging.getLogger(__name__)
 
@@ -164,14 +165,32 @@ def log_unscorable(row: int, gold, reason: str) -> None:
         logger.warning("row %d is unscorable (%s), its gold is %s", row, reason, text)
 
 
+_ARITHMETIC = re.compile(r"(?:[\d.()\s+*/^{}-]|\\times|\\cdot|\\div)+")
+_OPERATION = re.compile(r"[\d)}]\s*(?:[+*-]|\\times|\\cdot|\\div)")
+_SCIENTIFIC = re.compile(r"-?[\d.]+\s*(?:\*|\\times|\\cdot)\s*10\s*\^.+")
+
+
+def is_unfinished(pred: str, gold: str) -> bool:
+    """Whether `pred` leaves arithmetic to do that the gold does not: 7 + 5 for 12. It is equal, but a policy that is
+    paid for it soon answers every sum by the sum."""
+    p, g = (split_unit(clean(text))[0] for text in (pred, gold))
+    if squeeze(p) in squeeze(g):
+        return False
+    p, g = (_ARITHMETIC.fullmatch(t) and _OPERATION.search(t) and not _SCIENTIFIC.fullmatch(t) for t in (p, g))
+    return bool(p and not g)
+
+
 def answer_reward(prompts, completions, solution, **columns) -> list[float | None]:
-    """1.0 where the boxed answer equals `solution`, else 0.0; None, which TRL leaves out, where it is unscorable."""
+    """1.0 where the boxed answer equals `solution` and is finished, else 0.0; None, which TRL leaves out, where it is
+    unscorable."""
     pairs = [(extract_boxed(t), s) for t, s in zip(map(last_text, completions), solution, strict=True)]
     rewards = []
-    for row, (result, (_, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
+    for row, (result, (pred, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
             log_unscorable(row, gold, result.reason)
-        rewards.append(None if result.verdict is None else float(result.verdict))
+        golds = gold if isinstance(gold, (list, tuple)) else [gold]
+        unfinished = result.verdict and all(is_unfinished(pred, str(each)) for each in golds)
+        rewards.append(None if result.verdict is None else float(result.verdict and not unfinished))
     return rewards
 
 

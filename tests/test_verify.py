@@ -268,6 +268,36 @@ def test_an_answer_is_rewarded_by_its_box(wrap):
     ]
 
 
+@pytest.mark.parametrize(
+    ("pred", "gold", "reward"),
+    [
+        ("7+5", "12", 0.0),
+        (r"7 + 5 \text{ cm}", r"12\text{ cm}", 0.0),
+        ("0-5", "-5", 0.0),
+        (r"2^3 \cdot 5", "40", 0.0),
+        (r"(3+4) \times 2", "14", 0.0),
+        ("12/4+1", 4, 0.0),
+        ("7+5=12", "12", 1.0),
+        ("12", "7+5", 1.0),
+        ("5+7", "7+5", 1.0),  # what the gold leaves to do
+        (r"2^3 \cdot 5", r"2 \cdot 2 \cdot 2 \cdot 5", 1.0),
+        ("7+5", "(B) 7+5", 1.0),
+        ("12", ["7+5", "12"], 1.0),
+        ("7+5", ["11", "12"], 0.0),
+        ("-5", "-5.0", 1.0),
+        ("24/2", "12", 1.0),
+        ("2^{10}", "1024", 1.0),
+        (r"3 \times 10^8", "300000000", 1.0),
+        (r"3+2\sqrt{2}", "5.83", 1.0),
+        (r"12\pi", "37.70", 1.0),
+    ],
+)
+def test_an_answer_that_leaves_the_sum_to_the_verifier_earns_nothing(pred, gold, reward):
+    """Which is still equal: as a policy's answer it would be the question, copied."""
+    assert verify.is_equal(pred, gold) is True
+    assert verify.answer_reward(["q"], [rf"\boxed{{{pred}}}"], solution=[gold]) == [reward]
+
+
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):
     gold = r"\boxed{}"
     with caplog.at_level(logging.WARNING, logger="verify"):
