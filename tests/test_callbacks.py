@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from training.callbacks import WINDOW, MetricsFile, Progress, Watch, troubles
+from training.callbacks import WINDOW, MetricsFile, Progress, Watch, diagnose
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,8 +28,8 @@ def history(**changes):
 
 
 def test_a_healthy_run_says_nothing():
-    assert troubles(history()) == {}
-    assert troubles([{"reward": 0.1}, {"reward": 0.2}]) == {}  # plain GRPO with other rewards
+    assert diagnose(history()) == {}
+    assert diagnose([{"reward": 0.1}, {"reward": 0.2}]) == {}  # plain GRPO with other rewards
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_a_healthy_run_says_nothing():
     ],
 )
 def test_each_trouble_has_its_line(changes, name, says):
-    found = troubles(history(**changes))
+    found = diagnose(history(**changes))
     assert list(found) == [name]
     assert says in found[name]
 
@@ -53,7 +53,7 @@ def test_each_trouble_has_its_line(changes, name, says):
 def test_a_log_with_nothing_scorable_in_between_changes_nothing():
     rows = history()
     rows[3] = dict.fromkeys(rows[3])
-    assert troubles(rows) == {}
+    assert diagnose(rows) == {}
 
 
 def test_a_trouble_is_told_once_and_again_when_it_comes_back(capsys):

@@ -145,7 +145,7 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **line}) + "\n")
 
 
-def troubles(history: list[dict[str, float]]) -> dict[str, str]:
+def diagnose(history: list[dict[str, float]]) -> dict[str, str]:
     """What is going wrong in a window of logged metrics, oldest first: a name, and a line that says what to look at."""
 
     def series(name: str) -> list[float]:
@@ -191,7 +191,7 @@ def troubles(history: list[dict[str, float]]) -> dict[str, str]:
 
 
 class Watch(TrainerCallback):
-    """Prints each of `troubles` once, when it begins."""
+    """Prints each of `diagnose` once, when it begins."""
 
     def __init__(self):
         self._history: deque[dict[str, float]] = deque(maxlen=WINDOW)
@@ -202,7 +202,7 @@ class Watch(TrainerCallback):
             return
         self._history.append(logs)
         if len(self._history) == WINDOW:
-            found = troubles(list(self._history))
+            found = diagnose(list(self._history))
             for name in found.keys() - self._known:
                 tqdm.write(f"warning, step {state.global_step}: {found[name]}", file=sys.stderr)
             self._known = set(found)

@@ -12,7 +12,7 @@ FIGURES = {
     "policy/accuracy": "answers right",
     "judge/pointwise/balanced_accuracy": "pointwise verdicts right, balanced",
     "judge/pairwise/accuracy": "pairwise verdicts right",
-    "reflection/fix_rate": "wrong answers mended",
+    "reflection/fix_rate": "wrong answers fixed",
 }
 
 

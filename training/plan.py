@@ -174,7 +174,7 @@ def architecture(config, peft_config=None) -> Architecture:
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vision, vision_sizes = getattr(config, "vision_config", None), {}
-    if hasattr(vision, "spatial_merge_size"):  # the Qwen-VL family; others are not reckoned
+    if hasattr(vision, "spatial_merge_size"):  # the Qwen-VL family; others are not counted
         merged = vision.spatial_merge_size**2
         vision_sizes = {
             "vision_layers": vision.depth,
