@@ -105,8 +105,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     )
 
     def __post_init__(self):
-        if self.use_vllm is None:
-            self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
+        self.choose_engine()
         sizes = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_generations")
         for name in (*sizes, "max_prompt_length", "max_completion_length", "recycle_every"):
             if not (isinstance(size := getattr(self, name), int) and size >= 1):
@@ -128,6 +127,10 @@ class SparkConfig(RecycleConfig, GRPOConfig):
                 f"recycle_apart: expected steps_per_generation of 2, 4, ... x gradient_accumulation_steps, got "
                 f"{self.steps_per_generation} and {self.gradient_accumulation_steps}"
             )
+
+    def choose_engine(self) -> None:
+        if self.use_vllm is None:
+            self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
 
     @property
     def has_entropy_bonus(self) -> bool:

@@ -67,15 +67,20 @@ def now() -> float:
     return time.perf_counter()
 
 
-class OptimizerClock(TrainerCallback):
-    def __init__(self, clock: Clock):
-        self.clock = clock
+class Marks(TrainerCallback):
+    """Where training begins, and the optimizer's part of a step."""
+
+    def __init__(self, trainer: "TimedTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, *rest, **kwargs):
+        self.trainer.begin_step(state.num_input_tokens_seen)  # of a resumed run not 0
 
     def on_pre_optimizer_step(self, *args, **kwargs):
         self.began = now()
 
     def on_optimizer_step(self, *args, **kwargs):
-        self.clock.seconds["optimizer"] += now() - self.began
+        self.trainer.clock.seconds["optimizer"] += now() - self.began
 
 
 class TimedTrainer(SparkTrainer):
@@ -90,9 +95,7 @@ class TimedTrainer(SparkTrainer):
         self.file = file
         self.clock = clock = Clock()
         self.steps: list[dict] = []
-        self._began = None
-        self._tokens = 0
-        self.add_callback(OptimizerClock(clock))
+        self.add_callback(Marks(self))
         around = clock.around
 
         def generation() -> str:
@@ -120,10 +123,10 @@ class TimedTrainer(SparkTrainer):
             setattr(module, name, around(getattr(function, "timed", function), part))
             getattr(module, name).timed = getattr(function, "timed", function)
 
-    def training_step(self, *args, **kwargs):
-        if self._began is None:
-            self._began, self._tokens = now(), self.state.num_input_tokens_seen  # of a resumed run not 0
-        return super().training_step(*args, **kwargs)
+    def begin_step(self, tokens: int) -> None:
+        """With so many tokens behind it."""
+        self.clock.seconds.clear()
+        self._began, self._tokens = now(), tokens
 
     def log(self, logs, *args, **kwargs):
         with self.clock("logging"):
@@ -146,6 +149,4 @@ class TimedTrainer(SparkTrainer):
         if self.file is not None:
             with open(self.file, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        self._tokens = logs["num_tokens"]
-        self.clock.seconds.clear()
-        self._began = now()
+        self.begin_step(logs["num_tokens"])

@@ -112,6 +112,7 @@ def test_where_there_is_no_terminal_progress_is_a_line_every_so_many_steps(capsy
     names = ("generation_batch_size", "num_generations", "gradient_accumulation_steps", "steps_per_generation",
              "num_iterations", "recycle_ratio", "recycle_every")  # fmt: skip
     values = dict(zip(names, (64, 8, 2, 4, 1, 0.5, 2), strict=True))
+    values |= {"recycle_matched": True, "recycle_tasks": ["pointwise"], "world_size": 1}
     args = SimpleNamespace(**values, output_dir="out", log_completions=False, report_to=["tensorboard"])
     callback.on_train_begin(args, state, control)
     for i in range(1000):

@@ -191,7 +191,7 @@ def diagnose(history: list[dict[str, float]]) -> dict[str, str]:
 
 
 class Watch(TrainerCallback):
-    """Prints each of `diagnose` once, when it begins."""
+    """Prints what `diagnose` finds, each once, when it begins."""
 
     def __init__(self):
         self._history: deque[dict[str, float]] = deque(maxlen=WINDOW)

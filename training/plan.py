@@ -397,14 +397,11 @@ def requested(arguments: list[str]) -> Launch | None:
 
 def for_launch(config_class: type, launch: Launch) -> type:
     """`config_class`, checked as if in that launch: its number of processes, and no GPU needed for bf16."""
-    import torch
-    from trl.import_utils import is_vllm_available
 
     @dataclass
     class Planned(config_class):
         def __post_init__(self):
-            if self.use_vllm is None:  # as a run here would have it
-                self.use_vllm = is_vllm_available() and torch.cuda.is_available() and not self.use_cpu
+            self.choose_engine()  # as a run here would have it
             self.use_cpu = True
             super().__post_init__()
 
