@@ -31,6 +31,12 @@ _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
+_MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
+    re.compile(r"^[ \t]*\(?([A-Z])[.):]\)?", re.MULTILINE),
+    re.compile(r"\(([A-Z])\)"),
+    re.compile(r"(?:^|(?<=\s))([A-Z])[.:](?=\s)"),
+]
+LONGEST = 300  # characters of an option that may be answered by its text
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
 
 
@@ -164,12 +170,24 @@ def _same(answer: str, text: str, label: str) -> bool:
     return " ".join(answer.split()).casefold() in (way.casefold() for way in written)
 
 
+def listed_in(question: str) -> Options | None:
+    """The options that a question lists itself, if their labels are A, B, ... in this order."""
+    for mark in _MARKS:
+        _, *parts = mark.split(question)
+        labels, texts = parts[::2], [text.strip(" \t\n;,") for text in parts[1::2]]
+        if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
+            texts[-1] = texts[-1].partition("\n")[0]
+            if all(text and text.count("{") == text.count("}") for text in texts):
+                return Options(dict(zip(labels, texts, strict=True)), True)
+    return None
+
+
 def gold_of(label: str, options: Options) -> str:
     """The right option as a gold: `(B) 12 cm` is answered by B and by 12 cm. The label alone where its text is made of
     letters that might be labels themselves, and for labels that are no letters."""
     text = options.texts.get(label, "")
     told_apart = re.fullmatch("[A-Z]", label) and text and not re.fullmatch(r"(?:\W*\b[A-Za-z]\b)+\W*", text)
-    return f"({label}) {text}" if told_apart else label
+    return f"({label}) {text}" if told_apart and len(text) <= LONGEST else label
 
 
 def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
-from data.options import check_letter, common_kinds, gold_of, options_of, right_label
+from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
 from prompts import PROMPT_SUFFIX
 
@@ -284,6 +285,9 @@ class Reader:
             record.solution = gold(record.solution, self.decimal_comma)
             check_letter(record.solution, raw, record.prompt)
         row = build_row(record, self.source, name, look)
+        if isinstance(row["solution"], str) and re.fullmatch("[A-Z]", row["solution"]):
+            listed = listed_in(question_of(row["prompt"], self.source.suffix))
+            row["solution"] = gold_of(row["solution"], listed) if listed else row["solution"]
         if self.use in ("answer", "judge"):
             row |= {
                 "dataset": self._benchmark(raw),

@@ -158,6 +158,15 @@ def test_an_option_is_answered_by_its_letter_and_by_its_text():
     given = ["B", "(b)", "7", "B. 7", "7.0", "C", "9", "C. 7", "B. 9", "B or C", "4, 7, 9"]
     right = [is_equal(answer, row["solution"]) for answer in given]
     assert right == [True] * 5 + [False] * 6
+    for question in ("Prime?\nChoices:\nA:4\nB:7\nC:9", "Prime? (A)4 (B) 7 (C) 9", "Prime? A. 4 B. 7; C. 9\nThink."):
+        assert read_rows([{"question": question, "answer": "B"}])[0]["solution"] == "(B) 7", question
+    for question in (
+        "Prime? (A) 4 (C) 9 (B) 7",
+        "Between A. and B.?",
+        r"$\text{(A)}\ 4 \qquad \text{(B)}\ 7$",
+        "(A) x",
+    ):
+        assert read_rows([{"question": question, "answer": "B"}])[0]["solution"] == "B", question
     (row,) = read_rows([{"question": "Which comes next?", "options": ["B", "C"], "answer": "A"}])
     assert row["solution"] == "A"  # whose text is another option's label
 
