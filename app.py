@@ -47,8 +47,8 @@ CSS = """.picture img { image-rendering: pixelated; min-height: 120px; object-fi
 MAX_QUESTION = 20_000  # characters
 RANGES = {  # setting -> (from, to, step, default, label)
     "temperature": (0, 2, 0.1, 1.0, "Temperature"),
-    "max_tokens": (16, 4096, 16, 512, "Tokens at most, each time"),
-    "max_rounds": (0, 5, 1, 2, "Reflections at most"),
+    "max_tokens": (16, 4096, 16, 512, "Max tokens per reply"),
+    "max_rounds": (0, 5, 1, 2, "Max reflections"),
     "n": (2, 16, 1, 8, "Answers to choose from"),
 }
 
@@ -221,7 +221,7 @@ class Page:
                 (request,) = solver.send([state])
         except StopIteration as finished:
             answer = finished.value["extracted_answer"]
-            parts.append(f"### Final answer: {'none in a box' if answer is None else inert(answer)}")
+            parts.append(f"### Final answer: {'no boxed answer' if answer is None else inert(answer)}")
         except Exception as error:
             parts.append(told(error))
         yield "\n\n".join(parts)
@@ -272,7 +272,7 @@ def told_verdict(output: Output) -> str:
     verdict = verify.parse_verdict(output.text)
     chance = verdict and verdict_probability(output, verdict)
     sure = "" if chance is None else f", probability {chance:.2f}"
-    return {"Yes": f": ✓ correct{sure}", "No": f": ✗ not correct{sure}"}.get(verdict, ": none that can be read")
+    return {"Yes": f": ✓ correct{sure}", "No": f": ✗ not correct{sure}"}.get(verdict, ": unreadable")
 
 
 def correctness(text: str, gold: str) -> str:
@@ -356,7 +356,7 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
                 lines.append(f"Label: **{inert(row['label'])}**\n")
         lines.append(line(row))
     if asked is None:
-        lines.append("#### Nothing was recycled from them")
+        lines.append("#### Nothing was recycled from these")
     return "\n".join(lines)
 
 
@@ -417,7 +417,7 @@ def browse(gr, run: Path | None, suffix: str, written) -> None:
     """The third tab."""
     steps = logged_steps(run) if run else []
     if not steps:
-        gr.Markdown("No rollouts here: give a run's folder by `--run`, one that was trained with `log_completions`.")
+        gr.Markdown("No rollouts here: pass `--run` the folder of a run that was trained with `log_completions`.")
         return
 
     def choices(step: int) -> list[tuple[str, int]]:
@@ -469,18 +469,18 @@ def main() -> int:
     default = DEMO if (Path(DEMO) / "model.safetensors").is_file() else START
     parser.add_argument("model", nargs="?", default=default, help=f"a folder, or a name (default here: {default})")
     parser.add_argument("--server", help="URL of an OpenAI-compatible server, which knows the model by that name")
-    parser.add_argument("--run", help="folder of the training run to show; default: the model's, if it is one")
+    parser.add_argument("--run", help="folder of the training run to show; default: the model's, if it is a run")
     parser.add_argument("--prompt_suffix", default=PROMPT_SUFFIX, help="what questions end with; as in training")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="a public address, by a tunnel of Gradio's")
+    parser.add_argument("--share", action="store_true", help="a public address, through Gradio's tunnel")
     parser.add_argument("--auth", help="USER:PASSWORD, which the page then asks for")
     args = parser.parse_args()
     user, _, password = (args.auth or "").partition(":")
     if args.auth is not None and not (user and password):
         parser.error("--auth: expected USER:PASSWORD")
     if (args.share or args.host not in LOCAL_HOSTS) and not args.auth:
-        parser.error("--share and another --host need --auth USER:PASSWORD: anybody could use the page")
+        parser.error("--share and another --host need --auth USER:PASSWORD: without it, anybody could use the page")
     run = Path(args.run or args.model)
     if args.run and not logged_steps(run):
         parser.error(f"--run: {run} has no completions/completions_*.parquet; expected a run with log_completions")

@@ -1,19 +1,19 @@
-"""Results files of evaluate.py into accuracy tables: what was right, how surely, and what failed.
+"""Turn results files of evaluate.py into accuracy tables: what was right, how surely, and what failed.
 
     python calculate_acc.py --result_path results.json [more.json ...] [--format table|json|markdown]
 
 Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not an answer:
-it is left out of every rate and counted apart, and the most frequent errors are shown; so is an answer that can't be
-scored (no usable gold). An answer without a box is an answer, and wrong. Rows of a verifier of your own (evaluate.py
---reward_funcs) keep the verdict that they have. Intervals are Wilson's at 95 %.
+it is left out of every rate and counted separately, as is an answer that can't be scored (no usable gold); the most
+frequent errors are shown. An answer without a box is an answer, and wrong. Rows scored by your own verifier
+(evaluate.py --reward_funcs) keep their verdicts. Intervals are Wilson's at 95 %.
 
 Results of evaluate.py --tts compare also give accuracy against the tokens generated, for each way of test-time scaling
 and each number of answers, and its difference from a majority of about as many tokens; --figure draws it as a PNG.
 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
-answer, never with a verdict or with what test-time scaling made of it. Difference, its paired bootstrap interval
-(10,000 resamples, seeded) and McNemar's exact test.
+answer, never with a verdict or with what test-time scaling made of it. Each comparison gives the difference, its paired
+bootstrap interval (10,000 resamples, seeded) and McNemar's exact test.
 
 Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
 a minute, and memory only for the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the
@@ -467,7 +467,7 @@ def main() -> int:
     parser = Parser(__doc__)
     parser.add_argument("--result_path", required=True, nargs="+", help="results files; several are compared")
     parser.add_argument("--format", choices=("table", "json", "markdown"), default="table")
-    parser.add_argument("--figure", metavar="PNG", help="draw accuracy against tokens, of --tts compare")
+    parser.add_argument("--figure", metavar="PNG", help="draw accuracy against tokens, for --tts compare")
     args = parser.parse_args()
     try:
         tallies = [tally(path, pair=len(args.result_path) > 1) for path in args.result_path]

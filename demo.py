@@ -9,7 +9,7 @@
 4. measure the trained model on the same questions
 5. write metrics.json and report.html, print a table
 
-Each stage writes its result and is skipped if that exists: an interrupted demo goes on when it is run again.
+Each stage writes its result and is skipped if that exists: an interrupted demo resumes when it is run again.
 """
 
 import json
@@ -38,8 +38,8 @@ Row = dict[str, Any]
 
 
 def held_out(n: int, split: str = "test", seed: int = 1) -> dict[str, list[Row]]:
-    """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
-    `pairs` and `points`. Half of the questions have the answers with their reasoning. Images are PIL images."""
+    """`n` questions, each with a right and a wrong answer that no model wrote, as rows for evaluate.py: `answers`,
+    `pairs` and `points`. For half of the questions the answers come with their reasoning. Images are PIL images."""
     from data.digits import draw, question, solve
     from models.make_digits import IMAGE_KINDS, attempt, candidate_text
 
@@ -186,7 +186,7 @@ def staged(path: Path, settings: Row, make) -> Row:
     if path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["settings"] == settings:
-            print(f"{path}: done before", flush=True)
+            print(f"{path}: already done", flush=True)
             return stored
     result = {"settings": settings, **make()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def train(output: Path, **overrides: Any) -> None:
     state = output / "trainer_state.json"
     done = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else 0
     if (output / "model.safetensors").exists() and done >= overrides.get("max_steps", 0):
-        print(f"{output}: trained before", flush=True)
+        print(f"{output}: already trained", flush=True)
         return
     flags = [str(part) for name, value in overrides.items() for part in (f"--{name}", value)]
     command = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--output_dir", str(output)]

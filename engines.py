@@ -121,8 +121,8 @@ def prompt_text(processor, request: Request) -> str:
 
 
 class BatchEngine:
-    """What works in batches: a subclass gives `batch`. Requests of like length go together, the longest first, so that
-    memory is at its peak at the start."""
+    """An engine that works in batches: a subclass defines `batch`. Requests of similar length go together, the longest
+    first, so that memory is at its peak at the start."""
 
     def __init__(self, batch_size: int = 128):
         self.batch_size = batch_size
@@ -328,7 +328,7 @@ FILL_IN = {"vllm", "sglang"}  # these take what a request leaves open from the m
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
-    403: "the key in OPENAI_API_KEY may not use this",  # or the one request, if others are answered
+    403: "the key in OPENAI_API_KEY has no access to this",  # or the one request, if others are answered
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
@@ -342,10 +342,10 @@ SET_ASIDE = 30.0  # seconds for which a server that could not be reached is aske
 class ServerEngine:
     """OpenAI-compatible servers, called over aiohttp by a thread with its own event loop, so also from a notebook.
 
-    A request goes to the least busy server. What may pass (429, 5xx, a broken connection, half an answer) is tried
-    again with backoff and jitter, where there are several servers on another one. What is left then is that request's
+    A request goes to the least busy server. A transient failure (429, 5xx, a broken connection, half an answer) is
+    retried with backoff and jitter, on another server where there are several. What still fails is that request's
     error. What no request can survive (401, 404, 403 for all) raises BadInput. A field that a server does not know
-    (REFUSED) is left out or renamed. Once no server could be reached for all tries of a request, the others try once
+    (REFUSED) is left out or renamed. Once every try of a request has failed to reach a server, other requests try once
     each until a server answers.
 
     Args:
@@ -453,7 +453,7 @@ class ServerEngine:
             served = read_models(answer) if status == 200 else {}
             if served and self.model not in served:
                 raise BadInput(
-                    f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one by --served_model"
+                    f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one with --served_model"
                 )
             self._fill_in |= not FILL_IN.isdisjoint(served.values())
         self._tasks = [asyncio.create_task(self._answer()) for _ in range(self.concurrency)]

@@ -10,7 +10,7 @@
                                is no answer to judge
                vote            --n answers, the most frequent one
                weighted_vote   the same, each answer weighted by the judge's probability that it is right
-               best_of_n       --n answers, a knock-out of pairwise judgements in both orders; a tie goes to more votes
+               best_of_n       --n answers, a knock-out of pairwise judgements in both orders; more votes win a tie
                compare         all of them, from one set of --n answers, each with the tokens that it takes
     judge    rows with chosen and rejected: which of two is correct, in both orders; rows with response and label:
              whether it is correct. Each verdict comes with its probability, from the log-probabilities of its tokens;
@@ -19,7 +19,7 @@
 Each row is a small generator that yields requests and returns its result, so that a row's next call goes out as soon as
 its last one is back, whatever the other rows do. Finished rows are appended to OUTPUT.part as they finish; running the
 same command again evaluates only what is missing or failed. A failed row is recorded with its error: it is not an
-answer, right or wrong, and the exit status is 1 while there is one.
+answer, right or wrong, and the exit status is 1 while any remain.
 
 Rows are read as for training (data/README.md has the formats), and the judge prompts are prompts.py's, so a model is
 tested on what it was trained on. Where completions come from: engines.py. The same in a notebook, records in and
@@ -83,9 +83,9 @@ class Settings:
     judge_temperature: float | None = flag(None, "of verdicts (default: --temperature)", least=0)
     repetition_penalty: float = flag(1.0, least=0.01)
     tts: str = flag("reflect", "mode tts: how", choices=TTS)
-    max_rounds: int = flag(2, "tts reflect: reflections at most", least=0)
+    max_rounds: int = flag(2, "tts reflect: maximum number of reflections", least=0)
     n: int = flag(8, "tts, other than reflect: answers per question", least=1)
-    judge_samples: int = flag(1, "judge: verdicts on each question, of which the majority counts", least=1)
+    judge_samples: int = flag(1, "judge: verdicts per question; the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
     answer_mark: str = flag(BOX, "where reflections put the answer; as in training")
@@ -107,7 +107,7 @@ class Settings:
 
     @property
     def equal(self) -> Callable[[list[tuple]], list[bool | None]]:
-        """Whether two answers are the same, of pairs."""
+        """For pairs of answers: whether they are the same."""
         return getattr(self.reward, "equal", verify.verify_many)
 
     @cached_property
@@ -126,10 +126,10 @@ class EngineSettings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     batch_size: int = flag(128, "transformers", least=1)
-    max_model_len: int | None = flag(None, "vllm: longest prompt and completion together", least=1)
+    max_model_len: int | None = flag(None, "vllm: most tokens of prompt and completion together", least=1)
     server: tuple[str, ...] = flag((), "server: URLs; the key is read from OPENAI_API_KEY")
     served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
-    concurrency: int = flag(64, "server: requests under way, over all URLs", least=1)
+    concurrency: int = flag(64, "server: concurrent requests, over all URLs", least=1)
     timeout: float = flag(600.0, "server: seconds for one try", least=0.1)
 
 
@@ -407,8 +407,8 @@ def sampled_row(row: Row, settings: Settings) -> Solver:
 
 
 def compared_row(row: Row, settings: Settings) -> Solver:
-    """`n` answers, and what every way of test-time scaling makes of the first 1, 2, 4, ... of them, at which price;
-    reflection starts from the first one. The majority is known for each number: what to compare at equal tokens."""
+    """`n` answers, and what every way of test-time scaling makes of the first 1, 2, 4, ... of them, at what price;
+    reflection starts from the first one. The majority is known for each number, to compare with at equal tokens."""
     samples, n = Samples(row, settings), settings.n
     yield from samples.draw()
     powers = [2**i for i in range(n.bit_length())]
@@ -430,8 +430,8 @@ def compared_row(row: Row, settings: Settings) -> Solver:
 
 
 def _belief(output: Output, right_letter: str) -> float:
-    """How probably a response is right by a pointwise verdict: 0.5 where it can't be read; without log-probabilities, 1
-    or 0."""
+    """How probable a pointwise verdict makes it that a response is right: 0.5 where it can't be read; without
+    log-probabilities, 1 or 0."""
     verdict = verify.parse_verdict(output.text)
     if verdict is None:
         return 0.5
@@ -441,7 +441,7 @@ def _belief(output: Output, right_letter: str) -> float:
 
 
 def same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
-    """Positions of equal answers together, in order of appearance; without those that have no box."""
+    """Positions of equal answers together, in order of appearance; those without a box are left out."""
     groups: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
@@ -711,7 +711,7 @@ def main() -> int:
     for fields in (Settings, EngineSettings, DataSettings):
         parser.add_fields(fields)
     parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--limit", type=int, help="rows at most, of each benchmark")
+    parser.add_argument("--limit", type=int, help="maximum number of rows per benchmark")
     parser.add_argument("--check", action="store_true", help="read the benchmarks and stop: no model is loaded")
     parser.set_defaults(dataset_split="test")
     args = parser.parse_args()

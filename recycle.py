@@ -12,9 +12,9 @@ GRPO update. No reward model, no teacher, no preference data.
 
 Where this departs from the paper's released code:
 1. The question says nothing about the label. There, pure groups become pointwise items too, so a judge earns its reward
-   by knowing which questions are easy, without reading the response. Here a question is judged pointwise with a right
-   and with a wrong rollout, or not at all (`recycle_matched`; false is the paper's way).
-2. A cut-off rollout doesn't either: it is wrong for want of a box, and a judge would learn to look for one. The two
+   by knowing which questions are easy, without reading the response. Here a question is judged pointwise with both a
+   right and a wrong rollout, or not at all (`recycle_matched`; false is the paper's way).
+2. Nor does being cut off: such a rollout is wrong for lack of a box, and a judge would learn to look for one. The two
    rollouts of a question that are judged both have a box, or neither has.
 3. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" becomes the
    label of most items as the policy gets better.
@@ -90,15 +90,15 @@ class RecycleConfig:
         0.7, "Probability that a mixed group gives a pairwise item instead of pointwise ones."
     )
     recycle_balance: bool = flag(
-        True, "Pointwise items quote as many right as wrong rollouts in each step, also without recycle_matched."
+        True, "Pointwise items quote as many right as wrong rollouts in each step, even without recycle_matched."
     )
     recycle_matched: bool = flag(
         True,
         "Pointwise items come in twos, a right and a wrong rollout of one question, so that the question does not give "
-        "the label away. false: one item a question, also where all rollouts are right or all are wrong.",
+        "the label away. false: one item per question, even where all rollouts are right or all are wrong.",
     )
     recycle_right_reflections: float = flag(
-        0.0, "How many of the mixed groups' reflection items quote a right rollout: not every answer has to change."
+        0.0, "Share of mixed groups' reflection items that quote a right rollout: not every answer has to change."
     )
     recycle_seed: int = flag(0, "Seed of the random choices of recycling, together with the step.")
     prompt_suffix: str = flag(

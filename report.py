@@ -4,9 +4,9 @@
 
 A run is what train_spark.py leaves in its output_dir: metrics.jsonl or trainer_state.json (of an interrupted run, the
 one in its newest checkpoint), settings.json and completions/*.parquet. A metrics.json (demo.py's before/after table) is
-shown where there is one, and of evaluate.py's results how far verdicts can be believed and what accuracy costs. Runs
+shown where there is one, and from evaluate.py's results how far verdicts can be believed and what accuracy costs. Runs
 that differ in nothing but their seeds are one curve, with a band from the lowest to the highest. What a run has not
-logged is said to be absent.
+logged is marked as such.
 
 The page (report.html.jinja) is one file without scripts or links to anything; REPORT_curves.png holds its curves.
 Whatever a model wrote is hostile: text is escaped and its invisible characters are made visible, images are decoded and
@@ -53,14 +53,14 @@ class Panel:
 PANELS = (
     Panel("Answering", "Rollouts the verifier calls right; questions with at least one right among G.", (
         ("policy/accuracy", "accuracy"), ("policy/pass_at_g", "pass@G"))),
-    Panel("Judging one answer", "Balanced, Yes to everything earns 0.5. By the question alone: without reading it. "
+    Panel("Judging one answer", "Balanced, Yes to everything earns 0.5. By the question alone: the answer unread. "
         "Only questions answered both right and wrong are asked, harder ones as the policy learns.", (
         ("judge/pointwise/balanced_accuracy", "balanced accuracy"), ("judge/pointwise/accuracy", "accuracy"),
         ("judge/pointwise/question_only", "by the question alone")), 0.5),
     Panel("Judging a pair", "Which of two answers is right? One of them is.", (
         ("judge/pairwise/accuracy", "accuracy"),), 0.5),
-    Panel("Leaning of the judge", "Unbiased, it says right as often as it is so and picks the first half the time.", (
-        ("judge/pointwise/positive_rate", "says right"), ("judge/pointwise/label_rate", "is right"),
+    Panel("Bias of the judge", "Unbiased, it says right as often as that is so and picks the first in half the pairs.",
+        ( ("judge/pointwise/positive_rate", "says right"), ("judge/pointwise/label_rate", "is right"),
         ("judge/pairwise/first_rate", "picks the first")), 0.5),
     Panel("Reflecting", "Wrong answers that came out right when the model was asked to look again.", (
         ("reflection/fix_rate", "fix rate"),)),
@@ -70,10 +70,10 @@ PANELS = (
         ("recycle/items", "used"), ("recycle/unused", "unused"), ("recycle/skipped", "skipped")), share=False),
     Panel("Unreadable output", "Answers without a box, judgements without a verdict.", (
         ("policy/unboxed", "no boxed answer"), ("judge/unparsed", "no verdict")), share=False),
-    Panel("Entropy", "Nats a token; near 0 the policy no longer explores.", (("entropy", "entropy"),), share=False),
+    Panel("Entropy", "Nats per token; near 0 the policy no longer explores.", (("entropy", "entropy"),), share=False),
     Panel("Gradient norm", "Before clipping.", (("grad_norm", "gradient norm"),), share=False),
-    Panel("Length of answers", "Tokens a policy rollout.", (("completions/mean_length", "tokens"),), share=False),
-    Panel("Seconds a step", "All of a step, and what rewriting rollouts into prompts takes of it.", (
+    Panel("Length of answers", "Tokens per policy rollout.", (("completions/mean_length", "tokens"),), share=False),
+    Panel("Seconds a step", "The whole step, and the part spent rewriting rollouts into prompts.", (
         ("step_time", "step"), ("recycle/seconds", "rewriting")), share=False),
 )  # fmt: skip
 TILES = (  # what a run is summed up by
@@ -511,7 +511,7 @@ def pictures(runs: list[Run]) -> list[Row]:
             f"{number(path[-1][0])}"
             for run, name, path in paths
         )
-        about = "Judging against answering over the steps, from the hollow mark to the full one. Dotted: a coin."
+        about = "Judging against answering over the steps, from the hollow mark to the solid one. Dotted: a coin."
         drawing = partial(draw_coevolution, runs=runs)
         shown.append(picture("Co-evolution", about, words, len(paths), drawing))
     for panel in PANELS:

@@ -13,10 +13,10 @@ Each step of `SparkTrainer`, a GRPOTrainer:
 Where this departs from the paper's released code:
 1. Policy and recycled rollouts are trained on together, in as many optimizer steps as you set (`steps_per_generation`),
    and are never older than their generation. There, recycled prompts wait in a cache until 64 of them make a second
-   generation with updates of its own, written from rollouts of weights that have changed since.
+   generation with updates of its own; by then the weights that wrote the quoted rollouts have changed.
 2. Labels are balanced and the question does not give them away (recycle.py).
-3. A quarter as many recycled prompts as questions, there as many: judges nearly as well, answers better (RESULTS.md).
-4. Batch sizes are the ones you set; there 64 prompts and 8 rollouts are written into the code.
+3. A quarter as many recycled prompts as questions (there, as many): judges nearly as well, answers better (RESULTS.md).
+4. Batch sizes are the ones you set; there, 64 prompts and 8 rollouts are hard-coded.
 5. What can't be scored is left out and counted instead of being called wrong.
 With `recycle_ratio 0` it is GRPOTrainer, number for number.
 """
@@ -83,20 +83,20 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     )
     correct_at: float | None = flag(
         None,
-        "Least reward of the first reward function that makes a rollout right. Default: it gives 0 or 1, and anything "
+        "Least reward from the first reward function that makes a rollout right. Default: it gives 0 or 1; anything "
         "else is refused.",
     )
     recycle_every: int = flag(1, "Recycle in every n-th generation; the others are plain GRPO.")
     recycle_in_evaluation: bool = flag(
         True,
         "Evaluation during training measures judging and reflecting as well, on everything that its rollouts can be "
-        "recycled into. Give it several questions a batch (per_device_eval_batch_size).",
+        "recycled into. Give it several questions per batch (per_device_eval_batch_size).",
     )
-    recycle_weight: float = flag(1.0, "What the advantages of recycled rows are multiplied by (a KL term is not).")
+    recycle_weight: float = flag(1.0, "Multiplies the advantages of recycled rows (not a KL term).")
     recycle_apart: bool = flag(
         False,
-        "Recycled rows have optimizer steps of their own, after those of the policy's, as in the release: needs "
-        "steps_per_generation of twice gradient_accumulation_steps or more.",
+        "Recycled rows have optimizer steps of their own, after the policy's, as in the release: needs "
+        "steps_per_generation to be at least twice gradient_accumulation_steps.",
     )
     drop_zero_advantage: bool | None = flag(
         None,
@@ -138,7 +138,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
 
     @property
     def has_extra_terms(self) -> bool:
-        """More than its advantage decides a row's gradient."""
+        """Whether more than its advantage decides a row's gradient."""
         return self.beta != 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
 
     def longest_sequence(self, config) -> int:
@@ -152,7 +152,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
 class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, always by super():
+    What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, each calling super():
 
     | member | why | where |
     | --- | --- | --- |
@@ -162,7 +162,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
     | `_get_per_token_logps_and_entropies` | the same, in the forward pass | training/images.py |
     | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
-    | `_get_train_sampler` | the order of questions, gone on with | training/checkpoint.py |
+    | `_get_train_sampler` | resumes the order of questions | training/checkpoint.py |
     | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
     | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
     | `evaluate` | leaves training's random numbers alone | here |
@@ -171,7 +171,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
         reward_funcs: functions of (prompts, completions, **columns), as TRL's. The first one is the verifier: a rollout
-            is right where it gives 1 (or `correct_at`), and a row without an opinion of it (None) is left out. Judge
+            is right where it gives 1 (or `correct_at`), and a row on which it has no opinion (None) is left out. Judge
             rows are scored by their label instead, reflection rows by these functions. Two attributes of the verifier
             are used where it has them: `extract` (text -> the answer in it, or None) instead of verify.extract_boxed,
             and `equal` (pairs of prediction and gold -> whether they are the same answer) instead of
@@ -278,7 +278,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         return items
 
     def evaluate(self, *args, **kwargs):
-        """TRL's, but training's random numbers go on as if there had been none."""
+        """TRL's, but training's random numbers continue as if no evaluation had run."""
         self._evaluated = 0
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)

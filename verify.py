@@ -14,7 +14,7 @@ last resort here and not the first:
    interval): 3.14159 equals a gold pi, 3.14 does not.
 3. Expressions are evaluated at fixed random points, exactly or with 60 digits, in microseconds. Only what the
    calculator can't read (integrals, floors, ...) goes to math-verify in a worker.
-4. Workers that exceed their limit are killed. No text of a model is ever evaluated as code: sympy's `parse_expr` (which
+4. Workers that exceed their limit are killed. No model output is ever evaluated as code: sympy's `parse_expr` (which
    calls eval) is never reached, only the LaTeX grammar of latex2sympy2.
 """
 
@@ -77,7 +77,7 @@ def parse_verdict(text: str) -> str | None:
     r"""A judge's verdict: "Yes", "No", "A", "B", or None for anything else.
 
     `text` is a completion, whose last box counts, or the bare verdict itself. Case and the usual decoration are
-    accepted (`\text{Yes}`, `Yes.`, `**No**`, `(A)`, `Answer: B`); a sentence, both verdicts, an unclosed box are not.
+    accepted (`\text{Yes}`, `Yes.`, `**No**`, `(A)`, `Answer: B`); a sentence, both verdicts or an unclosed box are not.
     """
     if "\\boxed" in text or "\\fbox" in text:
         text = extract_boxed(text) or ""
@@ -172,7 +172,7 @@ _SCIENTIFIC = re.compile(r"-?[\d.]+\s*(?:\*|\\times|\\cdot)\s*10\s*\^.+")
 
 def is_unfinished(pred: str, gold: str) -> bool:
     """Whether `pred` leaves arithmetic to do that the gold does not: 7 + 5 for 12. It is equal, but a policy that is
-    paid for it soon answers every sum by the sum."""
+    paid for it soon answers every sum with the sum itself."""
     p, g = (split_unit(clean(text))[0] for text in (pred, gold))
     if squeeze(p) in squeeze(g):
         return False

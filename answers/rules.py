@@ -3,8 +3,8 @@ r"""Which answers are equal: the rules, from whole answers down to single expres
     decide(r"\dfrac12", "0.5")          # Result(verdict=True, reason="rules")
 
 An answer is normalized (normalize.py), taken apart (structure.py, units.py) and evaluated (calculator.py): most pairs
-are decided in microseconds. Every rule is three-valued: True, False, or None where only math-verify can tell. That
-may hang or take all memory, so it runs in the processes of workers.py, and nowhere else.
+are decided in microseconds. Every rule is three-valued: True, False, or None where only math-verify can tell, which may
+hang or take all memory, so it runs in the processes of workers.py and nowhere else.
 """
 
 import re

@@ -18,8 +18,8 @@ class DataSettings:
     )
     image_root: str | None = flag(None, "Folder that image paths are relative to, and may not leave.")
     allow_remote_images: bool = flag(False, "Fetch http(s) images when they are used.")
-    min_pixels: int | None = flag(None, "Smaller images are enlarged to so many pixels.")
-    max_pixels: int | None = flag(None, "Larger images are reduced to so many pixels.")
+    min_pixels: int | None = flag(None, "Smaller images are enlarged to this many pixels.")
+    max_pixels: int | None = flag(None, "Larger images are reduced to this many pixels.")
     dataset_config: str | None = flag(None, "Configuration of a hub dataset.")
     dataset_split: str = flag("train", "Split of a hub dataset or a folder.")
 
@@ -30,7 +30,7 @@ class DataArguments(DataSettings):
 
     dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`, `arithmetic`.")
     eval_dataset: str | None = flag(None, "The same, for evaluation during training (eval_strategy).")
-    eval_split: str = flag("test", "The same, of eval_dataset.")
+    eval_split: str = flag("test", "The same, for eval_dataset.")
     strict: bool = flag(False, "Refuse data with unusable rows instead of leaving them out.")
     reward_funcs: list[str] | None = field(
         default=None,
@@ -58,7 +58,7 @@ class DataArguments(DataSettings):
         train = self.read_one(self.dataset, self.dataset_split, args, processor)
         evaluation = None
         if self.eval_dataset and args.eval_strategy == "no" and not args.eval_on_start:
-            raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it: without, it is never used")
+            raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it, or it is never used")
         if self.eval_dataset:
             evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
         prompts = args.generation_batch_size // args.num_generations
@@ -70,7 +70,7 @@ class DataArguments(DataSettings):
         return train, evaluation
 
     def read_one(self, source: str, split: str, args: Any, processor: Any, columns_optional: bool = False):
-        """One data set; prompts are as long as they may be where there is no processor to measure them."""
+        """One data set; prompts may be of any length where there is no processor to measure them."""
         from data.lengths import image_factor, too_long
         from data.read import read_dataset, reading_summary
 

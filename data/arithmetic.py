@@ -3,8 +3,8 @@ r"""Arithmetic without images, for a small language model: sums, differences and
     python train_spark.py --config recipes/smollm2_135m.yaml                  # the embedded dataset `arithmetic`
     python -m data.arithmetic --output runs/arithmetic/train.json             # the questions alone
 
-Each prompt of the embedded dataset begins with two worked examples as earlier turns: a model of 135 M parameters boxes
-nothing when it is only told to, and nearly always when it has been shown how. Recycled prompts keep these turns.
+Each prompt of the embedded dataset begins with two worked examples as earlier turns: a model of 135 M parameters never
+boxes an answer when only told to, and nearly always does when shown how. Recycled prompts keep these turns.
 
     >>> row = arithmetic_rows()[0]
     >>> row["prompt"][1]["content"], row["prompt"][-1]["content"], row["solution"]
@@ -117,7 +117,7 @@ def arithmetic_rows(split: Split = "train") -> list[dict[str, Any]]:
 
 
 def held_out(split: Split, n: int, seed: int = 1) -> dict[str, list[dict[str, Any]]]:
-    """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
+    """`n` questions, each with a right and a wrong answer that no model wrote, as rows for evaluate.py: `answers`,
     `pairs` and `points`."""
     rng = random.Random(f"arithmetic/{split}")
     answers, pairs, points = [], [], []

@@ -1,4 +1,4 @@
-"""Is this data usable? Known in seconds, before a model is loaded.
+"""Is this data usable? Answered in seconds, before a model is loaded.
 
     python -m data.check train.json --image_root images
     python -m data.check train.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --against test.json --json
@@ -6,7 +6,7 @@
 Reads a training or benchmark file as training would, looks into every image, and reports: rows and columns, answers by
 kind with the verifier's opinion, repeated questions, questions shared with another file, and with --model the lengths
 of prompts in tokens. Unusable rows are named with line and reason, the first ten of them here and all of them in the
-report as JSON; the exit status is 2 if there is one.
+report as JSON; the exit status is 2 if there are any.
 """
 
 import hashlib
@@ -210,7 +210,7 @@ def render(report: dict[str, Any]) -> str:
         f"images    {report['images']['images']:,} in {report['images']['rows']:,} rows",
         f"tasks     {counts(report['tasks'])}",
         f"answers   {counts(kinds)}; the verifier was asked about {report['answers']['asked']:,} of "
-        f"{report['answers']['different']:,} that are no number or letter",
+        f"{report['answers']['different']:,} that are neither number nor letter",
         *([f"options   are named by number, counted from {counted}"] if counted is not None else []),
         f"repeated  {repeated['rows']:,} rows, {repeated['with_another_answer']:,} of them with another answer"
         + examples(repeated["row_and_first"]),

@@ -1,4 +1,4 @@
-r"""Countdown: make a target from a few numbers, each used exactly once, with + - *. Finding takes search, checking not.
+r"""Countdown: make a target from a few numbers, each used exactly once, with + - *. Hard to find, easy to check.
 
     python -m data.countdown --split train --n 2700 --output runs/countdown/train.json
     python -m data.countdown --split test --n 250 --output runs/countdown/test.json
@@ -305,8 +305,8 @@ def checked(work: str, target: int, hit: bool) -> str:
 
 
 def held_out(split: Split, n: int, seed: int = 1, game: Game | None = None) -> dict[str, list[dict[str, Any]]]:
-    """`n` questions with one right and one wrong answer each that no model wrote, as rows for evaluate.py: `answers`,
-    `pairs` and `points`. Half of the questions have the answers with their search."""
+    """`n` questions, each with a right and a wrong answer that no model wrote, as rows for evaluate.py: `answers`,
+    `pairs` and `points`. For half of the questions the answers come with their search."""
     game = game or Game()
     rng = random.Random(f"countdown/held-out/{split}/{seed}")
     answers, pairs, points = [], [], []

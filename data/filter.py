@@ -5,9 +5,9 @@
     python train_spark.py --config ... --dataset hard.parquet
 
 Samples n answers for each question with vLLM, scores them with the verifier, and keeps the rows whose pass rate is from
---low to --high, both included. By default, 0 and 1 are left out: such a group teaches GRPO nothing. Each pass rate is
-written to OUTPUT.rates.jsonl as it is known; running the same command again goes on where it stopped, and new bounds
-need no new samples. On one GPU it is the cost of generating n answers a question; on a CPU, for small models only.
+--low to --high, both included. By default, rates of 0 and 1 are left out: such a group teaches GRPO nothing. Each pass
+rate is written to OUTPUT.rates.jsonl as it is known; running the same command again resumes where it stopped, and new
+bounds need no new samples. On one GPU its cost is generating n answers per question; on a CPU, for small models only.
 """
 
 import hashlib
@@ -32,11 +32,11 @@ CHUNK = 256  # questions whose rates are written at once
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """What decides a pass rate, beside the data. Rates made with other settings are not continued."""
+    """What decides a pass rate, besides the data. Rates made with other settings are not continued."""
 
     model: str = flag(help="a folder or a hub name")
     dataset: str = flag(help="a file, a folder or a hub name")
-    n: int = flag(8, "answers a question", least=1)
+    n: int = flag(8, "answers per question", least=1)
     temperature: float = flag(1.0, least=0.01)
     top_p: float = flag(1.0, least=0.01)
     max_tokens: int = flag(2048, least=1)

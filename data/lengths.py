@@ -16,7 +16,7 @@ def image_factor(processor: Any) -> int | None:
 
 
 def image_tokens(row: dict[str, Any], processor: Any) -> int:
-    """Tokens of the row's images; an image of which only the budget is known counts as all of it, others as none."""
+    """Tokens of the row's images; an unmeasured one counts as its whole budget, or as none without a budget."""
     if not row["images"]:
         return 0
     if not hasattr(processor, "image_processor"):

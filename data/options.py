@@ -8,7 +8,7 @@ Options are a column `options` or `choices` (a list, also as text in JSON or Pyt
 options and is none of these is an error that names it: a question without its options has an answer all the same.
 
 The answer is a letter, an option's text, or a number that counts options from 0 or from 1: which of these, the first
-rows of a set say together. A row that they leave open, so that it could be another option, is refused.
+rows of a set decide together. A row that they leave open, so that it could be another option, is refused.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Results that survive being cut off: a file that grows by a line a row, and says what made it."""
+"""Results that survive being cut off: a file that grows by a line per row, and says what made it."""
 
 import json
 import os

@@ -11,7 +11,7 @@
 
 For training, rows are written to a temporary file as they are read and mapped from there, so that a million of them
 take no memory; images are opened when a row is used. What is wrong with a row is known before any model is loaded; only
-of more than CHECKED rows, the others are kept as they are, and made and checked when they are used (`Used`).
+rows beyond the first CHECKED are kept as they are, and made and checked when they are used (`UsedRows`).
 """
 
 import atexit

@@ -43,7 +43,7 @@ Batch = dict[str, Any]
 
 
 def share_images(batch: Batch, keys: Sequence[str], blocks: dict[str, torch.Tensor]) -> Batch:
-    """`batch` with its image fields as one tensor a row, which rows of one question share.
+    """`batch` with its image fields as one tensor per row, shared by the rows of one question.
 
     Args:
         keys: (b,) the question of each row.

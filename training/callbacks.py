@@ -95,8 +95,8 @@ def changed_settings(args) -> dict[str, Any]:
 
 
 class MetricsFile(TrainerCallback):
-    """Writes settings.json, and metrics.jsonl: a line a step, however seldom there is a log. `loss`, `grad_norm` and
-    what else only a log has come with the steps that are logged. An evaluation has a line of its own.
+    """Writes settings.json, and metrics.jsonl: a line per step, however rarely the trainer logs. `loss`, `grad_norm`
+    and whatever else only a log has come with the steps that are logged. An evaluation has a line of its own.
 
     Args:
         metrics: the trainer's lists of values since the last log.
@@ -210,7 +210,7 @@ class Watch(TrainerCallback):
 
 class RecycledTable(TrainerCallback):
     """Writes the recycled rollouts of the step last logged to completions/recycled_STEP.parquet, and the first rollout
-    of each of some items to the loggers that have tables. `rows` is theirs."""
+    of each of some items to the loggers that have tables. `rows` holds the rollouts."""
 
     def __init__(self):
         self.rows: list[dict[str, Any]] = []
@@ -241,7 +241,7 @@ def shown_table(logger, step: int, rows: list[dict[str, Any]]):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end training after the step they come in, with a checkpoint; a second one ends it at once.
+    """SIGTERM and SIGINT end training after the current step, with a checkpoint; a second one ends it at once.
 
     Any process that hears one stops them all, at the same step. `received` is the signal, or None.
     """

@@ -1,4 +1,4 @@
-"""Stopping and going on: a resumed run is an uninterrupted one, and no failure costs what was saved before it."""
+"""Stopping and resuming: a resumed run equals an uninterrupted one, and no failure costs what was saved before it."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ class SafeCheckpoints:
     _sampler = None
 
     def _save_checkpoint(self, model, trial):
-        """With the rest of a generation of which some optimizer steps are still to be taken. That is written first:
+        """Also saves the rest of a generation that still has optimizer steps to take. That is written first:
         trainer_state.json, which transformers writes last, completes a checkpoint."""
         folder = Path(self._get_output_dir(trial=trial))
         checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -129,7 +129,7 @@ class SafeCheckpoints:
                     file.write(json.dumps(row) + "\n")
         raise FloatingPointError(
             f"step {step}: the {what} is {value}; its batch is in {path}.jsonl and .safetensors; the weights are those "
-            "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often mend this"
+            "before this step. A lower learning_rate, bf16 instead of fp16 or a larger beta often fix this"
         )
 
     def _texts(self, ids: torch.Tensor, masks: torch.Tensor) -> list[str]:
@@ -153,7 +153,7 @@ def batches_in(value) -> Iterator[dict[str, Any]]:
 
 def save_batches(batches, path: Path) -> None:
     """Lists and dictionaries of tensors and numbers; a tensor that stands in several places is written once. The folder
-    is one without weights: the file would be taken for some."""
+    must hold no weights: the file would be taken for some."""
     tensors: dict[str, torch.Tensor] = {}
     names: dict[int, str] = {}
 
@@ -216,7 +216,7 @@ def last_checkpoint(folder: str | Path) -> str | None:
 def where_to_start(args: Any) -> str | None:
     """The checkpoint that a run goes on from, None for a new one.
 
-    Raises BadInput for what is no whole checkpoint, and where a new run would be mixed with what an earlier one left.
+    Raises BadInput for an incomplete checkpoint, and where a new run would be mixed with what an earlier one left.
     """
     resume, folder = args.resume_from_checkpoint, args.output_dir
     if resume is not None:
@@ -234,8 +234,8 @@ def where_to_start(args: Any) -> str | None:
     traces = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]
     if traces:
         raise BadInput(
-            f"output_dir: {folder} has an earlier run's {traces[0].name}; expected a folder without one: go on with "
-            "that run by --resume_from_checkpoint latest, or name another --output_dir"
+            f"output_dir: {folder} has an earlier run's {traces[0].name}; expected a folder without one: resume that "
+            "run with --resume_from_checkpoint latest, or name another --output_dir"
         )
     return None
 

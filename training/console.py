@@ -19,7 +19,7 @@ WIDTH = 120
 USAGE = "train_spark.py --config FILE.yaml [--SETTING VALUE ...]"
 NOTHING_GIVEN = """\
 train_spark.py: expected a recipe, or at least --model_name_or_path and --dataset
-  python train_spark.py --config recipes/demo.yaml    runs one; --plan says before what it will do and need
+  python train_spark.py --config recipes/demo.yaml    runs one; --plan says beforehand what it will do and need
   python train_spark.py --help                        lists the settings"""
 # Logger -> beginnings of messages that a user can do nothing about.
 NOISE = {

@@ -1,4 +1,4 @@
-"""What a step logs: TRL's own metrics mean the policy's rollouts, those of recycled ones stand apart."""
+"""What a step logs: TRL's own metrics are about the policy's rollouts; those of recycled ones stand apart."""
 
 from collections import defaultdict
 from contextlib import contextmanager
@@ -26,9 +26,9 @@ class StepLogs:
 
     @contextmanager
     def _logged(self, recycled: bool, weight: float = 1.0):
-        """TRL logs every pass alike. In here its metrics of recycled rows have recycle/ before their names, so that
-        without they mean the policy, and count `weight` times in the mean over passes. Its table of completions is left
-        out of recycled rows (`RecycledTable` writes another)."""
+        """TRL logs every pass alike. In here its metrics of recycled rows get the prefix recycle/, so that those
+        without it are about the policy; all count `weight` times in the mean over passes. Recycled rows are left out of
+        its table of completions (`RecycledTable` writes another)."""
         metrics, logs = self._metrics, self._logs
         self._metrics = apart = {"train": defaultdict(list), "eval": defaultdict(list)}
         if recycled:

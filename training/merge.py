@@ -1,4 +1,4 @@
-"""An adapter and the model it was trained on as one model, which transformers and vLLM load like any other.
+"""Merge an adapter and the model it was trained on into one, which transformers and vLLM load like any other.
 
 python -m training.merge runs/vl_3b_lora [--output runs/vl_3b_lora/merged]
 """

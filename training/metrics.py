@@ -87,7 +87,7 @@ def recycled_table(
     rewards: Sequence[float | None],
     advantages: Sequence[float],
 ) -> list[dict[str, Any]]:
-    """A row a recycled rollout; the images stand in the first row of each item. `question` is the number of its group
+    """A row per recycled rollout; the images are in the first row of each item. `question` is the number of its group
     in the step."""
     numbers = {group.key: number for number, group in reversed(list(enumerate(groups)))}
     rows = []

@@ -17,7 +17,7 @@ FIGURES = {
 
 
 class SparkModelCard:
-    """A mixin of GRPOTrainer: TRL's card tells of chats, and of a base model None where that is a folder."""
+    """A mixin of GRPOTrainer: TRL's card is about chat models, and names the base model None where it is a folder."""
 
     _tag_names = ("trl", "spark")
 

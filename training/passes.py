@@ -2,7 +2,7 @@
 
 TRL cuts a generation into slices of one size. The union of policy and recycled rollouts has rows of very different
 lengths, and many without gradient; here each micro-step is a list of passes (`plan_passes`), run one after the other
-and weighed so that the loss is the one of all rows at once (`InPasses`).
+and weighted so that the loss is that of all rows at once (`InPasses`).
 """
 
 import math
@@ -131,7 +131,7 @@ class Pass:
     token_weight: the same of the loss tokens of all processes.
     metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together.
     token_share: loss tokens of its kind over half of the generation's, where the kinds have optimizer steps of their
-        own: TRL takes it that all steps of a generation have as many.
+        own: TRL assumes that all steps of a generation have equally many.
     """
 
     rows: torch.Tensor  # (b,)
@@ -166,11 +166,11 @@ def plan_passes(
 
     Args:
         n_policy: how many of the rows, the first ones, are the policy's.
-        micro_steps, blocks: of the generation; a block is as many micro-steps as no optimizer step cuts.
+        micro_steps, blocks: of the generation; a block is a run of micro-steps that no optimizer step cuts.
         budget: the most padded tokens (rows x width) of a pass; one row may have more.
         drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
         apart: policy rows in the first half of the blocks, recycled rows in the second.
-        fill: each micro-step has a pass, if one without weight: DeepSpeed wants a gradient of every one.
+        fill: each micro-step has a pass, if need be one without weight: DeepSpeed wants a gradient from each.
         everyone: (n, ...) -> (processes, n, ...), every process's tensor.
     """
     n_rows = len(union["prompt_ids"])

@@ -456,7 +456,7 @@ def show(data, args, model, launch: Launch) -> None:
 
     run = settings(data, args, model, launch, config, rows, images)
     reasons = unusable + refusals(run, counted)
-    estimates = ["memory     unknown, as the model is"]
+    estimates = ["memory     unknown, like the model"]
     if counted:
         estimates = [*_memory(run, counted), "", *_seconds(run, counted)]
     lines = [
@@ -503,7 +503,7 @@ def _memory(run: Run, model: Architecture) -> list[str]:
     lines += [f"  {name:<28}{size / GIB:>18.1f}" for name, size in parts.items() if size]
     card = smallest_card(run, parts)
     if card is None:
-        return [*lines, f"  fits on no GPU of up to {CARDS[-1]} GiB: more processes, a sharding, LoRA or shorter rows"]
+        return [*lines, f"  fits on no GPU up to {CARDS[-1]} GiB: try more processes, sharding, LoRA or shorter rows"]
     generating, training = peaks(run, parts, card * GIB)
     if run.engine_share is not None:
         lines.append(f"  {f'vLLM: {run.engine_share:.0%} of {card} GiB':<28}{run.engine_share * card:>18.1f}")

@@ -1,4 +1,4 @@
-"""Settings that can't be used, known before data and model are read. Each check raises ValueError: one line that names
+"""Settings that can't be used, found before data and model are read. Each check raises ValueError: one line that names
 the setting and what is expected."""
 
 import warnings
@@ -63,10 +63,10 @@ def check_installation(args: Any, model: Any) -> None:
 
 
 def check_engine(args: Any, model: Any) -> None:
-    """vLLM 0.31 has no more bitsandbytes; TRL would ask it for that once the model is loaded."""
+    """vLLM 0.31 no longer has bitsandbytes; TRL would find out only once the model is loaded."""
     for name in ("load_in_4bit", "load_in_8bit"):
         if args.use_vllm and getattr(model, name):
-            raise ValueError(f"{name}: expected use_vllm false beside it: vLLM can't load a model of bitsandbytes")
+            raise ValueError(f"{name}: expected use_vllm false beside it: vLLM can't load a bitsandbytes model")
 
 
 def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
@@ -92,7 +92,7 @@ def check_columns(name: str, dataset: Any, reward_funcs: list) -> None:
 
 
 def attention(args: Any) -> str | None:
-    """flash-attention where it is installed and the GPU and the precision can; else None: sdpa, by transformers."""
+    """flash-attention where it is installed and GPU and precision allow it; else None: transformers' sdpa."""
     if args.use_cpu or not (is_flash_attn_2_available() and (args.bf16 or args.fp16)):
         return None
     return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None

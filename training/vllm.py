@@ -119,7 +119,7 @@ class SparkGeneration(VLLMGeneration):
             self.asleep = True
 
     def generate(self, prompts, images, num_generations, profiler=None):
-        """As VLLMGeneration.generate; whole groups (G equal rows in a row, never straddling processes) go as one."""
+        """As VLLMGeneration.generate; whole groups (G equal rows together, never straddling processes) go as one."""
         images = images and [row_images or None for row_images in images]
         if self.mode == "server":
             return super().generate(prompts, images, num_generations, profiler)
