@@ -21,7 +21,7 @@ import random
 import re
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -36,7 +36,7 @@ class Request(NamedTuple):
     images: tuple[Any, ...] = ()  # references, paths or PIL images
     seed: int | None = None  # of this request's sampling, where the engine can
     with_logprobs: bool = False  # of each token of the completion
-    temperature: float | None = None  # of this request alone
+    temperature: float | None = None  # instead of the sampling's (Sampling.of)
 
 
 class Output(NamedTuple):
@@ -61,6 +61,10 @@ class Sampling:
     temperature: float = 0.0
     repetition_penalty: float = 1.0
 
+    def of(self, request: Request) -> "Sampling":
+        """With the request's own temperature, if it has one."""
+        return self if request.temperature is None else replace(self, temperature=request.temperature)
+
 
 Done = list[tuple[int, Output]]
 
@@ -72,7 +76,8 @@ def complete(engine, requests: list[Request], sampling: Sampling) -> list[Output
     held = 0
     while len(outputs) < len(requests):
         while held < engine.capacity and (following := next(waiting, None)) is not None:
-            engine.submit(*following, sampling)
+            ticket, request = following
+            engine.submit(ticket, request, sampling.of(request))
             held += 1
         done = engine.finished()
         held -= len(done)

@@ -543,9 +543,7 @@ def run(rows: Iterable[tuple[int, Row]], engine, settings: Settings) -> Iterator
         assert requests, "a row that waits for nothing would never finish"
         running.outputs, running.missing = [None] * len(requests), len(requests)
         for place, request in enumerate(requests):
-            sampling = settings.sampling
-            if request.temperature is not None:
-                sampling = replace(sampling, temperature=request.temperature)
+            sampling = settings.sampling.of(request)
             if sampling.temperature > 0:
                 request = request._replace(seed=_seed(settings.seed, running.index, running.calls))
             ticket = next(tickets)

@@ -24,7 +24,7 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from engines import Request, Sampling, ServerEngine, api_url, complete, data_url
+from engines import Output, Request, Sampling, ServerEngine, api_url, complete, data_url
 from evaluate import BadInput, Settings, run_to_file
 from models.make_digits import OUTPUT
 from tests.test_images import png_of
@@ -736,3 +736,19 @@ def test_ctrl_c_stops_the_recipe_its_evaluation_and_its_server(tmp_path):
     assert not is_open(port)
     left = [p.cmdline() for p in psutil.process_iter(["cmdline"]) if str(port) in (p.info["cmdline"] or [])]
     assert left == []
+
+
+def test_a_request_is_drawn_at_its_own_temperature():
+    class Kept:
+        capacity, temperatures, waiting = 2, [], []
+
+        def submit(self, ticket, request, sampling):
+            self.temperatures.append(sampling.temperature)
+            self.waiting.append(ticket)
+
+        def finished(self):
+            return [(self.waiting.pop(0), Output("x"))]
+
+    requests = [Request([]), Request([], temperature=0.0), Request([])]
+    assert len(complete(Kept(), requests, Sampling(temperature=1.0))) == 3
+    assert Kept.temperatures == [1.0, 0.0, 1.0]
