@@ -298,6 +298,31 @@ def test_an_answer_that_leaves_the_sum_to_the_verifier_earns_nothing(pred, gold,
     assert verify.answer_reward(["q"], [rf"\boxed{{{pred}}}"], solution=[gold]) == [reward]
 
 
+@pytest.mark.parametrize(
+    ("question", "pred", "gold", "reward"),
+    [
+        (r"Factor $x^2 - 1$.", "x^2-1", "(x-1)(x+1)", 0.0),
+        (r"Factor $x^2 - 1$.", r"\left( x-1 \right)(x+1)", "(x-1)(x+1)", 1.0),
+        (r"Factor $x^2 - 1$.", "(x+1)(x-1)", "(x-1)(x+1)", 1.0),
+        ("Write y = 2x + 3 with all terms on one side.", "y=2x+3", "2x - y + 3 = 0", 0.0),
+        ("What is 2^{10}?", "2^{10}", "1024", 0.0),
+        ("Which is larger, 3+4i or 2+i, by absolute value?", "3+4i", "$3 + 4i$", 1.0),  # the gold is in it as well
+        ("A coin falls on heads with probability 1/2. On tails?", "1/2", r"\frac{1}{2}", 1.0),  # no operation left
+        ("Which axis: the x-axis or the y-axis?", "x-axis", r"\text{the x-axis}", 1.0),
+        ("Is x = -5 or 5?", "-5", "x=-5.0", 1.0),
+    ],
+)
+def test_an_answer_copied_from_the_question_earns_nothing(question, pred, gold, reward):
+    assert verify.is_equal(pred, gold) is True
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    assert verify.answer_reward([prompt], [rf"\boxed{{{pred}}}"], solution=[gold]) == [reward]
+
+
+def test_an_answer_that_a_reflection_prompt_quotes_is_not_copied_from_the_question():
+    prompt = "Factor it.\n\nYou answered:\n<response>\n(x+1)(x-1)\n</response>\nLook again."
+    assert verify.answer_reward([prompt], [r"\boxed{(x+1)(x-1)}"], solution=["(x-1)(x+1)"]) == [1.0]
+
+
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):
     gold = r"\boxed{}"
     with caplog.at_level(logging.WARNING, logger="verify"):
