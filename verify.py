@@ -24,9 +24,10 @@ import sys
 from collections.abc import Sequence
 
 from answers import calculator, workers
-from answers.normalize import TEXT_COMMANDS, clean, has_words, squeeze
+from answers.calculator import TooBig
+from answers.normalize import TEXT_COMMANDS, clean
 from answers.rules import Result, decide
-from answers.units import split_unit
+from answers.units import plain_number, split_unit
 
 logger = logging.getLogger(__name__)
 
@@ -165,46 +166,37 @@ def log_unscorable(row: int, gold, reason: str) -> None:
         logger.warning("row %d is unscorable (%s), its gold is %s", row, reason, text)
 
 
-_ARITHMETIC = re.compile(r"(?:[\d.()\s+*/^{}-]|\\times|\\cdot|\\div)+")
-_OPERATION = re.compile(r"[\w)}]\s*(?:[+*^-]|\\times|\\cdot|\\div)")
-_SCIENTIFIC = re.compile(r"-?[\d.]+\s*(?:\*|\\times|\\cdot)\s*10\s*\^.+|[\d.]+\s*\^\s*\{?-?\d+\}?")
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|[,;!: ])|[\s$]")
-_QUOTES = re.compile(r"<response.*?</response", re.DOTALL)  # of rollouts, in reflection prompts
+_SUM = re.compile(r"(?:[\d.()\s+*-]|\\times|\\cdot|\\div)+")
+_OPERATION = re.compile(r"[\d)]\s*(?:[+*-]|\\times|\\cdot|\\div|(?<=\))\()")
+_LABEL = re.compile(r"\(?[A-Z]\)?[.:]?\s+(?=\S)|\([A-Z]\)\s*(?=\S)")
 
 
 def is_unfinished(pred: str, gold: str) -> bool:
-    """Whether `pred` leaves arithmetic to do that the gold does not: 7 + 5 for 12."""
-    p, g = (split_unit(clean(text))[0] for text in (pred, gold))
-    if squeeze(p) in squeeze(g):
+    """Whether `pred` is arithmetic still to be done, and the gold a number: 7 + 5 for 12."""
+    if not _OPERATION.search(pred):
         return False
-    p, g = (_ARITHMETIC.fullmatch(t) and _OPERATION.search(t) and not _SCIENTIFIC.fullmatch(t) for t in (p, g))
-    return bool(p and not g)
-
-
-def is_copied(pred: str, gold: str, question: str) -> bool:
-    """Whether `pred` is an expression of the question that the gold is not: x^2 - 1 where it was to be factored."""
-    if not _OPERATION.search(pred) or has_words(clean(pred)):
+    try:
+        g = plain_number(split_unit(clean(_LABEL.sub("", gold, count=1)))[0])
+        p = split_unit(clean(_LABEL.sub("", pred, count=1)).rpartition("=")[2].strip())[0]
+    except (TooBig, ValueError):
         return False
-    p, g, q = (_LAYOUT.sub("", text) for text in (pred, gold, _QUOTES.sub("", question)))
-    return p in q and g not in q
+    return bool(re.fullmatch(r"-?\d+(?:\.\d+)?", g) and _SUM.fullmatch(p) and _OPERATION.search(p))
 
 
 def answer_reward(prompts, completions, solution, **columns) -> list[float | None]:
     """1.0 where the boxed answer equals `solution`, else 0.0; None, which TRL leaves out, where it is unscorable.
 
-    An answer that is equal, but a sum left to do or the question's own expression, earns nothing: a policy that is paid
-    for 7 + 5 soon answers every sum with the sum itself.
+    An answer that is equal, but a sum that is left to do, earns nothing: a policy that is paid for 7 + 5 soon answers
+    every sum with the sum itself.
     """
     pairs = [(extract_boxed(t), s) for t, s in zip(map(last_text, completions), solution, strict=True)]
     rewards = []
     for row, (result, (pred, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
             log_unscorable(row, gold, result.reason)
-        golds = map(str, gold if isinstance(gold, (list, tuple)) else [gold])
-        evades = result.verdict and all(
-            is_unfinished(pred, each) or is_copied(pred, each, last_text(prompts[row])) for each in golds
-        )
-        rewards.append(None if result.verdict is None else float(result.verdict and not evades))
+        golds = gold if isinstance(gold, (list, tuple)) else [gold]
+        unfinished = result.verdict and all(is_unfinished(pred, str(each)) for each in golds)
+        rewards.append(None if result.verdict is None else float(result.verdict and not unfinished))
     return rewards
 
 

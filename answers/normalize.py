@@ -82,7 +82,11 @@ _AFTER_COMMANDS = _rewrites(
         r"(?:\\(?:mathbb|text)\s*\{?[ZN]\}?|[ZN](?![a-z]))(?:[+*^_]|\{[+*]\})*\s*\)?[\s.]*$",
         "",
     ),
-    (r"(?<=\S),?\s*(?:\\text\{\s*for (?:all|any|every)\b.*|\\forall\b.*)$", ""),
+    (  # for all x, \\forall x \\in \\mathbb{R}
+        r"(?<=\S),?\s*(?:\\text\{\s*for (?:all|any|every)\b[^{}]*\}|\\forall)\s*"
+        r"(?:[a-zA-Z](?:\s*\\in\s*(?:\\(?:mathbb|text)\s*\{?[A-Z]\}?|[A-Z]))?(?:[+*^_]|\{[+*]\})*)?[\s.]*$",
+        "",
+    ),
     (r"\\text\{\s*(" + FUNCTIONS + r")\s*\}", r"\\\1 "),
     (r"\\text\{\s*([:;,.%$])?\s*\}", r"\1"),
     (r"\\frac\s*\{\\text\{([^{}]*)\}\}\s*\{\\text\{([^{}]*)\}\}", r"\\text{\1/\2}"),
@@ -94,6 +98,7 @@ _AFTER_COMMANDS = _rewrites(
     (r"(?<=\d)\s*(?:\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\{\s*-?(?:st|nd|rd|th)\s*\})", ""),
     (r"\\text\{\s*,\s*(and|or)\s*\}", r"\\text{\1}"),
     (r"(?<=[\d}])\s*\\Omega$", r"\\text{ohm}"),
+    (r"\\frac ?(\d) (\d)(?!\d)", r"\\frac{\1}{\2}"),
 )
 _PLAIN = _rewrites(
     (r"~|\s", " "),
@@ -125,7 +130,7 @@ def clean(text: str) -> str:
     if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
         text = bold[2]
     if r"\begin" not in text:  # values in lines or formulas of their own
-        text = re.sub(r"(?<=[\w)}\]])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=[\d(\[]|-\d|\\frac|\\sqrt)", ", ", text)
+        text = re.sub(r"(?<=[\d}])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=\d)", ", ", text)
     text = text.replace(r"\$", "\uff04")
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")  # math mode

@@ -31,12 +31,13 @@ from answers.units import plain_number, split_unit, unit_name
 
 MAX_CHARS = 2000  # longer answers are equal only if identical
 DIGITS = 6  # significant digits from which on a decimal may stand for the exact gold that it rounds
-FLOAT_DIGITS = 12  # from which on a decimal gold is a float that a program printed
+FLOAT_DIGITS = 15  # from which on a decimal gold is a float that a program printed
 DIGITS_OF_PART = 5  # the same inside a list, tuple or interval, where the other parts must be right too
 
 _PLAIN_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d{1,300})?", re.ASCII)
 _DECIMAL = re.compile(r"[+-]?\d*\.(\d+)")
 _STATEMENTS = re.compile(r"(?:\(\d\)\s*){2,}")
+_LISTED = re.compile(r"\(\d\)(?:[\s,;]*\(\d\))*")
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,8 @@ _CHOICE_PRED = re.compile(
 _SEVERAL_CHOICES = re.compile(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*")
 _NEXT_LABEL = re.compile(r"[,;]\s*[A-Z]\s*:")
 _OTHER_OPTION = re.compile(
-    r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.)]|(?<![A-Za-z])(?:and|or)\s*\(?[A-H](?![A-Za-z])|^\s*or(?![A-Za-z])"
+    r"\([A-Z]\)|(?<![A-Za-z])[A-Z][.)]|(?<![A-Za-z])(?:and|or)(?![A-Za-z]).*(?<![A-Za-z])[A-H](?![A-Za-z])|"
+    r"^\s*or(?![A-Za-z])"
 )
 
 
@@ -124,15 +126,19 @@ def _same_choice(pred: str, gold: str) -> bool | None:
         p, g = re.findall("[A-H]", pred), re.findall("[A-H]", gold)
         return g == p or (pred != "".join(p) and g == sorted(p))
     letter, content = match[1] or match[2] or match[4], match[3] or match[5]
-    if content and _NEXT_LABEL.search(content):  # A: 3, B: 4 are two answers
+    if content and re.match(r"[A-Z]\s*:", gold) and _NEXT_LABEL.search(content):  # A: 3, B: 4 are two answers
         return None
     choice = _CHOICE_PRED.fullmatch(pred)
     if not choice or not (choice[1].isupper() or not choice[2]):
         return _same(pred, content) if content else False
     rest = choice[2] or ""
+    if content and choice[1].upper() == letter and squeeze(rest) == squeeze(content):
+        return True
     if _OTHER_OPTION.search(rest) or choice[1].upper() != letter:
         return False
-    if not content or not rest or has_words(content):  # words may be said in another way
+    if not content or not rest:
+        return True
+    if has_words(content) and as_words(content) not in _YES_NO:  # words may be said in another way
         return True
     return _same(rest, content)
 
@@ -144,7 +150,7 @@ def _same(pred: str, gold: str, digits: int = DIGITS) -> bool | None:
     """Equality of two normalized answers, by what they are made of."""
     if squeeze(unwrap_text(pred)) == squeeze(unwrap_text(gold)):
         return True
-    if _STATEMENTS.fullmatch(gold):  # (1)(3) names two statements, and is no product
+    if _STATEMENTS.fullmatch(gold) or (_STATEMENTS.fullmatch(pred) and _LISTED.fullmatch(gold)):  # (1)(3) is no product
         return bool(re.fullmatch(r"(?:[\d(),;&\s]|\\text\{and\}|and)+", pred)) and _digits(pred) == _digits(gold)
     if _DECIMAL.fullmatch(gold) and re.fullmatch(r"[+-]?\d+,(?:\d{1,2}|\d{4,})", pred):
         pred = pred.replace(",", ".")  # a decimal comma
@@ -248,7 +254,8 @@ def _same_relations(pred: Answer, gold: Answer) -> bool | None:
         return bool(p and g) and _all(_same(x, g[-1]) for x in p)
     if g_signs[0] not in (p_signs[0], FLIP.get(p_signs[0])):
         return False
-    if g_signs == p_signs == ["="] and has_words(g[0]) and is_named(p[0]) and is_named(g[0]) and not has_words(p[0]):
+    in_words = re.search(r"(?<![\\A-Za-z])[A-Za-z]?[a-z]{3}", unwrap_text(g[0])) and not has_words(p[0])
+    if g_signs == p_signs == ["="] and in_words and is_named(p[0]) and is_named(g[0]):
         return _same(p[1], g[1])  # A = 9 for Area = 9
     names = [squeeze(side[0]) for side in (p, g)]  # y = ... is accepted for f(x) = ...
     functions = all(NAME.fullmatch(n) for n in names) and "(" in names[0] + names[1] and {"y", "f(x)"} & set(names)
@@ -274,6 +281,7 @@ def _same_equation(p_sign: str, pred: list[str], g_sign: str, gold: list[str]) -
 
 # --------------------------------------------------------------------------- answers of one part
 
+_YES_NO = ("yes", "no", "true", "false")
 _EMPTY = {"none", "nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset"}
 _RATIO = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)(.*)")
 
@@ -294,7 +302,7 @@ def _same_scalar(pred: str, gold: str, digits: int) -> bool | None:
     words = [as_words(text) for text in (pred, gold)]
     if words[0] and words[0] == words[1] and _symbols(pred) == _symbols(gold):
         return True
-    if words[1] in ("yes", "no", "true", "false"):
+    if words[1] in _YES_NO:
         return words[0] == words[1]
     if _says_empty(gold):
         return _says_empty(pred)
@@ -399,7 +407,7 @@ def _same_rounded(p_value, g_value, pred: str, gold: str, digits: int) -> bool:
 def _differ(value, target: Fraction) -> bool:
     """By more than the rounding of a float."""
     value = value if isinstance(value, Fraction) else value.real if abs(value.imag) < 1e-40 else float("inf")
-    return abs(value - target) > abs(target) * 1e-10
+    return abs(value - target) > abs(target) * 1e-14
 
 
 def _significant(decimal: str) -> int:

@@ -22,7 +22,10 @@ _QUANTITY = (  # x, a_1, f(2), |AB|, \angle ABC, \text{area}, but not the curve 
     r"(?!\\pi$|[xyz]{2,}$)(?:\\?[A-Za-z]+|\\text\{[^{}]*\})(?:_(?:\{[^{}]*\}|\w+))?'?(?:\^\{-1\})?(?:\([\w\s,\\]*\))?|"
     r"\|[^|]+\||m?\\angle [A-Z]+|\\frac\{d\w?\}\{d\w\}|\\overline\{[A-Z]+\}"
 )
-_SEVERAL_WORDS = r"(?=[^=]*[A-Za-z]{3})[A-Za-z][A-Za-z.]*(?: [A-Za-z.]+)+|[A-Z]\.[A-Z]\."  # Surface Area, S.A.
+_SEVERAL_WORDS = (  # Surface Area, S.A., but not negative x
+    r"(?!.*\b(?:negative|minus|plus|times|half|twice|double|root|not)\b)(?=[^=]*[A-Za-z]{3})"
+    r"[A-Za-z][A-Za-z.]*(?: [A-Za-z.]+)+|[A-Z]\.[A-Z]\."
+)
 NAME = re.compile(  # may stand to the left of "= answer"
     rf"{_QUANTITY}|{_SEVERAL_WORDS}|\(\\?\w+(?:\s*,\s*\\?\w+)+\s*\)"
 )

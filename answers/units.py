@@ -43,6 +43,7 @@ _NOT_UNITS = set(
     """.split()
 )
 _UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys("cubic cu cu. cubed".split(), "3")
+_RATES = {"m/s", "g/L", "J/K", "N/m", "N/C", "V/m"}  # of single letters, which might be variables
 _DIMENSIONS = {"old", "tall", "long", "wide", "high", "deep", "away", "apart", "total"}
 _UNIT_TAIL = re.compile(
     r"(?:\\text\{\s*(?P<text>[^{}]*)\}|(?:(?<=[\d\s}])|(?<=\\pi))(?P<bare>[A-Za-z][A-Za-z./ ]*))"
@@ -110,8 +111,8 @@ def split_unit(text: str) -> tuple[str, str]:
         spaced = text[tail.start() - 1] == " "
         for word in name.replace("/", " ").split():
             known = _known_unit(word) is not None or word.lower() in _UNIT_POWERS
-            fits = (spaced and word == name) or ("/" in name and (spaced or known))
-            single = len(word) == 1 and not fits
+            is_rate = "/" in name and (spaced or name in _RATES or (known and len(name) > 3))
+            single = len(word) == 1 and not (is_rate or (spaced and word == name))
             if single or not (known or (spaced and len(word) > 2)):
                 return text, unit
     first, _, rest = name.partition(" ")

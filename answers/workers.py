@@ -42,7 +42,7 @@ _PROGRAM = ["-m", "answers.workers"]
 
 _TOWERS = re.compile(r"\^\s*[{(]*\s*\d+\s*[})]*\s*\^|\^\s*[{(]*\s*-?\d{4,}|\d{4,}\s*[})]*\s*!|!\s*[)}]*\s*!|\d{400}")
 _SIDE_BY_SIDE = re.compile(  # numbers that the grammar would add, as of a mixed number: 7 5, (1) 20, 1.2.3
-    r"(?:(?<![_^])\d|\))\s+\.?\d|\)\.?\d|\d\.\d+\.|%\s*\d|\\ldots\s*\d"
+    r"(?:(?<![_^])\d|\))\s+\.?\d|\d\.\d+\.|%\s*\d|\\ldots\s*\d"
 )
 _VETTED = re.compile(r"[\w\s+\-*/^=<>()\[\]{}|\\.,:;!&%'~]*", re.ASCII)
 

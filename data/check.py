@@ -34,7 +34,7 @@ LISTED = 10  # unusable rows, in the report as text
 PROBE = "7919.25"  # an answer that no gold is equal to: the verifier must be able to say so
 
 _INTEGER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)")
-_LETTER = re.compile(r"\(?[A-Za-z]\)?\.?")
+_LETTER = re.compile(r"\(?[A-Za-z]\)?\.?|\([A-Z]\) .+")  # (B) 12 cm: an option with its text
 _SYMBOL = re.compile(r"[\d\\^=<>+*/(){}\[\]$%]")
 
 Entry = tuple[int, int | None, Row | BadRow]  # (row, line, ...)

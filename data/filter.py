@@ -12,6 +12,7 @@ bounds need no new samples. On one GPU its cost is generating n answers per ques
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -111,7 +112,7 @@ class Sampler:
 
 def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:
     """Fill in the pass rates that are not known yet. `sampler.answers(rows)` gives n completions for each row."""
-    from verify import extract_boxed, verify_many
+    from verify import answer_reward
 
     todo = [i for i in range(len(dataset)) if i not in rates.done]
     sources = dataset.with_format(None)["source"]
@@ -119,18 +120,15 @@ def measure(dataset, rates: PartFile, sampler, chunk: int = CHUNK) -> None:
         for numbers in batched(todo, chunk):
             rows = [dataset[i] for i in numbers]
             completions = sampler.answers(rows)
-            pairs = [
-                (extract_boxed(text), row["solution"])
-                for row, texts in zip(rows, completions, strict=True)
-                for text in texts
-            ]
-            verdicts = iter(verify_many(pairs))
+            asked = [row for row, texts in zip(rows, completions, strict=True) for _ in texts]
+            prompts, solutions = ([row[name] for row in asked] for name in ("prompt", "solution"))
+            rewards = iter(answer_reward(prompts, list(itertools.chain(*completions)), solutions))
             results = {}
             for number, row, texts in zip(numbers, rows, completions, strict=True):
-                scores = [next(verdicts) for _ in texts]
+                scores = [next(rewards) for _ in texts]
                 if row["source"] != sources[number]:  # its image broke; what was answered is the row in its place
                     scores = []
-                results[number] = {"right": scores.count(True), "scored": len(scores) - scores.count(None)}
+                results[number] = {"right": scores.count(1.0), "scored": len(scores) - scores.count(None)}
             rates.add(results)
             bar.update(len(numbers))
     rates.close()

@@ -28,7 +28,8 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
         else:
             loaded = load_dataset(source, config)
     except (OSError, ValueError, DatasetsError) as error:
-        raise NotLoaded(
+        kind = BadInput if Path(source).exists() else NotLoaded
+        raise kind(
             f"{source}: expected a file (json, jsonl, csv, tsv, parquet), a folder or a hub name; "
             f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from None

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+from answers.rules import decide
 from data.formats.columns import ANSWERS, is_none, usual
 from data.rows import Options, RowError, literal, plain_text
 
@@ -36,6 +37,8 @@ _MARKS = [  # of options that a question lists itself: in lines of their own, (A
     re.compile(r"\(([A-Z])\)"),
     re.compile(r"(?:^|(?<=\s))([A-Z])[.:](?=\s)"),
 ]
+_LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
+_TRAILING = re.compile(r"(?:,?\s+(?:or|and)|\s*\(\s*\)|\s*\?)+$")  # (A) 1 or (B) 2?
 LONGEST = 300  # characters of an option that may be answered by its text
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
 
@@ -177,17 +180,23 @@ def listed_in(question: str) -> Options | None:
         labels, texts = parts[::2], [text.strip(" \t\n;,") for text in parts[1::2]]
         if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
             texts[-1] = texts[-1].partition("\n")[0]
-            if all(text and text.count("{") == text.count("}") for text in texts):
+            texts = [_TRAILING.sub("", text).strip() for text in texts]
+            if all(text and text.count("{") == text.count("}") and not _LABEL.search(text) for text in texts):
                 return Options(dict(zip(labels, texts, strict=True)), True)
     return None
 
 
 def gold_of(label: str, options: Options) -> str:
     """The right option as a gold: `(B) 12 cm` is answered by B and by 12 cm. The label alone where its text is made of
-    letters that might be labels themselves, and for labels that are no letters."""
+    letters that might be labels themselves or is another option's to the verifier, and for labels that are no letters.
+    """
     text = options.texts.get(label, "")
     told_apart = re.fullmatch("[A-Z]", label) and text and not re.fullmatch(r"(?:\W*\b[A-Za-z]\b)+\W*", text)
-    return f"({label}) {text}" if told_apart and len(text) <= LONGEST else label
+    if not told_apart or len(text) > LONGEST:
+        return label
+    others = [other for name, other in options.texts.items() if name != label]
+    equal = any((result := decide(other, text)) is None or result.verdict for other in others)
+    return label if equal else f"({label}) {text}"
 
 
 def common_kinds(rows: Iterable[tuple[str, Options]]) -> frozenset[str]:

@@ -160,7 +160,12 @@ def test_an_option_is_answered_by_its_letter_and_by_its_text():
     assert right == [True] * 5 + [False] * 6
     for question in ("Prime?\nChoices:\nA:4\nB:7\nC:9", "Prime? (A)4 (B) 7 (C) 9", "Prime? A. 4 B. 7; C. 9\nThink."):
         assert read_rows([{"question": question, "answer": "B"}])[0]["solution"] == "(B) 7", question
+    for question in ("(A) 3, (B) 7, or (C) 5?", "(A) 3 (B) 7 ( )", "Is it (A) 4 or (B) 7?"):
+        assert read_rows([{"question": question, "answer": "B"}])[0]["solution"] == "(B) 7", question
+    for alike in (["5 %", "0.05"], ["3.14", r"\pi"], ["A and B", "A or B"], ["12", "12 cm"]):
+        assert read_rows([{"question": "?", "options": alike, "answer": "A"}])[0]["solution"] == "A", alike
     for question in (
+        "Prime? A. 3 C. 5\nB. 4 D. 6",
         "Prime? (A) 4 (C) 9 (B) 7",
         "Between A. and B.?",
         r"$\text{(A)}\ 4 \qquad \text{(B)}\ 7$",
@@ -280,7 +285,7 @@ def test_a_letter_that_is_another_option_s_text():
     row = {"question": "Article?", "options": ["the", "a", "an"], "answer": "a"}
     assert "A by its letter or B by its text" in read_rows([row])[0].reason
     assert read_rows([{**row, "answer": "an"}, row])[1]["solution"] == "B"  # "a" may be a label too
-    assert read_rows([{**row, "answer": "C"}, row])[1]["solution"] == "(A) the"
+    assert read_rows([{**row, "answer": "C"}, row])[1]["solution"] == "A"
 
 
 # ---- golds that no answer could be equal to -------------------------------------------------------------------------

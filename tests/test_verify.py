@@ -272,55 +272,41 @@ def test_an_answer_is_rewarded_by_its_box(wrap):
     ("pred", "gold", "reward"),
     [
         ("7+5", "12", 0.0),
+        ("x=7+5", "12", 0.0),
         (r"7 + 5 \text{ cm}", r"12\text{ cm}", 0.0),
         ("0-5", "-5", 0.0),
-        (r"2^3 \cdot 5", "40", 0.0),
         (r"(3+4) \times 2", "14", 0.0),
-        ("12/4+1", 4, 0.0),
+        ("(3)(4)", "12", 0.0),
+        ("7+5", "(B) 12", 0.0),
+        ("B. 7+5", "(B) 12", 0.0),
+        ("7+5", ["11", "12"], 0.0),
         ("7+5=12", "12", 1.0),
         ("12", "7+5", 1.0),
         ("5+7", "7+5", 1.0),  # what the gold leaves to do
-        (r"2^3 \cdot 5", r"2 \cdot 2 \cdot 2 \cdot 5", 1.0),
         ("7+5", "(B) 7+5", 1.0),
+        (r"8 \times 7", r"(B) 8 \cdot 7", 1.0),
+        ("B. y = 2x + 1", "(B) y = 2x + 1", 1.0),
+        ("12 cm^2", "(B) 12 cm^2", 1.0),
         ("12", ["7+5", "12"], 1.0),
-        ("7+5", ["11", "12"], 0.0),
+        (r"2^3 \cdot 5", r"2 \cdot 2 \cdot 2 \cdot 5", 1.0),
+        (r"2^2 \cdot 3", r"12 = 2^2 \times 3", 1.0),
+        ("(2^{10}-1)/3", r"\frac{2^{10}-1}{3}", 1.0),
+        ("1-0.9^5", r"1-\left(\frac{9}{10}\right)^5", 1.0),
+        ("3^{1/2}", r"\sqrt{3}", 1.0),
         ("-5", "-5.0", 1.0),
         ("24/2", "12", 1.0),
         ("2^{10}", "1024", 1.0),
+        (r"(2.5 \times 10^3)", "2500", 1.0),
         (r"3 \times 10^8", "300000000", 1.0),
         (r"3+2\sqrt{2}", "5.83", 1.0),
         (r"12\pi", "37.70", 1.0),
+        ("{" + "(" * 200 + "1+2" + ")" * 200 + "}", "{" + "(" * 200 + "1+2" + ")" * 200 + "}", 1.0),
     ],
 )
 def test_an_answer_that_leaves_the_sum_to_the_verifier_earns_nothing(pred, gold, reward):
     """Which is still equal: as a policy's answer it would be the question, copied."""
     assert verify.is_equal(pred, gold) is True
     assert verify.answer_reward(["q"], [rf"\boxed{{{pred}}}"], solution=[gold]) == [reward]
-
-
-@pytest.mark.parametrize(
-    ("question", "pred", "gold", "reward"),
-    [
-        (r"Factor $x^2 - 1$.", "x^2-1", "(x-1)(x+1)", 0.0),
-        (r"Factor $x^2 - 1$.", r"\left( x-1 \right)(x+1)", "(x-1)(x+1)", 1.0),
-        (r"Factor $x^2 - 1$.", "(x+1)(x-1)", "(x-1)(x+1)", 1.0),
-        ("Write y = 2x + 3 with all terms on one side.", "y=2x+3", "2x - y + 3 = 0", 0.0),
-        ("What is 2^{10}?", "2^{10}", "1024", 0.0),
-        ("Which is larger, 3+4i or 2+i, by absolute value?", "3+4i", "$3 + 4i$", 1.0),  # the gold is in it as well
-        ("A coin falls on heads with probability 1/2. On tails?", "1/2", r"\frac{1}{2}", 1.0),  # no operation left
-        ("Which axis: the x-axis or the y-axis?", "x-axis", r"\text{the x-axis}", 1.0),
-        ("Is x = -5 or 5?", "-5", "x=-5.0", 1.0),
-    ],
-)
-def test_an_answer_copied_from_the_question_earns_nothing(question, pred, gold, reward):
-    assert verify.is_equal(pred, gold) is True
-    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    assert verify.answer_reward([prompt], [rf"\boxed{{{pred}}}"], solution=[gold]) == [reward]
-
-
-def test_an_answer_that_a_reflection_prompt_quotes_is_not_copied_from_the_question():
-    prompt = "Factor it.\n\nYou answered:\n<response>\n(x+1)(x-1)\n</response>\nLook again."
-    assert verify.answer_reward([prompt], [r"\boxed{(x+1)(x-1)}"], solution=["(x-1)(x+1)"]) == [1.0]
 
 
 def test_unscorable_golds_are_logged_once_with_their_text(caplog):
