@@ -57,7 +57,7 @@ def test_demo_from_end_to_end(tmp_path):
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0
-    assert again.stdout.count("before") == 3  # start, training and after are not made again
+    assert again.stdout.count(": already ") == 3  # start, training and after are not made again
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
 
     command[command.index("--steps") + 1] = "4"
