@@ -168,7 +168,7 @@ def log_unscorable(row: int, gold, reason: str) -> None:
 
 _SUM = re.compile(r"(?:[\d.()\s+*-]|\\times|\\cdot|\\div)+")
 _OPERATION = re.compile(r"[\d)]\s*(?:[+*-]|\\times|\\cdot|\\div|(?<=\))\()")
-_LABEL = re.compile(r"\(?[A-Z]\)?[.:]?\s+(?=\S)|\([A-Z]\)\s*(?=\S)")
+_LABEL = re.compile(r"\s*(?:\([A-Z]\)|[A-Z][.:])\s*(?=\S)")  # of an option
 
 
 def is_unfinished(pred: str, gold: str) -> bool:
@@ -176,8 +176,8 @@ def is_unfinished(pred: str, gold: str) -> bool:
     if not _OPERATION.search(pred):
         return False
     try:
-        g = plain_number(split_unit(clean(_LABEL.sub("", gold, count=1)))[0])
-        p = split_unit(clean(_LABEL.sub("", pred, count=1)).rpartition("=")[2].strip())[0]
+        p, g = (clean(text[label.end() :] if (label := _LABEL.match(text)) else text) for text in (pred, gold))
+        p, g = split_unit(p.rpartition("=")[2].strip())[0], plain_number(split_unit(g)[0])
     except (TooBig, ValueError):
         return False
     return bool(re.fullmatch(r"-?\d+(?:\.\d+)?", g) and _SUM.fullmatch(p) and _OPERATION.search(p))

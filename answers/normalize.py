@@ -82,7 +82,7 @@ _AFTER_COMMANDS = _rewrites(
         r"(?:\\(?:mathbb|text)\s*\{?[ZN]\}?|[ZN](?![a-z]))(?:[+*^_]|\{[+*]\})*\s*\)?[\s.]*$",
         "",
     ),
-    (  # for all x, \\forall x \\in \\mathbb{R}
+    (  # for all x, \forall x \in \mathbb{R}
         r"(?<=\S),?\s*(?:\\text\{\s*for (?:all|any|every)\b[^{}]*\}|\\forall)\s*"
         r"(?:[a-zA-Z](?:\s*\\in\s*(?:\\(?:mathbb|text)\s*\{?[A-Z]\}?|[A-Z]))?(?:[+*^_]|\{[+*]\})*)?[\s.]*$",
         "",
@@ -122,6 +122,9 @@ _ANSWER_IS = re.compile(
 )
 
 
+_APART = re.compile(r"(?<=[\d}])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=\d)")
+
+
 @lru_cache(maxsize=4096)  # a gold comes once for each of its rollouts
 def clean(text: str) -> str:
     """The one spelling of an answer."""
@@ -130,7 +133,7 @@ def clean(text: str) -> str:
     if bold := re.fullmatch(r"(\*\*|__|`)([^*`]+)\1", text):
         text = bold[2]
     if r"\begin" not in text:  # values in lines or formulas of their own
-        text = re.sub(r"(?<=[\d}])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=\d)", ", ", text)
+        text = _APART.sub(", ", text)
     text = text.replace(r"\$", "\uff04")
     if text.count("$") % 2 == 0:
         text = text.replace("$", " ")  # math mode

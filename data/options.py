@@ -38,7 +38,7 @@ _MARKS = [  # of options that a question lists itself: in lines of their own, (A
     re.compile(r"(?:^|(?<=\s))([A-Z])[.:](?=\s)"),
 ]
 _LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
-_TRAILING = re.compile(r"(?:,?\s+(?:or|and)|\s*\(\s*\)|\s*\?)+$")  # (A) 1 or (B) 2?
+_TRAILING = re.compile(r"(?:,? (?:or|and)| ?\( ?\)| ?\?)+$")  # (A) 1 or (B) 2?
 LONGEST = 300  # characters of an option that may be answered by its text
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
 
@@ -177,10 +177,10 @@ def listed_in(question: str) -> Options | None:
     """The options that a question lists itself, if their labels are A, B, ... in this order."""
     for mark in _MARKS:
         _, *parts = mark.split(question)
-        labels, texts = parts[::2], [text.strip(" \t\n;,") for text in parts[1::2]]
+        labels, texts = parts[::2], [text.strip() for text in parts[1::2]]
         if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
             texts[-1] = texts[-1].partition("\n")[0]
-            texts = [_TRAILING.sub("", text).strip() for text in texts]
+            texts = [_TRAILING.sub("", " ".join(text.split()).strip(";,")).strip(" ;,") for text in texts]
             if all(text and text.count("{") == text.count("}") and not _LABEL.search(text) for text in texts):
                 return Options(dict(zip(labels, texts, strict=True)), True)
     return None
