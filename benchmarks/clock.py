@@ -143,7 +143,7 @@ class TimedTrainer(SparkTrainer):
             "rollouts": self.args.generation_batch_size + logs.get("recycle/rows", 0),
             "trained_rows": logs.get("recycle/trained_rows", self.args.generation_batch_size),
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "metrics": {k: v for k, v in logs.items() if k.startswith(("policy/", "judge/", "reflection/"))},
+            "metrics": dict(logs),
         }
         self.steps.append(row)
         if self.file is not None:

@@ -38,6 +38,9 @@ def test_gpu_smollm2_is_cut_and_goes_on(tmp_path, processor, text_model, monkeyp
             assert 0 < row["tokens"] < 3 * rows[0]["tokens"]  # of this step alone, after a cut as well
     grpo, spark = ([row["rollouts"] for row in result["runs"][name]] for name in ("grpo", "spark"))
     assert grpo == [40, 40] and all(32 < rollouts <= 48 for rollouts in spark)
+    recycled = [row["metrics"]["recycle/rows"] for row in result["runs"]["spark"]]
+    assert all(0 < rows <= 16 for rows in recycled)
+    assert "recycle/rows" not in result["runs"]["grpo"][0]["metrics"]
     assert result["table"]["spark"]["tokens_per_second"] > 0
 
 
