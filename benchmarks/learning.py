@@ -1,6 +1,7 @@
 """What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, with seeds, on two tasks, one
 of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py), and
-with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, a quarter of the rollouts in 4 micro-steps).
+with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, half of the rollouts in 4 micro-steps, on
+equations as well; the task equations measures these runs there).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
     python -m benchmarks.learning --task digits --table [--minus spark] [--figure FILE.png]
@@ -42,6 +43,7 @@ class Task:
     measures: str  # its name in benchmarks/measures.py
     made: dict[str, str] = field(default_factory=dict)
     share: int = 1  # of the variants' batch, one in so many
+    trained_as: str | None = None  # the task whose runs are measured, if not its own
 
 
 COUNTDOWN = Task(
@@ -52,21 +54,24 @@ COUNTDOWN = Task(
     made={"runs/countdown/train.json": "data.countdown --split train --n 2700 --output runs/countdown/train.json"},
 )
 TRUSTING = str(trusting.START)
+SMOLLM2 = Task(
+    start="runs/smollm2_135m_start",
+    recipe="recipes/smollm2_135m_cpu.yaml",
+    steps=30,
+    measures="arithmetic",
+    made={
+        "runs/smollm2_135m_start": "models.smollm2 runs/smollm2_135m_start",
+        "runs/words/train-arithmetic.json": "data.arithmetic --output runs/words/train-arithmetic.json",
+        "runs/words/train-equations.json": "data.equations --output runs/words/train-equations.json",
+    },
+    share=8,
+)
 TASKS = {
     "digits": Task(start="models/digits", recipe="recipes/demo.yaml", steps=42, measures="digits"),
     "countdown": COUNTDOWN,
     "trusting": replace(COUNTDOWN, start=TRUSTING, made=COUNTDOWN.made | {TRUSTING: "benchmarks.trusting"}),
-    "smollm2": Task(
-        start="runs/smollm2_135m_start",
-        recipe="recipes/smollm2_135m_cpu.yaml",
-        steps=24,
-        measures="arithmetic",
-        made={
-            "runs/smollm2_135m_start": "models.smollm2 runs/smollm2_135m_start",
-            "runs/arithmetic/train.json": "data.arithmetic --output runs/arithmetic/train.json",
-        },
-        share=16,
-    ),
+    "smollm2": SMOLLM2,
+    "equations": replace(SMOLLM2, measures="equations", trained_as="smollm2"),
 }
 
 
@@ -136,13 +141,21 @@ def command_of(task: str, output: Path, settings: dict) -> list[str]:
     return [*command, "--resume_from_checkpoint", "latest"]
 
 
+def folder_of(task: str) -> Path:
+    return RUNS / (TASKS[task].trained_as or task)
+
+
+def outcome_of(task: str, split: str) -> str:
+    return f"{task}_{split}.json" if TASKS[task].trained_as else f"{split}.json"
+
+
 class Failed(Exception):
     pass
 
 
 def one_run(task: str, variant: str, seed: int, args) -> dict:
     """Train, unless that is done, and measure, unless that is done."""
-    folder = RUNS / task / ("start" if variant == "start" else f"{variant}_{seed}")
+    folder = folder_of(task) / ("start" if variant == "start" else f"{variant}_{seed}")
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
     env = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1"}
@@ -181,7 +194,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
                 ],
             }
             (folder / "trained.json").write_text(json.dumps(trained), encoding="utf-8")
-        outcome = folder / f"{args.split}.json"
+        outcome = folder / outcome_of(task, args.split)
         if not outcome.exists():
             measured = ["--task", TASKS[task].measures, "--split", args.split, "--questions", str(args.questions)]
             call([sys.executable, "-m", "benchmarks.measures", model, *measured, "--output", str(outcome)])
@@ -202,13 +215,13 @@ def log_history(folder: Path) -> list[dict]:
 def finished_runs(task: str, split: str) -> list[dict]:
     """Everything that has been trained and measured so far."""
     runs = []
-    for folder in sorted((RUNS / task).glob("*")):
+    for folder in sorted(folder_of(task).glob("*")):
         variant, _, seed = folder.name.rpartition("_")
         variant, seed = (variant, int(seed)) if variant else (folder.name, 0)
-        if (folder / f"{split}.json").exists():
+        if (folder / outcome_of(task, split)).exists():
             trained = folder / "trained.json"
             settings = json.loads(trained.read_text(encoding="utf-8")) if trained.exists() else {}
-            outcome = json.loads((folder / f"{split}.json").read_text(encoding="utf-8"))
+            outcome = json.loads((folder / outcome_of(task, split)).read_text(encoding="utf-8"))
             for how in outcome.values():
                 how["rows"] = {name: as_numbers(row) for name, row in how["rows"].items()}
             runs.append({"variant": variant, "seed": seed, **settings, **outcome})

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import data.arithmetic
+import data.equations
 import verify
 from data.cli import Parser
 from demo import balanced, mean
@@ -86,13 +88,19 @@ def countdown() -> Task:
     return Task(lambda n, split: held_out(split, n), right, same, 128)
 
 
-def arithmetic() -> Task:
-    from data.arithmetic import held_out
+def arithmetic(module: Any = data.arithmetic) -> Task:
+    def rows(n: int, split: str) -> dict[str, list[Row]]:
+        return module.held_out(split, n)
 
-    return Task(lambda n, split: held_out(split, n), by_answer, verify.verify_many, 48, suffix="", dtype="bfloat16")
+    return Task(rows, by_answer, verify.verify_many, 48, suffix="", dtype="bfloat16")
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digits": digits, "countdown": countdown, "arithmetic": arithmetic}
+TASKS: dict[str, Callable[[], Task]] = {
+    "digits": digits,
+    "countdown": countdown,
+    "arithmetic": arithmetic,
+    "equations": lambda: arithmetic(data.equations),
+}
 
 
 class Model:

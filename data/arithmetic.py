@@ -60,6 +60,11 @@ class Question:
         """As the worked examples are written, right or wrong."""
         return f"{self.a} {OPERATIONS[self.sign][1]} {self.b} equals {value}. The answer is \\boxed{{{value}}}."
 
+    def check(self, value: int) -> str:
+        """By working it out again."""
+        same = "the same" if value == self.value else "different"
+        return f"{self.a} {OPERATIONS[self.sign][1]} {self.b} equals {self.value}. {self.value} and {value}: {same}."
+
     def slip(self, rng: random.Random) -> int:
         """A wrong value: one, two or ten off, not negative."""
         return rng.choice([n for n in (self.value + by for by in (-10, -2, -1, 1, 2, 10)) if n >= 0])
@@ -119,11 +124,16 @@ def arithmetic_rows(split: Split = "train") -> list[dict[str, Any]]:
 def held_out(split: Split, n: int, seed: int = 1) -> dict[str, list[dict[str, Any]]]:
     """`n` questions, each with a right and a wrong answer that no model wrote, as rows for evaluate.py: `answers`,
     `pairs` and `points`."""
-    rng = random.Random(f"arithmetic/{split}")
+    return with_answers("arithmetic", mixed_questions(split, n, seed), split)
+
+
+def with_answers(dataset: str, drawn: list, split: Split) -> dict[str, list[dict[str, Any]]]:
+    """What held_out returns, of questions that are drawn already (data/equations.py has others)."""
+    rng = random.Random(f"{dataset}/{split}")
     answers, pairs, points = [], [], []
-    for question in mixed_questions(split, n, seed):
+    for question in drawn:
         right, wrong = question.answer(question.value), question.answer(question.slip(rng))
-        row = {"dataset": "arithmetic", "problem": question.text}
+        row = {"dataset": dataset, "problem": question.text}
         answers.append({**row, "answer": str(question.value)})
         pairs.append({**row, "chosen": right, "rejected": wrong})
         points += [{**row, "response": right, "label": "Yes"}, {**row, "response": wrong, "label": "No"}]

@@ -134,14 +134,14 @@ class WarmStart:
     """Supervised training in phases, each with its own batches and learning rates.
 
     A verdict follows from the one token that says how a comparison came out. It is the hardest to learn, and rare: it
-    counts `comparison_weight` times.
+    counts `comparison_weight` times. `bf16`: matrices are multiplied in bfloat16; the weights stay what they are.
     """
 
-    def __init__(self, model, seed: int, comparison_weight: float):
+    def __init__(self, model, seed: int, comparison_weight: float, bf16: bool = False):
         import torch
 
         torch.manual_seed(seed)
-        self.model = model.train()
+        self.model, self.bf16 = model.train(), bf16
         self.optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
         self.comparison_weight, self.step = comparison_weight, 0
 
@@ -154,8 +154,10 @@ class WarmStart:
             self.optimizer.param_groups[0]["lr"] = rate
             labels = inputs.pop("labels")[:, 1:]
             kept = labels != -100  # (B, T - 1); logits are only computed for these
-            hidden = self.model.model(**inputs).last_hidden_state[:, :-1]
-            logits = self.model.lm_head(hidden[kept]).float()
+            # Entered anew at each step: autocast keeps the weights that it has cast until it is left.
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16):
+                hidden = self.model.model(**inputs).last_hidden_state[:, :-1]
+                logits = self.model.lm_head(hidden[kept]).float()
             loss = torch.nn.functional.cross_entropy(logits, labels[kept], reduction="none")
             compared = compared[:, 1:][kept]
             weight = 1 + (self.comparison_weight - 1) * compared

@@ -2,7 +2,9 @@
 
 import random
 import re
+import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from helpers import coin, config, history
 
 import verify
 from benchmarks.measures import TASKS, by_answer
-from data import arithmetic
+from data import arithmetic, equations
 from data.arithmetic import EXAMPLES, arithmetic_rows, examples, mixed_questions, questions
+from data.equations import Equation
 from data.read import read_dataset
+from data.rows import BadInput
 from models import smollm2, warm_start
 from recycle import Group, Limits, RecycleConfig, Rollout, recycle
 from train_spark import SparkConfig, SparkTrainer
@@ -56,24 +60,92 @@ def test_the_questions_alone_are_a_file_to_train_on_and_to_evaluate(tmp_path, mo
     assert not any(by_answer([row["rejected"] for row in benchmark["pairs"]], golds))
 
 
+SPLITS = ("train", "test")
+WRITTEN = [  # by reasoning-gym 0.1.25: a question, its answer, the left side of another value's check
+    ("Solve for m: 1 - 7*m = -34", "5", 4, "7*4 = 28. 1 - 28 = -27. -27 and -34: different."),
+    ("Find the value of e in the equation: 8*e + 5 = 61", "7", 8, "8*8 = 64. 64 + 5 = 69. 69 and 61: different."),
+    ("Determine the value of t that satisfies: 8*t - 9 = 23", "4", 5, "8*5 = 40. 40 - 9 = 31. 31 and 23: different."),
+    ("Find the value of x in the equation: 3*x + 5 = 26", "7", 7, "3*7 = 21. 21 + 5 = 26. 26 and 26: the same."),
+    ("Solve for h: h - 8 = 0", "8", 6, "1*6 = 6. 6 - 8 = -2. -2 and 0: different."),
+    ("Determine the value of q that satisfies: 5 - q = -4", "9", 9, "1*9 = 9. 5 - 9 = -4. -4 and -4: the same."),
+]
+
+
+@pytest.mark.parametrize(("question", "answer", "other", "check"), WRITTEN)
+def test_equations_are_read_solved_and_checked(question, answer, other, check):
+    equation = Equation.read(question, answer)
+    assert verify.extract_boxed(equation.answer(equation.value)) == answer
+    assert equation.check(other) == check
+    for work in re.findall(r"[^.:]+ = -?\d+(?=\.)", f"{equation.answer(equation.value)} {equation.check(other)}"):
+        left, right = work.strip().split(" = ")
+        a, sign, b = re.fullmatch(r"(-?\d+) ?([-+*/]) ?(-?\d+)", left).groups()
+        a, b = int(a), int(b)
+        assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(right)
+    renamed = Equation.read(re.sub(r"\b[a-z]\b", "k", question), answer)
+    assert equations.split_of(renamed) == equations.split_of(equation)
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "says"),
+    [
+        ("Solve for x: 3*x = 12", "4", "expected an equation of two terms"),
+        ("Solve for x: 2*x + 3 + 4 = 12", "4", "expected an equation of two terms"),
+        ("Solve for x: 9 - 2*x + 3 = 12", "0", "expected an equation of two terms"),
+        ("Solve for x: 2*x + 3 = 12", "4", "4 does not solve it"),
+    ],
+)
+def test_other_equations_are_refused(question, answer, says):
+    with pytest.raises(BadInput, match=says):
+        Equation.read(question, answer)
+
+
+def test_equations_without_reasoning_gym_say_what_to_install(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setattr("sys.argv", ["data.equations", "--output", str(tmp_path / "train.json")])
+    assert equations.main() == 2
+    assert "pip install reasoning-gym==0.1.25" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_equations_are_drawn_once_and_held_out_whatever_their_unknown_is_called(monkeypatch):
+    def create_dataset(name, **settings):
+        assert name == "simple_equations" and settings["max_terms"] == 2
+        return [{"question": question, "answer": answer} for question, answer, *_ in 2 * WRITTEN]
+
+    monkeypatch.setitem(sys.modules, "reasoning_gym", SimpleNamespace(create_dataset=create_dataset))
+    golds = {question: answer for question, answer, *_ in WRITTEN}
+    splits = {split: [q for q in golds if equations.split_of(Equation.read(q, golds[q])) == split] for split in SPLITS}
+    assert all(splits.values())
+    for split, expected in splits.items():
+        assert [equation.text for equation in equations.questions(split, len(expected))] == expected
+        assert [row["answer"] for row in equations.held_out(split, 1)["answers"]] == [golds[expected[0]]]
+        with pytest.raises(BadInput, match=f"--n: expected 1 to {len(expected)}, got {len(expected) + 1}"):
+            equations.questions(split, len(expected) + 1)
+
+
+def drawn_questions(n: int) -> list:
+    return [*mixed_questions("train", n, seed=1), *(Equation.read(*WRITTEN[i % len(WRITTEN)][:2]) for i in range(n))]
+
+
 def test_supervised_examples_have_right_work_and_verdicts():
     rng, kinds = random.Random(0), Counter()
-    for question in mixed_questions("train", 400, seed=1):
+    for question in drawn_questions(400):
         prompt, _, completion = smollm2.example(question, rng)
         verdict, shown = verify.extract_boxed(completion), re.findall(r"<response\w*>\n(.*?)\n</response", prompt)
         values = [int(verify.extract_boxed(text) or text) for text in shown]
-        assert prompt.startswith(question.text) and str(question.value) in completion
+        assert prompt.startswith(question.text)
         if len(values) == 2:
             kinds["pairwise"] += 1
             assert values["AB".index(verdict)] == question.value
+            assert completion.startswith(f"A: {question.check(values[0])}")
         elif values and verdict in ("Yes", "No", "A", "B"):
             kinds["pointwise", right := values[0] == question.value] += 1
             correct = re.search(r"([AB]): correct", prompt)
             assert (verdict == (correct[1] if correct else "Yes")) == right
+            assert completion.startswith(question.check(values[0]))
         else:
             kinds["reflection" if values else "policy"] += 1
-            assert verdict == str(question.value)
-    assert len(kinds) == 5 and min(kinds.values()) > 20
+            assert completion == question.answer(question.value)
+    assert len(kinds) == 5 and min(kinds.values()) > 50
 
 
 def test_supervision_is_learnt(processor, text_model):
@@ -88,7 +160,7 @@ def test_supervision_is_learnt(processor, text_model):
             return text_model(**inputs).loss.item()
 
     before = loss()
-    smollm2.teach(text_model, tokenizer, 64)
+    smollm2.teach(text_model, tokenizer, mixed_questions("train", 64, seed=1))
     assert loss() < before
 
 
