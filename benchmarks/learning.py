@@ -57,7 +57,7 @@ TRUSTING = str(trusting.START)
 SMOLLM2 = Task(
     start="runs/smollm2_135m_start",
     recipe="recipes/smollm2_135m_cpu.yaml",
-    steps=30,
+    steps=20,
     measures="arithmetic",
     made={
         "runs/smollm2_135m_start": "models.smollm2 runs/smollm2_135m_start",
