@@ -18,7 +18,7 @@ import data.equations
 import verify
 from data.cli import Parser
 from demo import balanced, mean
-from engines import Output, Request, Sampling, TransformersEngine, complete
+from engines import Output, Request, Sampling, TransformersEngine, VLLMEngine, complete
 from evaluate import same_answers, verdict_probability
 from prompts import (
     PAIRWISE,
@@ -106,14 +106,15 @@ TASKS: dict[str, Callable[[], Task]] = {
 class Model:
     """Puts instructions to one model at one temperature; counts the tokens it writes in each role.
 
-    `show` prints so many exchanges of each role.
+    `model` is a folder, for transformers' `generate`, or an engine. `show` prints so many exchanges of each role.
     """
 
-    def __init__(self, folder: str, task: Task, temperature: float, seed: int = 0, show: int = 0):
+    def __init__(self, model, task: Task, temperature: float, seed: int = 0, show: int = 0):
         from transformers import set_seed
 
         set_seed(seed)
-        self.engine = TransformersEngine(folder, batch_size=256, dtype=task.dtype)
+        is_folder = isinstance(model, str)
+        self.engine = TransformersEngine(model, batch_size=256, dtype=task.dtype) if is_folder else model
         self.sampling = Sampling(task.max_tokens, temperature)
         self.suffix = task.suffix
         self.rng = random.Random(seed)
@@ -191,11 +192,11 @@ class Model:
         return self(role, rows, instructions)
 
 
-def measure(folder: str, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
+def measure(of, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
     """Every measure at one temperature, {name: {mean, n, interval}}; what each way to a final answer costs, in tokens
     written a question; the raw outcomes."""
     drawn, samples = (DRAWN, SAMPLES) if temperature > 0 else (1, 1)
-    model = Model(folder, task, temperature, show=show)
+    model = Model(of, task, temperature, show=show)
     answers, points, pairs = (benchmark[name] for name in ("answers", "points", "pairs"))
 
     def grouped(values: list) -> list[list]:
@@ -374,13 +375,13 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--questions", type=int, default=250)
     parser.add_argument("--show", type=int, default=0)
+    parser.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")
     parser.add_argument("--output", help="a JSON file for the outcomes")
     args = parser.parse_args()
     task = TASKS[args.task]()
+    model = VLLMEngine(args.model, dtype=task.dtype, max_model_len=1024, seed=0) if args.vllm else args.model
     benchmark = task.rows(args.questions, args.split)
-    results = {
-        name: measure(args.model, task, benchmark, t, args.show) for name, t in (("greedy", 0.0), ("sampled", 1.0))
-    }
+    results = {name: measure(model, task, benchmark, t, args.show) for name, t in (("greedy", 0.0), ("sampled", 1.0))}
     print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':36}{'greedy':>18}{'temperature 1':>18}")
     for name in results["sampled"]["measures"]:
         cells = []
