@@ -118,10 +118,12 @@ NOISY = ("grpo", "ratio_0.25", "spark")
 VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for variant in NOISY}
 
 
-def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int) -> list[list[str]]:
+def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int, vllm: bool = False) -> list[list[str]]:
     """The calls of train_spark.py; the last one makes `folder`/model."""
     settings = {"seed": seed, "recycle_seed": seed, "log_completions": False, "save_total_limit": 1}
     settings |= {"model_name_or_path": TASKS[task].start, **VARIANTS[variant]}
+    if vllm:
+        settings["use_vllm"] = True
     if "noise" in variant:
         settings["reward_funcs"] = f"benchmarks/noisy.py:{TASKS[task].measures}_{variant.rpartition('_')[2]}"
     steps *= VARIANTS[variant].get("steps_per_generation", 1)
@@ -158,7 +160,9 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
     folder = folder_of(task) / ("start" if variant == "start" else f"{variant}_{seed}")
     folder.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // args.jobs))
-    env = {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1"}
+    # vLLM on the CPU, if at all: no run binds itself to the cores of another, or reserves its memory.
+    shared = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {"OMP_NUM_THREADS": threads, **shared, **os.environ, "HF_HUB_OFFLINE": "1"}
     model = TASKS[task].start if variant == "start" else str(folder / "model")
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
 
@@ -168,7 +172,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
 
         commands = []
         if variant != "start":
-            commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps)
+            commands = commands_of(task, variant, seed, folder, args.steps or TASKS[task].steps, args.vllm)
         if commands and (folder / "trained.json").exists():
             earlier = json.loads((folder / "trained.json").read_text(encoding="utf-8"))["command"]
             if steps_of(earlier.split()) != steps_of(list(itertools.chain(*commands))):
@@ -197,6 +201,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
         outcome = folder / outcome_of(task, args.split)
         if not outcome.exists():
             measured = ["--task", TASKS[task].measures, "--split", args.split, "--questions", str(args.questions)]
+            measured += ["--vllm"] * args.vllm
             call([sys.executable, "-m", "benchmarks.measures", model, *measured, "--output", str(outcome)])
     print(f"{task} {variant} seed {seed}: done", flush=True)
     trained = {} if variant == "start" else json.loads((folder / "trained.json").read_text(encoding="utf-8"))
@@ -406,6 +411,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: the task's")
     parser.add_argument("--questions", type=int, default=QUESTIONS)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--vllm", action="store_true", help="generate with vLLM, in training and in the measures")
     parser.add_argument("--table", action="store_true", help="of the runs there are; nothing is trained")
     parser.add_argument("--minus", default="grpo", choices=VARIANTS, help="what differences are from (default: grpo)")
     parser.add_argument("--figure", metavar="PNG", help="draw the accuracy of --variants against tokens")

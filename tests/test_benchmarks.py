@@ -182,7 +182,7 @@ def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_p
     monkeypatch.setattr(learning.subprocess, "run", call)
     monkeypatch.setattr(learning.record, "commit", lambda: "c0ffee")
     (tmp_path / "digits" / "spark_1" / "model" / "checkpoint-20").mkdir(parents=True)
-    args = Namespace(jobs=2, steps=None, split="dev", questions=4)
+    args = Namespace(jobs=2, steps=None, split="dev", questions=4, vllm=False)
     whole, resumed = (learning.one_run("digits", "spark", seed, args) for seed in (0, 1))
     assert whole["seconds"] >= 0 and resumed["seconds"] is None
     assert (resumed["tokens"], resumed["rollouts"]) == (7, 8)
@@ -194,4 +194,4 @@ def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_p
     assert outcomes == {"dev.json", "equations_dev.json"}
     assert [run["variant"] for run in learning.finished_runs("equations", "dev")] == ["spark"]
     with pytest.raises(learning.Failed, match="was trained for another number of steps"):  # a trial's is no result
-        learning.one_run("digits", "spark", 0, Namespace(jobs=2, steps=3, split="dev", questions=4))
+        learning.one_run("digits", "spark", 0, Namespace(jobs=2, steps=3, split="dev", questions=4, vllm=False))
