@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import recycle
 from benchmarks import record, trusting
 from data.cli import Parser
 
@@ -112,6 +113,10 @@ VARIANTS = {
     "two_updates_0.25": spark(32, 8, steps_per_generation=2, per_device_train_batch_size=16 * G),
     # A third of the steps for judging and reflecting (as much as there is to judge), the rest for answering alone.
     "judge_first": spark(8, 32),
+}
+VARIANTS |= {
+    f"ratio_0.25_no_{out}": spark(32, 8, recycle_tasks=[task for task in recycle.TASKS if task != out])
+    for out in recycle.TASKS
 }
 # The verifier errs for so many percent of the answers (benchmarks/noisy.py).
 NOISY = ("grpo", "ratio_0.25", "spark")
