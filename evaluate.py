@@ -32,6 +32,7 @@ records out:
 
 import hashlib
 import importlib.util
+import inspect
 import itertools
 import json
 import math
@@ -67,6 +68,7 @@ from prompts import (
 )
 
 Row = dict[str, Any]
+COLUMNS = ("solution", "task", "source")  # what a verifier of yours gets of a row, beside its images
 TTS = ("reflect", "vote", "weighted_vote", "best_of_n", "compare")
 
 
@@ -90,6 +92,7 @@ class Settings:
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
     answer_mark: str = flag(BOX, "where reflections put the answer; as in training")
     reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
+    correct_at: float | None = flag(None, "least reward of that verifier that is right (default: it gives 0 or 1)")
     seed: int = flag(0)
 
     @property
@@ -103,7 +106,13 @@ class Settings:
             return None
         from training.rewards import load_rewards
 
-        return load_rewards([self.reward_funcs])[0]
+        (function,) = load_rewards([self.reward_funcs])
+        try:
+            inspect.signature(function).bind(prompts=[], completions=[], **dict.fromkeys((*COLUMNS, "images")))
+        except TypeError as error:
+            passed = ", ".join(("prompts", "completions", *COLUMNS, "images"))
+            raise BadInput(f"reward_funcs: {self.reward_funcs}: {error}; evaluation passes {passed}") from None
+        return function
 
     @property
     def equal(self) -> Callable[[list[tuple]], list[bool | None]]:
@@ -122,11 +131,17 @@ class EngineSettings:
 
     dtype: str = flag(
         "auto",
-        "vllm, transformers: auto is the model's own, float32 on a CPU",
+        "vllm, transformers: auto is the model's own (vllm: bfloat16 for float32), float32 on a CPU",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     batch_size: int = flag(128, "transformers", least=1)
-    max_model_len: int | None = flag(None, "vllm: most tokens of prompt and completion together", least=1)
+    max_model_len: int | None = flag(
+        None,
+        "vllm: most tokens of prompt and completion together (default: the model's, all of which needs room)",
+        least=1,
+    )
+    gpu_memory_utilization: float | None = flag(None, "vllm: share of the GPU's memory (default: vLLM's)", least=0)
+    tensor_parallel_size: int = flag(1, "vllm: GPUs that the model is split over", least=1)
     server: tuple[str, ...] = flag((), "server: URLs; the key is read from OPENAI_API_KEY")
     served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
     concurrency: int = flag(64, "server: concurrent requests, over all URLs", least=1)
@@ -213,14 +228,16 @@ class Calls:
         row, reward = self.row, self.settings.reward
         if reward is None:
             return verify.is_equal(self.settings.extract(text), row["solution"])
-        columns = {name: [row[name]] for name in ("solution", "task", "source")}
+        columns = {name: [row[name]] for name in COLUMNS}
         columns["images"] = [[loaded(image) for image in row["images"]]]
         message = [{"role": "assistant", "content": text}]
         (value,) = reward(prompts=[row["prompt"]], completions=[message], **columns)
         if value is None or value != value:
             return None
+        if self.settings.correct_at is not None:
+            return value >= self.settings.correct_at
         if value not in (0, 1):
-            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}")
+            raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}; or set --correct_at")
         return bool(value)
 
     def scored(self, text: str, **fields: Any) -> Row:
@@ -675,7 +692,14 @@ def make_engine(settings: Settings, engine: EngineSettings):
             model = engine.served_model or settings.model
             return ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout)
         if settings.engine == "vllm":
-            return VLLMEngine(settings.model, dtype=engine.dtype, max_model_len=engine.max_model_len)
+            share = engine.gpu_memory_utilization
+            return VLLMEngine(
+                settings.model,
+                dtype=engine.dtype,
+                max_model_len=engine.max_model_len,
+                tensor_parallel_size=engine.tensor_parallel_size,
+                **({} if share is None else {"gpu_memory_utilization": share}),
+            )
         from transformers import set_seed
 
         set_seed(settings.seed)
@@ -706,12 +730,12 @@ def choose_engine(engine: str, server: tuple[str, ...]) -> str:
 
 def main() -> int:
     parser = Parser(__doc__)
-    for fields in (Settings, EngineSettings, DataSettings):
-        parser.add_fields(fields)
+    parser.add_fields(Settings)
+    parser.add_fields(EngineSettings)
+    parser.add_fields(DataSettings, dataset_split="test")
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--limit", type=int, help="maximum number of rows per benchmark")
     parser.add_argument("--check", action="store_true", help="read the benchmarks and stop: no model is loaded")
-    parser.set_defaults(dataset_split="test")
     args = parser.parse_args()
     settings, engine, data = (parser.values(args, fields) for fields in (Settings, EngineSettings, DataSettings))
     if args.limit is not None and args.limit < 1:

@@ -30,7 +30,7 @@ class DataArguments(DataSettings):
 
     dataset: str = flag(help="A file (json, jsonl, csv, tsv, parquet), a folder, a hub name, `digits`, `arithmetic`.")
     eval_dataset: str | None = flag(None, "The same, for evaluation during training (eval_strategy).")
-    eval_split: str = flag("test", "The same, for eval_dataset.")
+    eval_split: str = flag("test", "Split of eval_dataset, if that is a hub dataset or a folder.")
     strict: bool = flag(False, "Refuse data with unusable rows instead of leaving them out.")
     reward_funcs: list[str] | None = field(
         default=None,

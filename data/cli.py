@@ -22,9 +22,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}\n")
 
-    def add_fields(self, settings: type) -> None:
-        """A flag for each field of a dataclass, as transformers' HfArgumentParser makes them, without importing it."""
+    def add_fields(self, settings: type, **defaults: Any) -> None:
+        """A flag for each field of a dataclass, as transformers' HfArgumentParser makes them, without importing it;
+        `defaults` are this command's own."""
         for each in fields(settings):
+            default = defaults.get(each.name, each.default)
             options = {name: value for name, value in each.metadata.items() if name != "least"}
             kind = next(kind for kind in get_args(each.type) or (each.type,) if kind not in (NoneType, ...))
             if kind is bool:
@@ -33,12 +35,12 @@ class Parser(argparse.ArgumentParser):
                 options["type"] = kind
             if get_origin(each.type) is tuple:
                 options["nargs"] = "+"
-            if each.default is MISSING:
+            if default is MISSING:
                 options["required"] = True
             else:
-                options["default"] = each.default
-                if kind is not bool and each.default not in (None, ()) and str(each.default).isprintable():
-                    options["help"] = f"{options.get('help', '')} [{each.default}]".strip()
+                options["default"] = default
+                if kind is not bool and default not in (None, ()) and str(default).isprintable():
+                    options["help"] = f"{options.get('help', '')} [{default}]".strip()
             self.add_argument(f"--{each.name}", **options)
 
     def values(self, args: argparse.Namespace, settings: type) -> Any:

@@ -1,5 +1,6 @@
 """The gold of a row: found in what the data hold, and refused where no answer could ever be equal to it."""
 
+import json
 import math
 import re
 import reprlib
@@ -50,6 +51,16 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
             f"reasoning: {text[:60]!r}",
         )
     return unicode_text(text, "solution")
+
+
+def is_json(value: Any) -> bool:
+    """Whether this is the text of a JSON object or list, such as a verifier of the user's own may want."""
+    if not (isinstance(value, str) and value.lstrip()[:1] in ("{", "[")):
+        return False
+    try:
+        return isinstance(json.loads(value), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def several(value: Any) -> list | None:

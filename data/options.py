@@ -28,9 +28,12 @@ KINDS = {
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
+_LIST_NAME = re.compile(r"options?|choices?|opts", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
+_MAY_BE_OPTIONS = re.compile(
+    r"candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
+)
 _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
 _MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
     re.compile(r"^[ \t]*\(?([A-Z])[.):]\)?", re.MULTILINE),
@@ -99,12 +102,21 @@ def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
     the question. An empty list says that there are none, as of an open question of MMMU's."""
     if not (len(answer) == 1 and "A" <= answer <= "Z"):
         return
-    lists, members, _ = _columns(tuple(name for name in raw if isinstance(name, str)))
-    if any(literal(raw[name]) == [] for name in lists):
+    names = tuple(name for name in raw if isinstance(name, str))
+    lists, members, _ = _columns(names)
+    if any(literal(raw[name]) == [] for name in lists) or re.search(rf"(?<!\w)\(?{answer}\)?[.):]", str(question)):
         return
-    if (lists or members) and not re.search(rf"(?<!\w)\(?{answer}\)?[.):]", str(question)):
+    if lists or members:
         name = lists[0] if lists else next(iter(members.values()))
         raise RowError(name, f"expected options, of which the answer is {answer}, got none")
+    for name in names:
+        value = literal(raw[name])
+        lettered = isinstance(value, dict) and answer in value and set(value) <= set(LETTERS)
+        if lettered or (_MAY_BE_OPTIONS.fullmatch(name) and isinstance(value, (list, tuple, dict)) and len(value) > 1):
+            raise RowError(
+                name,
+                f"looks like the options of the answer {answer} and is not used; expected them in options or choices",
+            )
 
 
 def _listed(name: str, value: Any) -> Options:

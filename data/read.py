@@ -32,7 +32,7 @@ from typing import Any
 from data import hub, table
 from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
-from data.golds import extracted, gold, several
+from data.golds import extracted, gold, is_json, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
@@ -279,6 +279,8 @@ class Reader:
             kind = self.source.settings.answer_kind
             label = right_label(answer, record.options, record.letter, kind, self.layout.common)
             record.solution = gold_of(label, record.options)
+        elif getattr(self.source.settings, "reward_funcs", None) and is_json(record.solution):
+            record.solution = unicode_text(record.solution, "solution")  # for that verifier to read
         elif several_golds and (golds := several(record.solution)):
             record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:
@@ -381,8 +383,16 @@ class Layout:
                 judged.append("chosen and rejected")
             if len(judged) > 1:
                 raise BadInput(f"{source}: expected one layout, got the columns of {' and of '.join(judged)}")
+        self.overridden: dict[str, str] = {}  # field of a known format -> the column that was named for it instead
         if self.format:
             self.question, self.answer = self.format.COLUMNS
+            self.overridden = {
+                what: names[what]
+                for what in ("prompt", "solution")
+                if what not in missing and names[what] not in (what, *self.format.COLUMNS)
+            }
+            self.question = self.overridden.get("prompt", self.question)
+            self.answer = self.overridden.get("solution", self.answer)
         else:
             self.question = self._column("prompt", settings.prompt_column, columns.QUESTIONS, needed=True)
             answers = columns.ANSWERS if "response" in self.columns else (*columns.ANSWERS, "label")
@@ -419,6 +429,9 @@ class Layout:
         """Raises RowError. A column may be there in some rows only, and not in the first ones."""
         if self.format:
             record = self.format.record(raw)
+            for field, column in self.overridden.items():
+                setattr(record, field, raw.get(column))
+            record.letter = None if "solution" in self.overridden else record.letter  # that of the format's answer
         else:
             question = raw.get(self.question)  # which MathVerse leaves to the image in some rows
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))

@@ -8,8 +8,8 @@
 #   MODES   what to evaluate                   ("tts answer")
 #   OUTPUT  folder of the results              (results/<model's name>)
 #   PORT    of the server                      (8000)
-#   SERVE   more flags for vllm serve          (--max-model-len 16384)
-#   EVAL    more flags for evaluate.py         (greedy, 2048 tokens, repetition penalty 1.05: the paper's setting)
+#   SERVE   more flags for vllm serve, besides (--max-model-len 24576: the largest image has 16,384 tokens)
+#   EVAL    more flags for evaluate.py, besides (greedy, 2048 tokens, repetition penalty 1.05: the paper's setting)
 #   PYTHON  the interpreter                    (python)
 #   VLLM    what starts a server               (vllm serve)
 #
@@ -22,8 +22,8 @@ MODEL=${MODEL:-internlm/Spark-VL-7B}
 MODES=${MODES:-tts answer}
 OUTPUT=${OUTPUT:-results/$(basename "$MODEL")}
 PORT=${PORT:-8000}
-SERVE=${SERVE:---max-model-len 16384}
-EVAL=${EVAL:---temperature 0 --max_tokens 2048 --repetition_penalty 1.05}
+SERVE="--max-model-len 24576 ${SERVE:-}"  # of a flag given twice the last one counts
+EVAL="--temperature 0 --max_tokens 2048 --repetition_penalty 1.05 ${EVAL:-}"
 PYTHON=${PYTHON:-python}
 VLLM=${VLLM:-vllm serve}
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -754,9 +754,23 @@ def test_a_reward_between_right_and_wrong_is_refused(tmp_path, monkeypatch, caps
     engine = Scripted(lambda text: "\\boxed{1}")
     assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", engine, "--reward_funcs", name) == 2
     assert "expected 0 or 1 (None: no opinion), got 0.5" in capsys.readouterr().err
+    for least, right in (("0.5", True), ("0.6", False)):
+        flags = ["--reward_funcs", name, "--correct_at", least]
+        assert command(monkeypatch, tmp_path / "b.json", tmp_path / f"{least}.json", engine, *flags) == 0
+        assert json.loads((tmp_path / f"{least}.json").read_text())[0]["is_correct"] is right
     flags = ["--reward_funcs", name.replace(":half", ":none")]
     assert command(monkeypatch, tmp_path / "b.json", tmp_path / "n.json", engine, *flags) == 0
     assert json.loads((tmp_path / "n.json").read_text())[0]["is_correct"] is None
+
+
+def test_what_a_verifier_wants_and_evaluation_has_not_is_refused_at_once(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ids.py").write_text("def f(prompts, completions, completion_ids, **columns):\n    return [1.0]\n")
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
+    flags = ["--reward_funcs", f"{tmp_path}/ids.py:f"]
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", None, *flags) == 2
+    error = capsys.readouterr().err
+    assert "'completion_ids'; evaluation passes prompts, completions, solution, task, source, images" in error
+    assert error.count("\n") == 1
 
 
 def spelled(*tokens):

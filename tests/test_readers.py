@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import check, table
-from data.arguments import DataSettings
+from data.arguments import DataArguments, DataSettings
 from data.golds import gold
 from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
 from data.rows import BadRow, Record, RowError, Source, build_row, question_text
@@ -54,6 +54,43 @@ def text_of(row) -> str:
 
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "columns", "question", "solution"),
+    [
+        ({"question": "Two?", "frage": "Zwei?", "answer": "1+1\n#### 2"}, {"prompt_column": "frage"}, "Zwei?", "2"),
+        ({"question": "Two?", "answer": "1+1\n#### 2"}, {"prompt_column": "question"}, "Two?", "2"),
+        ({"problem": "Two?", "solution": "It is \\boxed{3}.", "final": "2"}, {"solution_column": "final"}, "Two?", "2"),
+        (
+            {"index": 1, "question": "Two?", "image": png(), "A": "1", "B": "2", "answer": "1", "answer_option": "A",
+             "mended": "B"},
+            {"solution_column": "mended"}, "Two?\nA. 1\nB. 2", "(B) 2",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Two?"}, {"from": "gpt", "value": "3"}], "gold": "2"},
+            {"solution_column": "gold"}, "Two?", "2",
+        ),
+    ],
+    ids=["gsm8k", "gsm8k's own column", "boxed", "vlmevalkit", "llava"],
+)  # fmt: skip
+def test_a_named_column_is_read_instead_of_a_known_format_s(record, columns, question, solution):
+    (row,) = read_rows([record], **columns)
+    assert (text_of(row), row["solution"]) == (question, solution)
+
+
+def test_json_is_left_as_it_is_for_a_verifier_of_ones_own(tmp_path):
+    tests, header = '["assert f(1) == 2", "assert f(2) == 3"]', r'{"code": "#### first\nx = 1"}'
+    rows = [
+        {"prompt": "f?", "solution": tests},
+        {"prompt": "x?", "solution": header},
+        {"prompt": "2?", "solution": "#### 2"},
+    ]
+    path = write(tmp_path / "x.json", rows)
+    arguments = DataArguments(dataset=path, reward_funcs=["mine.py:f"])
+    found = [row["solution"] for _, _, row in Reader(Source(path, arguments))]
+    assert found == [tests, header, "2"]
+    assert isinstance(read(path)[0], BadRow)  # two golds, for this project's verifier
 
 
 def test_gsm8k(tmp_path):
@@ -206,6 +243,8 @@ def test_open_questions_among_those_with_options(tmp_path):
         ({"distractor1": "4", "distractor2": "9"}, "distractor1"),
         ({"answer_options": ["4", "7"]}, "answer_options"),
         ({"multiple_choices": '["4", "7"]'}, "multiple_choices"),
+        ({"candidates": ["4", "7"]}, "candidates"),
+        ({"shown": {"A": "4", "B": "7"}}, "shown"),
         ({"options": ["4", "7"], "choices": ["5", "7"]}, "choices"),
         ({"options": ["4", "7"], "A": "5", "B": "7"}, "A"),
         ({"A": "4", "B": None}, "A"),
@@ -219,6 +258,25 @@ def test_open_questions_among_those_with_options(tmp_path):
 def test_options_that_nothing_would_show_are_an_error_that_names_them(columns, field):
     (found,) = read_rows([{"dataset": "d", "problem": "Which is prime?", "answer": "B", **columns}])
     assert isinstance(found, BadRow) and found.field == field
+
+
+def test_lists_beside_an_answer_of_one_letter_may_be_something_else():
+    point = {"question": "Which point is it?", "answer": "B", "skills": ["geometry", "reading"], "candidates": []}
+    assert read_rows([point])[0]["solution"] == "B"
+    listed = {"question": "Which? A. 4 B. 7", "answer": "B", "candidates": ["4", "7"]}
+    assert read_rows([listed])[0]["solution"] == "(B) 7"
+    assert read_rows([{"question": "Which?", "answer": "7", "candidates": ["4", "7"]}])[0]["solution"] == "7"
+    assert read_rows([{"question": "Which?", "answer": "B", "opts": ["4", "7"]}])[0]["solution"] == "(B) 7"
+
+
+@pytest.mark.parametrize("column", ["file_name", "filename", "path", "file", "img_path"])
+def test_an_image_under_another_name_is_refused_until_it_is_named(column, folder):
+    record = {"prompt": "Area?", "solution": "12", column: "a.png"}
+    (bad,) = read_rows([record], image_root=str(folder))
+    assert (bad.field, "as --image_column" in bad.reason) == (column, True)
+    (row,) = read_rows([record], image_root=str(folder), image_column=column)
+    assert len(row["images"]) == 1
+    assert read_rows([{"prompt": "Area?", "solution": "12", column: "a.py"}])[0]["images"] == []
 
 
 def test_columns_a_and_b_that_are_no_options():

@@ -255,6 +255,8 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     # 8,292,166,656 / 8 = 1,036,520,832 parameters a GPU: 2 bytes, 2, 12 and 2 for the reference.
     assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
     assert lines["optimizer"] == ["11.6"]
+    # 14 bytes, as the optimizer's state has float32 weights; 2 kept and one more that is being written.
+    assert "checkpoints every 400 optimizer steps, 108.1 GiB each, at most 4 at a time" in printed
     assert lines["refused"] == ["nothing"]
     # 64 rows of 1,337 visual tokens of 4 patches of 1,176 float32 values; kept of 8 questions, 2 more and a pass.
     assert lines["pixels"] == ["1.5"]

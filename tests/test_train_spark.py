@@ -829,6 +829,20 @@ def test_a_reward_function_of_ones_own_by_its_file(tmp_path):
             load_rewards([wrong])
 
 
+def test_what_a_reward_function_imports_may_lie_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("REWARD = 1.0\n")
+    (tmp_path / "mine.py").write_text(
+        "from beside_it import REWARD\n\ndef f(prompts, completions, **columns):\n"
+        "    return [REWARD] * len(completions)\n"
+    )
+    (function,) = load_rewards([f"{tmp_path}/mine.py:f"])
+    assert function([None], ["a"]) == [1.0]
+    (tmp_path / "mine.py").write_text("import not_to_be_found\n")
+    with pytest.raises(BadInput, match=r"mine\.py: No module named 'not_to_be_found'"):
+        load_rewards([f"{tmp_path}/mine.py:f"])
+
+
 def test_rewards_that_can_make_no_label_are_refused_while_recycling(tmp_path, processor, text_model):
     async def slow(prompts, completions, **columns):
         return [1.0] * len(completions)
@@ -952,6 +966,12 @@ def test_bad_input_is_one_line_and_status_2(arguments, expected, tmp_path, proce
     message = capsys.readouterr().err.strip()
     assert "\n" not in message
     assert expected in message
+
+
+def test_several_gpus_need_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(SparkConfig, "n_gpu", 2)
+    with pytest.raises(ValueError, match="2 GPUs for one process: expected accelerate launch"):
+        settings.check_installation(config(SparkConfig, tmp_path), None)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ class Progress(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:  # of an evaluation, or at the end
             return
-        self._figures = {k: f"{logs[name]:.2f}" for k, name in SHOWN.items() if logs.get(name) is not None}
+        figures = {k: f"{logs[name]:.2f}" for k, name in SHOWN.items() if logs.get(name) is not None}
+        self._figures = figures or self._figures  # of several steps with one generation, only the first has some
         if self._bar is not None:
             self._bar.set_postfix(self._figures)
         else:

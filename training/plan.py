@@ -237,6 +237,16 @@ def steps(run: Run) -> Steps:
 # Memory
 
 
+def bytes_each(run: Run) -> tuple[int, int, int]:
+    """Bytes of a weight, of a trained weight (and of its gradient), and of its optimizer state."""
+    args, sharding = run.args, run.launch.sharding
+    deepspeed, half, lora = sharding in ("zero2", "zero3"), args.bf16 or args.fp16, run.model.use_peft
+    weight_bytes = 2 if deepspeed and half else run.weight_bytes
+    float32 = (lora and sharding != "zero3") or (half and sharding == "fsdp2")  # an adapter; what accelerate makes it
+    trained_bytes = 4 if float32 else weight_bytes
+    return weight_bytes, trained_bytes, 12 if deepspeed and half else 2 * trained_bytes  # with its float32 weights
+
+
 def memory(run: Run, model: Architecture) -> dict[str, float]:
     """Bytes of each GPU, by what they are for.
 
@@ -244,15 +254,11 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     more, and an image of max_pixels in each row.
     """
     args, sharding, world = run.args, run.launch.sharding, run.launch.processes
-    deepspeed = sharding in ("zero2", "zero3")
     lora, half = run.model.use_peft, args.bf16 or args.fp16
     whole = sharding in ("none", "zero2")
     weight_shards = 1 if whole else world
     state_shards = 1 if sharding == "none" else world  # of gradients and moments
-    weight_bytes = 2 if deepspeed and half else run.weight_bytes
-    float32 = (lora and sharding != "zero3") or (half and sharding == "fsdp2")  # an adapter; what accelerate makes it
-    trained_bytes = 4 if float32 else weight_bytes
-    moment_bytes = 12 if deepspeed and half else 2 * trained_bytes  # DeepSpeed: with its float32 weights
+    weight_bytes, trained_bytes, moment_bytes = bytes_each(run)
     compute_bytes = 2 if half or run.weight_bytes < 4 else 4
     residual_bytes = 4 if run.weight_bytes == 4 and sharding == "none" else compute_bytes  # autocast leaves it alone
     copies = sharding == "none" and half and run.weight_bytes == 4 and not lora  # autocast's, of the weights
@@ -458,7 +464,7 @@ def show(data, args, model, launch: Launch) -> None:
     reasons = unusable + refusals(run, counted)
     estimates = ["memory     unknown, like the model"]
     if counted:
-        estimates = [*_memory(run, counted), "", *_seconds(run, counted)]
+        estimates = [*_memory(run, counted), "", *_seconds(run, counted), "", _checkpoints(run, counted)]
     lines = [
         f"model      {model_line}",
         f"data       {data_line}",
@@ -513,6 +519,17 @@ def _memory(run: Run, model: Architecture) -> list[str]:
         f"  fits on a GPU of {card} GiB",
     ]
     return lines
+
+
+def _checkpoints(run: Run, model: Architecture) -> str:
+    """How often, how large, how many. One more than save_total_limit while it is written."""
+    args, (_, trained_bytes, moment_bytes) = run.args, bytes_each(run)
+    if args.save_strategy == "no":
+        return "checkpoints none"
+    often = f"every {args.save_steps:,.10g} optimizer steps" if args.save_strategy == "steps" else "every epoch"
+    size = model.trained * (trained_bytes + (0 if args.save_only_model else moment_bytes)) / GIB
+    many = "all of them kept" if args.save_total_limit is None else f"at most {args.save_total_limit + 1} at a time"
+    return f"checkpoints {often}, {size:,.1f} GiB each, {many}"
 
 
 def _seconds(run: Run, model: Architecture) -> list[str]:

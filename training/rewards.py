@@ -136,7 +136,11 @@ def load_rewards(names: list[str] | None) -> list[Callable]:
         found = importlib.util.spec_from_file_location(Path(path).stem, path)
         module = importlib.util.module_from_spec(found)
         sys.modules.setdefault(found.name, module)
-        found.loader.exec_module(module)
+        sys.path.append(str(Path(path).resolve().parent))  # for what it imports from beside itself, now or when called
+        try:
+            found.loader.exec_module(module)
+        except ImportError as error:
+            raise BadInput(f"reward_funcs: {path}: {error}") from error
         if not callable(getattr(module, name, None)):
             raise BadInput(f"reward_funcs: {path} has no function {name!r}")
         functions.append(getattr(module, name))

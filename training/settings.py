@@ -43,6 +43,10 @@ def check_installation(args: Any, model: Any) -> None:
     """This TRL and the vLLM that it supports, and the packages that only some settings need."""
     if version("trl") != TRL:
         raise ValueError(f"trl: expected {TRL}, found {version('trl')}; pip install -r requirements.txt")
+    if args.n_gpu > 1:  # without a launcher TRL would spread the model over them
+        raise ValueError(
+            f"{args.n_gpu} GPUs for one process: expected accelerate launch for all of them, or CUDA_VISIBLE_DEVICES=0"
+        )
     if args.use_vllm:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # TRL warns of another version, and fails later

@@ -27,12 +27,14 @@ TASKS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
 LABELS = {"yes": "Yes", "true": "Yes", "1": "Yes", "no": "No", "false": "No", "0": "No"}
 CATEGORIES = (
-    "category", "subset", "subject", "question_type", "answer_type", "task", "skills", "skill", "problem_version",
-    "knowledge_level", "level", "query_source", "source", "generator",
+    "category", "subset", "split", "subject", "question_type", "answer_type", "task", "skills", "skill",
+    "problem_version", "knowledge_level", "level", "query_source", "source", "generator",
 )  # fmt: skip
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
-_IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
+_IMAGE_NAME = re.compile(
+    r"image|img|photo|picture|figure|diagram|screenshot|file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE
+)
 _IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
