@@ -212,6 +212,7 @@ def test_a_recipe_trains_a_step(path, tmp_path, monkeypatch):
         "recycle_ratio": 1,  # two items of two questions
         "max_completion_length": 16,
         "max_steps": 1,
+        "logging_steps": 1,
         "disable_tqdm": "true",
     }
     if "countdown" in path.stem:  # the verifier reads its own tasks
