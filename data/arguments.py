@@ -14,7 +14,9 @@ class DataSettings:
     solution_column: str = flag("solution", "Column of the gold answer.")
     image_column: str | None = flag(None, "Column of the image or images, if any.")
     answer_kind: str | None = flag(
-        None, "What answers to questions with options are.", choices=["letter", "text", "from_0", "from_1"]
+        None,
+        "How answers name the right option; default: what the first 100 rows agree on.",
+        choices=["letter", "text", "from_0", "from_1"],
     )
     image_root: str | None = flag(None, "Folder that image paths are relative to, and may not leave.")
     allow_remote_images: bool = flag(False, "Fetch http(s) images when they are used.")
