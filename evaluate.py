@@ -235,7 +235,7 @@ class Calls:
         if value is None or value != value:
             return None
         if self.settings.correct_at is not None:
-            return value >= self.settings.correct_at
+            return bool(value >= self.settings.correct_at)
         if value not in (0, 1):
             raise BadInput(f"reward_funcs: expected 0 or 1 (None: no opinion), got {value!r:.60}; or set --correct_at")
         return bool(value)

@@ -18,6 +18,9 @@ class DataSettings:
         "How answers name the right option; default: what the first 100 rows agree on.",
         choices=["letter", "text", "from_0", "from_1"],
     )
+    keep_solution: bool = flag(
+        False, "Take the solution as it is, for a verifier of your own: test cases, JSON, long texts."
+    )
     image_root: str | None = flag(None, "Folder that image paths are relative to, and may not leave.")
     allow_remote_images: bool = flag(False, "Fetch http(s) images when they are used.")
     min_pixels: int | None = flag(None, "Smaller images are enlarged to this many pixels.")

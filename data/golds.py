@@ -1,6 +1,5 @@
 """The gold of a row: found in what the data hold, and refused where no answer could ever be equal to it."""
 
-import json
 import math
 import re
 import reprlib
@@ -53,14 +52,11 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
     return unicode_text(text, "solution")
 
 
-def is_json(value: Any) -> bool:
-    """Whether this is the text of a JSON object or list, such as a verifier of the user's own may want."""
-    if not (isinstance(value, str) and value.lstrip()[:1] in ("{", "[")):
-        return False
-    try:
-        return isinstance(json.loads(value), (dict, list))
-    except (ValueError, RecursionError):
-        return False
+def kept(value: Any) -> str:
+    """A solution as it is, for a verifier of the user's own. Raises RowError for what is no text."""
+    if not isinstance(value, str) or not value.strip():
+        raise RowError("solution", f"expected text, got {'nothing' if value is None else reprlib.repr(value)}")
+    return unicode_text(value, "solution")
 
 
 def several(value: Any) -> list | None:

@@ -32,7 +32,7 @@ from typing import Any
 from data import hub, table
 from data.arguments import DataSettings
 from data.formats import FORMATS, JUDGED, columns, vlmevalkit
-from data.golds import extracted, gold, is_json, several
+from data.golds import extracted, gold, kept, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
 from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
@@ -274,20 +274,21 @@ class Reader:
             judged, record.solution = columns.for_judge(record.judged or {})
         elif without_gold:
             raise RowError("solution", "expected a gold answer, got a row for judging")
+        elif self.source.settings.keep_solution:
+            record.solution = kept(record.solution)
         elif record.options:
             answer = extracted(record.solution)
             kind = self.source.settings.answer_kind
             label = right_label(answer, record.options, record.letter, kind, self.layout.common)
             record.solution = gold_of(label, record.options)
-        elif getattr(self.source.settings, "reward_funcs", None) and is_json(record.solution):
-            record.solution = unicode_text(record.solution, "solution")  # for that verifier to read
         elif several_golds and (golds := several(record.solution)):
             record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:
             record.solution = gold(record.solution, self.decimal_comma)
             check_letter(record.solution, raw, record.prompt)
         row = build_row(record, self.source, name, look)
-        if isinstance(row["solution"], str) and re.fullmatch("[A-Z]", row["solution"]):
+        letter = isinstance(row["solution"], str) and re.fullmatch("[A-Z]", row["solution"])
+        if letter and not self.source.settings.keep_solution:
             listed = listed_in(question_of(row["prompt"], self.source.suffix))
             row["solution"] = gold_of(row["solution"], listed) if listed else row["solution"]
         if self.use in ("answer", "judge"):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data import check, table
-from data.arguments import DataArguments, DataSettings
+from data.arguments import DataSettings
 from data.golds import gold
 from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
 from data.rows import BadRow, Record, RowError, Source, build_row, question_text
@@ -79,18 +79,15 @@ def test_a_named_column_is_read_instead_of_a_known_format_s(record, columns, que
     assert (text_of(row), row["solution"]) == (question, solution)
 
 
-def test_json_is_left_as_it_is_for_a_verifier_of_ones_own(tmp_path):
-    tests, header = '["assert f(1) == 2", "assert f(2) == 3"]', r'{"code": "#### first\nx = 1"}'
-    rows = [
-        {"prompt": "f?", "solution": tests},
-        {"prompt": "x?", "solution": header},
-        {"prompt": "2?", "solution": "#### 2"},
-    ]
-    path = write(tmp_path / "x.json", rows)
-    arguments = DataArguments(dataset=path, reward_funcs=["mine.py:f"])
-    found = [row["solution"] for _, _, row in Reader(Source(path, arguments))]
-    assert found == [tests, header, "2"]
-    assert isinstance(read(path)[0], BadRow)  # two golds, for this project's verifier
+def test_a_solution_is_left_as_it_is_for_a_verifier_of_ones_own():
+    golds = ['["f(1) == 2", "f(2) == 3"]', r'{"code": "#### first\nx = 1"}', "So it is 2, because 1+1 is.", " 2"]
+    rows = [{"prompt": "x?", "solution": solution} for solution in (*golds, {"x": 1}, "")]
+    *found, nested, empty = read_rows(rows, keep_solution=True)
+    assert [row["solution"] for row in found] == golds
+    assert (nested.reason, empty.reason) == ("expected text, got {'x': 1}", "expected text, got ''")
+    (choice,) = read_rows([{"prompt": "Prime?", "options": ["4", "7"], "solution": "B"}], keep_solution=True)
+    assert (choice["solution"], text_of(choice)) == ("B", "Prime?\nA. 4\nB. 7")
+    assert [isinstance(row, BadRow) for row in read_rows(rows)[:4]] == [True, False, True, False]
 
 
 def test_gsm8k(tmp_path):
