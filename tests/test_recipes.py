@@ -79,6 +79,10 @@ MODELS = {
     "spark_vl_32b": (lambda: qwen2_5_vl(qwen2(5120, 27648, 64, 40, 8, 152064, False), 3456), 33_452_718_336),
     "spark_7b": (lambda: text_config("Qwen2", **qwen2(3584, 18944, 28, 28, 4, 152064, False)), 7_615_616_512),
     "vl_3b_lora_1gpu": (lambda: qwen2_5_vl(qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_754_622_976),
+    "qwen3_4b_lora_1gpu": (
+        lambda: text_config("Qwen3", **qwen2(2560, 9728, 36, 32, 8, 151936, True), head_dim=128),
+        4_022_468_096,
+    ),
     "qwen2.5_0.5b_colab": (lambda: text_config("Qwen2", **qwen2(896, 4864, 24, 14, 2, 151936, True)), 494_032_768),
     "countdown_3b": (lambda: text_config("Qwen2", **qwen2(2048, 11008, 36, 16, 2, 151936, True)), 3_085_938_688),
     "smollm2_135m": (lambda: text_config("Llama", **qwen2(576, 1536, 30, 9, 3, 49152, True)), 134_515_008),
