@@ -752,6 +752,9 @@ def main() -> int:
                 f"--model {settings.model}: expected a model, got an adapter (LoRA); python -m training.merge "
                 f"{settings.model} makes a model of it, in {settings.model}/merged"
             )
+        for name, value in (("keep_solution", data.keep_solution), ("correct_at", settings.correct_at is not None)):
+            if value and settings.reward_funcs is None:
+                raise BadInput(f"--{name}: expected --reward_funcs beside it: verify.py has no use for it")
         _ = settings.reward  # refused now, and not after the first answer
         rows, wanted = [], []
         for name in settings.benchmark:

@@ -81,7 +81,7 @@ def spark(prompts: int, recycled: float, **settings) -> dict:
     return {"per_device_train_batch_size": prompts * G, "recycle_ratio": recycled / prompts, **settings}
 
 
-# All but grpo_same_prompts roll out 320 completions a step on average, at most.
+# All but grpo_same_* roll out 320 completions a step on average, at most (324 at ratio 0.125).
 VARIANTS = {
     "grpo": {"per_device_train_batch_size": PROMPTS * G, "recycle_ratio": 0},
     "grpo_same_prompts": {"per_device_train_batch_size": 16 * G, "recycle_ratio": 0},

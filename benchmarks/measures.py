@@ -140,6 +140,8 @@ class Model:
             requests.append(Request(messages, images, with_logprobs=logprobs))
         sampling = sampling or self.sampling
         outputs = complete(self.engine, requests, sampling)
+        if error := next((output.error for output in outputs if output.error), None):
+            raise RuntimeError(f"{role}: {error}")
         self.tokens[role] = self.tokens.get(role, 0) + sum(output.completion_tokens for output in outputs)
         for i in random.Random(role).sample(range(len(rows)), min(self.show, len(rows))):
             print(f"--- {role}, temperature {sampling.temperature:g}\n{requests[i].messages[-1]['content']}")
@@ -302,6 +304,7 @@ def measure(of, task: Task, benchmark: dict[str, list[Row]], temperature: float,
         }
     return {
         "temperature": temperature,
+        "engine": type(model.engine).__name__,
         "samples": samples,
         "measures": measures,
         "tokens": {"answer": answer, "verdict": verdict, "reflection": again},

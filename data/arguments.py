@@ -55,6 +55,8 @@ class DataArguments(DataSettings):
     def __post_init__(self):
         if isinstance(self.reward_funcs, str):  # one, in a recipe
             self.reward_funcs = [self.reward_funcs]
+        if self.keep_solution and not self.reward_funcs:
+            raise ValueError("keep_solution: expected reward_funcs beside it: verify.py wants the answer alone")
 
     def read(self, args: Any, processor: Any) -> tuple[Any, Any]:
         """The training set and the evaluation set (None without one). Raises BadInput."""

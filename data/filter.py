@@ -156,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     settings, engine, data = (parser.values(args, c) for c in (SamplingSettings, EngineSettings, DataSettings))
     low, high = args.low if args.low is not None else 1e-9, args.high if args.high is not None else 1 - 1e-9
+    if data.keep_solution:
+        parser.error("--keep_solution: expected none: pass rates are verify.py's, which wants the answer alone")
     if not 0 <= low <= high <= 1:
         parser.error(f"expected 0 <= low <= high <= 1, got {args.low} and {args.high}")
 

@@ -28,11 +28,11 @@ KINDS = {
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_LIST_NAME = re.compile(r"options?|choices?|opts", re.IGNORECASE)
+_LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _MAY_BE_OPTIONS = re.compile(
-    r"candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
+    r"opts|candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
 )
 _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
 _MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
@@ -111,8 +111,10 @@ def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
         raise RowError(name, f"expected options, of which the answer is {answer}, got none")
     for name in names:
         value = literal(raw[name])
+        listed = _MAY_BE_OPTIONS.fullmatch(name) and isinstance(value, (list, tuple)) and answer not in value
         lettered = isinstance(value, dict) and answer in value and set(value) <= set(LETTERS)
-        if lettered or (_MAY_BE_OPTIONS.fullmatch(name) and isinstance(value, (list, tuple, dict)) and len(value) > 1):
+        texts = list(value.values()) if lettered else value if listed else ()
+        if len(texts) > 1 and all(isinstance(text, str) for text in texts):
             raise RowError(
                 name,
                 f"looks like the options of the answer {answer} and is not used; expected them in options or choices",

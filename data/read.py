@@ -31,7 +31,7 @@ from typing import Any
 
 from data import hub, table
 from data.arguments import DataSettings
-from data.formats import FORMATS, JUDGED, columns, vlmevalkit
+from data.formats import FORMATS, GOLD_ALONE, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, kept, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
@@ -376,8 +376,14 @@ class Layout:
             raise self._unknown(named[0], names[named[0]])
         self.image_column = None if "image" in missing else settings.image_column
         self.format = self.question = None
+        given = {what: names[what] for what in ("prompt", "solution") if what not in missing and names[what] != what}
+
+        def replaced(module) -> bool:
+            """Whether a known format's gold is not what is wanted."""
+            return settings.keep_solution or given.get("solution", module.COLUMNS[1]) != module.COLUMNS[1]
+
         if {"prompt", "solution"} & set(missing):
-            matching = [module for module in FORMATS if module.matches(self.columns, head)]
+            matching = [m for m in FORMATS if m.matches(self.columns, head) and not (m in GOLD_ALONE and replaced(m))]
             self.format = next(iter(matching), None)
             judged = [module.NAME for module in matching if module in JUDGED]
             if judged and set(columns.PAIR) <= self.columns:
@@ -387,11 +393,7 @@ class Layout:
         self.overridden: dict[str, str] = {}  # field of a known format -> the column that was named for it instead
         if self.format:
             self.question, self.answer = self.format.COLUMNS
-            self.overridden = {
-                what: names[what]
-                for what in ("prompt", "solution")
-                if what not in missing and names[what] not in (what, *self.format.COLUMNS)
-            }
+            self.overridden = {what: name for what, name in given.items() if name not in self.format.COLUMNS}
             self.question = self.overridden.get("prompt", self.question)
             self.answer = self.overridden.get("solution", self.answer)
         else:

@@ -773,6 +773,13 @@ def test_what_a_verifier_wants_and_evaluation_has_not_is_refused_at_once(tmp_pat
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("flags", [["--keep_solution"], ["--correct_at", "0.5"]])
+def test_what_only_a_verifier_of_ones_own_has_a_use_for(flags, tmp_path, monkeypatch, capsys):
+    (tmp_path / "b.json").write_text(json.dumps(QUESTIONS[:1]))
+    assert command(monkeypatch, tmp_path / "b.json", tmp_path / "r.json", None, *flags) == 2
+    assert f"{flags[0]}: expected --reward_funcs beside it" in capsys.readouterr().err
+
+
 def spelled(*tokens):
     """A completion, token by token with its probability."""
     return Output(

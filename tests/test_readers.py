@@ -62,6 +62,8 @@ def text_of(row) -> str:
         ({"question": "Two?", "frage": "Zwei?", "answer": "1+1\n#### 2"}, {"prompt_column": "frage"}, "Zwei?", "2"),
         ({"question": "Two?", "answer": "1+1\n#### 2"}, {"prompt_column": "question"}, "Two?", "2"),
         ({"problem": "Two?", "solution": "It is \\boxed{3}.", "final": "2"}, {"solution_column": "final"}, "Two?", "2"),
+        ({"problem": "Two?", "solution": "no box", "final": "2"}, {"solution_column": "final"}, "Two?", "2"),
+        ({"question": "Two?", "answer": "no mark ####", "final": "2"}, {"solution_column": "final"}, "Two?", "2"),
         (
             {"index": 1, "question": "Two?", "image": png(), "A": "1", "B": "2", "answer": "1", "answer_option": "A",
              "mended": "B"},
@@ -72,7 +74,7 @@ def text_of(row) -> str:
             {"solution_column": "gold"}, "Two?", "2",
         ),
     ],
-    ids=["gsm8k", "gsm8k's own column", "boxed", "vlmevalkit", "llava"],
+    ids=["gsm8k", "gsm8k's own column", "boxed", "unboxed", "gsm8k's gold", "vlmevalkit", "llava"],
 )  # fmt: skip
 def test_a_named_column_is_read_instead_of_a_known_format_s(record, columns, question, solution):
     (row,) = read_rows([record], **columns)
@@ -85,6 +87,9 @@ def test_a_solution_is_left_as_it_is_for_a_verifier_of_ones_own():
     *found, nested, empty = read_rows(rows, keep_solution=True)
     assert [row["solution"] for row in found] == golds
     assert (nested.reason, empty.reason) == ("expected text, got {'x': 1}", "expected text, got ''")
+    for columns in (("problem", "solution"), ("question", "answer")):  # MATH, GSM8K
+        record = dict(zip(columns, ("x?", r"Long proof. \boxed{3} end. #### 3"), strict=True))
+        assert read_rows([record], keep_solution=True)[0]["solution"] == record[columns[1]]
     (choice,) = read_rows([{"prompt": "Prime?", "options": ["4", "7"], "solution": "B"}], keep_solution=True)
     assert (choice["solution"], text_of(choice)) == ("B", "Prime?\nA. 4\nB. 7")
     assert [isinstance(row, BadRow) for row in read_rows(rows)[:4]] == [True, False, True, False]
@@ -241,6 +246,7 @@ def test_open_questions_among_those_with_options(tmp_path):
         ({"answer_options": ["4", "7"]}, "answer_options"),
         ({"multiple_choices": '["4", "7"]'}, "multiple_choices"),
         ({"candidates": ["4", "7"]}, "candidates"),
+        ({"opts": ["4", "7"]}, "opts"),
         ({"shown": {"A": "4", "B": "7"}}, "shown"),
         ({"options": ["4", "7"], "choices": ["5", "7"]}, "choices"),
         ({"options": ["4", "7"], "A": "5", "B": "7"}, "A"),
@@ -263,7 +269,14 @@ def test_lists_beside_an_answer_of_one_letter_may_be_something_else():
     listed = {"question": "Which? A. 4 B. 7", "answer": "B", "candidates": ["4", "7"]}
     assert read_rows([listed])[0]["solution"] == "(B) 7"
     assert read_rows([{"question": "Which?", "answer": "7", "candidates": ["4", "7"]}])[0]["solution"] == "7"
-    assert read_rows([{"question": "Which?", "answer": "B", "opts": ["4", "7"]}])[0]["solution"] == "(B) 7"
+    for other in (
+        {"answers": ["B", "b"]},  # several golds
+        {"candidates": ["A", "B"]},  # what models said
+        {"points": {"A": [0, 0], "B": [1, 1]}},
+        {"votes": {"B": "3"}},
+        {"opts": {"temperature": 0.5}},
+    ):
+        assert read_rows([{"question": "Which?", "answer": "B", **other}])[0]["solution"] == "B", other
 
 
 @pytest.mark.parametrize("column", ["file_name", "filename", "path", "file", "img_path"])
@@ -274,6 +287,12 @@ def test_an_image_under_another_name_is_refused_until_it_is_named(column, folder
     (row,) = read_rows([record], image_root=str(folder), image_column=column)
     assert len(row["images"]) == 1
     assert read_rows([{"prompt": "Area?", "solution": "12", column: "a.py"}])[0]["images"] == []
+
+
+def test_where_there_is_a_column_for_images_a_file_name_is_none_of_them():
+    for nothing in (None, []):
+        record = {"prompt": "Area?", "solution": "12", "images": nothing, "file_name": "scan_1.png"}
+        assert read_rows([record])[0]["images"] == []
 
 
 def test_columns_a_and_b_that_are_no_options():

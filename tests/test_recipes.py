@@ -135,6 +135,8 @@ def test_the_papers_recipe_has_its_hyperparameters():
     ours = yaml.safe_load(Path("recipes/spark_vl_7b.yaml").read_text())
     del ours["gradient_accumulation_steps"]  # it takes twice as many steps, half of them on recycled rollouts
     assert apart | {"output_dir": ours["output_dir"]} == ours | {
+        "logging_steps": 16,
+        "save_steps": 800,
         "recycle_ratio": 1.0,
         "recycle_matched": False,
         "recycle_balance": False,
@@ -260,7 +262,7 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     # 8,292,166,656 / 8 = 1,036,520,832 parameters a GPU: 2 bytes, 2, 12 and 2 for the reference.
     assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
     assert lines["optimizer"] == ["11.6"]
-    # 14 bytes, as the optimizer's state has float32 weights; 2 kept and one more that is being written.
+    # 14 bytes, as the optimizer's state has float32 weights; 3 kept and one more that is being written.
     assert "checkpoints every 400 optimizer steps, 108.1 GiB each, at most 4 at a time" in printed
     assert lines["refused"] == ["nothing"]
     # 64 rows of 1,337 visual tokens of 4 patches of 1,176 float32 values; kept of 8 questions, 2 more and a pass.

@@ -526,8 +526,10 @@ def _checkpoints(run: Run, model: Architecture) -> str:
     args, (_, trained_bytes, moment_bytes) = run.args, bytes_each(run)
     if args.save_strategy == "no":
         return "checkpoints none"
-    often = f"every {args.save_steps:,.10g} optimizer steps" if args.save_strategy == "steps" else "every epoch"
-    size = model.trained * (trained_bytes + (0 if args.save_only_model else moment_bytes)) / GIB
+    often = f"every {args.save_steps:,.10g} optimizer steps" if args.save_steps >= 1 else f"every {args.save_steps:.0%}"
+    often = often if args.save_strategy == "steps" else "every epoch"
+    copies = 2 if run.launch.sharding == "zero2" and not args.save_only_model else 1  # DeepSpeed's, beside the model
+    size = model.trained * (copies * trained_bytes + (0 if args.save_only_model else moment_bytes)) / GIB
     many = "all of them kept" if args.save_total_limit is None else f"at most {args.save_total_limit + 1} at a time"
     return f"checkpoints {often}, {size:,.1f} GiB each, {many}"
 

@@ -19,4 +19,5 @@ from data.formats import (
 )
 
 JUDGED = (vl_rewardbench, judgebench, processbench)  # their rows are for a judge alone
+GOLD_ALONE = (gsm8k, math_boxed)  # only say where in its column a gold is
 FORMATS = (spark_data, llava, verl, *JUDGED, vlmevalkit, gsm8k, math_boxed)  # the first that matches is taken

@@ -32,9 +32,10 @@ CATEGORIES = (
 )  # fmt: skip
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
-_IMAGE_NAME = re.compile(
-    r"image|img|photo|picture|figure|diagram|screenshot|file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE
-)
+_IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
+_FILE_NAME = re.compile(
+    r"file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE
+)  # an image's, if there is no column for it
 _IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
@@ -63,7 +64,7 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
     if several := [raw[name] for name in numbered if not is_none(raw[name])]:
         return numbered[0], several
     for name in others if strict else ():
-        if _holds_image(name, raw[name]):
+        if _holds_image(name, raw[name]) or (not usual_names and _names_image(name, raw[name], _FILE_NAME)):
             raise RowError(
                 name, f"holds an image and is not used; expected {', '.join(IMAGES)}, or its name as --image_column"
             )
@@ -90,10 +91,12 @@ def _holds_image(name: str, value: Any) -> bool:
     if isinstance(value, dict):
         return isinstance(value.get("bytes"), bytes)
     if isinstance(value, str):
-        return value.startswith("data:image/") or bool(
-            value[-5:].lower().endswith(_IMAGE_FILE) and _IMAGE_NAME.search(name)
-        )
+        return value.startswith("data:image/") or _names_image(name, value, _IMAGE_NAME)
     return isinstance(value, Image.Image)
+
+
+def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
+    return isinstance(value, str) and value[-5:].lower().endswith(_IMAGE_FILE) and bool(column.search(name))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
