@@ -194,11 +194,11 @@ class Model:
         return self(role, rows, instructions)
 
 
-def measure(of, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
+def measure(model_or_engine, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
     """Every measure at one temperature, {name: {mean, n, interval}}; what each way to a final answer costs, in tokens
     written a question; the raw outcomes."""
     drawn, samples = (DRAWN, SAMPLES) if temperature > 0 else (1, 1)
-    model = Model(of, task, temperature, show=show)
+    model = Model(model_or_engine, task, temperature, show=show)
     answers, points, pairs = (benchmark[name] for name in ("answers", "points", "pairs"))
 
     def grouped(values: list) -> list[list]:

@@ -159,6 +159,9 @@ def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_pat
     assert first[first.index("--max_steps") + 1] == "14" and then[then.index("--max_steps") + 1] == "28"
     assert then[then.index("--model_name_or_path") + 1] == first[first.index("--output_dir") + 1]
     assert then[then.index("--recycle_ratio") + 1] == "0"
+    (with_vllm,) = learning.commands_of("smollm2", "ratio_0.25_no_pairwise", 0, tmp_path, 20, vllm=True)
+    assert with_vllm[with_vllm.index("--use_vllm") + 1] == "True" and "--use_vllm" not in first
+    assert with_vllm[with_vllm.index("--recycle_tasks") + 1 :][:2] == ["pointwise", "reflection"]
     (noisy_run,) = learning.commands_of("countdown", "grpo_noise_20", 0, tmp_path, 60)
     assert noisy_run[noisy_run.index("--reward_funcs") + 1] == "benchmarks/noisy.py:countdown_20"
     (two_updates,) = learning.commands_of("digits", "apart_0.25", 0, tmp_path, 42)

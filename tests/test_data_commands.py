@@ -230,6 +230,9 @@ def test_filter_refuses_before_the_engine_starts(tmp_path, monkeypatch, capsys):
     assert filter.main([*command, "--model", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("data.filter: model: ")
+    with pytest.raises(SystemExit):
+        filter.main([*command, "--model", str(OUTPUT), "--keep_solution"])
+    assert "--keep_solution: expected none" in capsys.readouterr().err
     monkeypatch.setattr(filter, "Sampler", lambda *args, **kwargs: Fake())
     assert filter.main([*command, "--model", str(OUTPUT), "--n", "4"]) == 0
     assert "1 rows left out (1 by prompt): row 1: field prompt" in (out := capsys.readouterr().out)

@@ -306,6 +306,12 @@ def test_labels_in_any_case_are_labels(label, verdict):
     assert row["label"] == verdict
 
 
+def test_the_splits_of_one_file_are_told_apart():
+    rows = [{"problem": "2?", "answer": "2", "split": split} for split in ("dev", "validation")]
+    kept = evaluate.read_benchmark(Source(rows), "answer")
+    assert [row["categories"] for row in kept] == [{"split": "dev"}, {"split": "validation"}]
+
+
 def test_categories_and_groups_are_kept_with_the_results(folder):
     kept = {name: (row["categories"], row["group"]) for name in ANSWERED for row in rows_of(folder / name)[:1]}
     assert kept["MathVista.tsv"] == (

@@ -2,6 +2,8 @@
 
 import re
 
+import pytest
+
 import demo
 import verify
 from benchmarks import measures
@@ -61,6 +63,16 @@ def test_the_measures_by_hand(monkeypatch):
     assert {name: found["measures"][name]["mean"] for name in expected} == expected
     assert found["price"]["final answer, reflecting on a No"] == 2 + 2 + 0.75 * 2
     assert found["price"]["best of 4 by pairs"] == 4 * 2 + 2 * 2 * 2
+
+
+def test_a_request_that_fails_is_no_wrong_answer():
+    class Full(Oracle):
+        def batch(self, requests, sampling):
+            return [Output(error="too long") for _ in requests]
+
+    task = measures.Task(None, measures.by_answer, verify.verify_many, 8)
+    with pytest.raises(RuntimeError, match="answer: too long"):
+        measures.measure(Full(), task, BENCHMARK, 0.0)
 
 
 def test_the_demos_measures_by_hand(monkeypatch):

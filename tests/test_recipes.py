@@ -287,6 +287,23 @@ def test_sharding_divides_weights_gradients_moments_and_reference(sharding, proc
     assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
 
 
+@pytest.mark.parametrize(
+    ("flags", "sharding", "expected"),
+    [  # of 2**30 parameters: float32 and two moments; 2 bytes and 12, which zero2 has with the model once more
+        ([], "none", "every 500 optimizer steps, 12.0 GiB each, all of them kept"),
+        (["--save_total_limit", "1"], "zero3", "every 500 optimizer steps, 14.0 GiB each, at most 2 at a time"),
+        (["--save_steps", "0.1"], "zero2", "every 10%, 16.0 GiB each, all of them kept"),
+        (["--save_only_model", "--save_strategy", "epoch"], "zero2", "every epoch, 2.0 GiB each, all of them kept"),
+        (["--save_strategy", "no"], "none", "none"),
+    ],
+)
+def test_the_size_and_number_of_checkpoints(flags, sharding, expected):
+    data, args, model = parse(["--dataset", "digits", "--output_dir", "x", *flags])
+    run = plan.settings(data, args, model, plan.Launch(4, sharding), None, None)
+    line = plan._checkpoints(run, plan.Architecture("x", 2**30, 2**30, 1, 1, 1, 1, 1))
+    assert line == f"checkpoints {expected}"
+
+
 def test_what_deepspeed_offloads_is_not_on_the_gpu(tmp_path):
     recipe = Path("recipes/accelerate/zero3.yaml").read_text()
     (tmp_path / "offload.yaml").write_text(re.sub(r"(offload_\w+_device): none", r"\1: cpu", recipe))

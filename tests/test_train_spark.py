@@ -917,6 +917,7 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
         (["--dataset", "digits", "--no_such_flag", "1"], "no_such_flag"),
         (["--dataset", "missing.json"], "missing.json: no such file"),
         (["--dataset", "{file}", "--solution_column", "gold"], "no column 'gold'"),
+        (["--dataset", "{good}", "--keep_solution"], "keep_solution: expected reward_funcs beside it"),
         (["--dataset", "{file}", "--max_prompt_length", "5"], "row 0: field prompt"),
         (["--dataset", "{image}", "--strict", "true"], "row 1: field image"),
         (["--dataset", "{gold}"], "row 0: field solution"),

@@ -33,9 +33,8 @@ CATEGORIES = (
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
-_FILE_NAME = re.compile(
-    r"file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE
-)  # an image's, if there is no column for it
+# May be an image's where there is no column for images.
+_FILE_NAME = re.compile(r"file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE)
 _IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
