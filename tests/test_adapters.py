@@ -9,7 +9,7 @@ import torch
 from helpers import config, digits
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from models.make_digits import OUTPUT
 from train_spark import SparkConfig, SparkTrainer
@@ -120,3 +120,31 @@ def test_weights_for_the_engine_have_the_adapter_and_the_base_stays_as_it_was(do
     for name, weight in sent.items():
         assert torch.equal(weight, merged[name]), name
     assert not torch.equal(sent["model.layers.0.mlp.up_proj.weight"], text_model.model.layers[0].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("experts", ["all-linear", "named"])
+def test_the_engine_gets_every_weight_of_adapted_experts(experts):
+    """PEFT wraps the one module of all experts once for each of its weights."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    mixture = Qwen3MoeConfig(vocab_size=100, num_experts=4, num_experts_per_tok=2, **shape, **heads)
+    named = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    targets = named if experts == "named" else {"target_modules": "all-linear"}
+    model = get_peft_model(Qwen3MoeForCausalLM(mixture), LoraConfig(r=2, lora_alpha=8, **targets))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    engine = SparkGeneration.__new__(SparkGeneration)
+    engine.model, engine._dist = model, SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None)
+    sent = {name: weight.clone() for name, weight in engine._iter_named_params()}
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+    plain = {name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in before.items()}
+    merged = copy.deepcopy(model).merge_and_unload().state_dict()
+    assert sent.keys() == merged.keys()
+    for name, weight in sent.items():
+        assert torch.equal(weight, merged[name]), name
+    for weight in ("gate_up_proj", "down_proj"):
+        name = f"model.layers.0.mlp.experts.{weight}"
+        assert not torch.equal(sent[name], plain[name])

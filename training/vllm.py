@@ -14,8 +14,9 @@ What differs from TRL's VLLMGeneration:
     - On the CPU the weights go through vLLM's layer-wise reload, because it repacks linear layers after loading.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate.utils import is_peft_model
@@ -94,12 +95,11 @@ class SparkGeneration(VLLMGeneration):
             return
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = {
-            id(weight): layer
-            for layer in model.modules()
-            if isinstance(layer, BaseTunerLayer)
-            for weight in layer.get_base_layer().parameters(recurse=False)
-        }
+        layers = defaultdict(list)  # of a weight; experts have one for each of their weights, around one module
+        for layer in model.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for weight in layer.get_base_layer().parameters(recurse=False):
+                    layers[id(weight)].append(layer)
         for name, weight in model.named_parameters():
             name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             if model.prefix in name or "original_module" in name:
@@ -108,7 +108,9 @@ class SparkGeneration(VLLMGeneration):
             if id(weight) not in layers:
                 yield name, weight.data
                 continue
-            with _merged(layers[id(weight)]):
+            with ExitStack() as merged:
+                for layer in layers[id(weight)]:
+                    merged.enter_context(_merged(layer))
                 copy = weight.data.clone()
             yield name, copy
 
