@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before torch and TRL are imported
 import copy
 import math
 import time
+from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +119,11 @@ class SparkConfig(RecycleConfig, GRPOConfig):
                 f"a bonus by tokens needs a loss by tokens ({', '.join(TOKEN_LOSSES)}, bnpo)"
             )
 
+        if self.use_transformers_continuous_batching and self.eval_strategy != "no":
+            raise ValueError(
+                "use_transformers_continuous_batching: expected false with an eval_strategy: after generating with it, "
+                "TRL 1.16 leaves the model in training mode"
+            )
         if self.recycle_ratio > 0 and self.vllm_structured_outputs_regex is not None:
             raise ValueError(
                 "vllm_structured_outputs_regex: expected none with recycling: judges write Yes, No, A or B"
@@ -161,7 +167,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     | `compute_loss` | weighs those passes, of different sizes, and runs them one after the other | training/passes.py |
     | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
     | `_get_per_token_logps_and_entropies` | the same, in the forward pass | training/images.py |
-    | `_save_checkpoint`, `_load_optimizer_and_scheduler` | what is left of a generation | training/checkpoint.py |
+    | `_save_checkpoint`, `_init_training_state` | what is left of a generation | training/checkpoint.py |
     | `_get_train_sampler` | resumes the order of questions | training/checkpoint.py |
     | `_load_from_checkpoint`, `_load_best_model` | weights renamed by transformers 5.17 | training/checkpoint.py |
     | `_get_grad_norm` | ends a run that is no longer finite | training/checkpoint.py |
@@ -224,7 +230,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         self._longest_instruction = max(map(len, self._tokenizer(instructions(args.answer_mark))["input_ids"]))
         added = self._tokenizer.get_added_vocab()
         self._control_tokens = sorted({*self._tokenizer.all_special_tokens, *added}, key=len, reverse=True)
-        self._evaluated = 0  # batches of this evaluation
+        self._begin_evaluation()
         self._table = RecycledTable()
         self.add_callback(self._table)
         self.add_callback(Watch())
@@ -279,12 +285,16 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     def evaluate(self, *args, **kwargs):
         """TRL's, but training's random numbers continue as if no evaluation had run."""
-        self._evaluated = 0
+        self._begin_evaluation()
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)
         device = self.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
+
+    def _begin_evaluation(self) -> None:
+        self._evaluated = 0  # batches
+        self._outcomes = defaultdict(list)
 
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 

@@ -101,6 +101,9 @@ def test_metrics_jsonl_has_a_line_for_every_step_also_between_logs(tmp_path):
         {"step": 4, "epoch": 0.5, "eval_reward": 0.75},
         {"step": 5, "epoch": 0.5, "reward": 0.25},
     ]
+    # An epoch's log follows the line of its last step: what it adds, and no means over the epoch under that step.
+    callback.on_log(None, state, control, logs={"loss": 0.5, "reward": 0.75})
+    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 5, "epoch": 0.5, "loss": 0.5}
     settings = json.loads((tmp_path / "settings.json").read_text())
     expected = {"model": "m", "output_dir": str(tmp_path), "learning_rate": 0.5, "hub_token": "<HUB_TOKEN>"}
     assert expected.items() <= settings.items() and len(settings) < 12  # not the defaults

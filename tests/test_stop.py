@@ -284,6 +284,76 @@ def test_another_number_of_processes_draws_the_generation_anew(tmp_path, process
     assert resumed.state.global_step == 4 and "drawn anew" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("saved_by", [1, 2])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_other_accumulation_keeps_optimizer_steps_within_a_generation(
+    saved_by, epochs, tmp_path, processor, text_model, capsys
+):
+    """Half the batch, twice the accumulation, as on half as many GPUs; saved in the middle of a generation."""
+    slots = []
+
+    class Seen(SparkTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            slots.append((self._step % self.args.steps_per_generation, self.accelerator.sync_gradients))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def trainer(folder, steps, **settings):
+        arguments = config(SparkConfig, folder, max_steps=steps, save_strategy="steps", save_steps=1, **settings)
+        model, tokenizer = copy.deepcopy(text_model), processor.tokenizer
+        return Seen(model, coin, arguments, train_dataset=sums(8), processing_class=tokenizer)
+
+    steps = 2 * epochs + 1  # an epoch is one generation, of two optimizer steps
+    whole = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    trainer(tmp_path / "whole", steps, **whole).train()
+    saved = tmp_path / "whole" / f"checkpoint-{steps}"
+    state = json.loads((saved / "spark_state.json").read_text())
+    assert state["step"] == 2 * steps and state["processes"] == 1
+    (saved / "spark_state.json").write_text(json.dumps({**state, "processes": saved_by}))
+    slots.clear()
+    halved = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    trainer(tmp_path / "resumed", steps + 3, **halved).train(resume_from_checkpoint=str(saved))
+    assert [slot for slot, _ in slots] == [4, 5, 6, 7, *range(8)]
+    assert [slot for slot, ends in slots if ends] == [7, 3, 7]  # an optimizer step never has rows of two generations
+    assert "gradient_accumulation_steps 2, now 4" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_its_layout_is_of_this_one(tmp_path, processor, text_model):
+    """As they were saved before it was written down."""
+    settings = {"max_steps": 2, "steps_per_generation": 2, "save_strategy": "steps", "save_steps": 1}
+
+    def trainer(folder):
+        arguments = config(SparkConfig, folder, per_device_train_batch_size=8, **settings)
+        model, tokenizer = copy.deepcopy(text_model), processor.tokenizer
+        return SparkTrainer(model, coin, arguments, train_dataset=sums(8), processing_class=tokenizer)
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    saved = tmp_path / "whole" / "checkpoint-1"
+    (saved / "spark_state.json").write_text('{"step": 1, "processes": 1}')
+    resumed = trainer(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(saved))
+    for before, after in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(before, after)
+
+
+def test_a_loss_that_is_not_finite_in_an_evaluation_does_not_end_training(tmp_path, processor, text_model, monkeypatch):
+    inherited = GRPOTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        return inherited(self, *args, **kwargs) * (1.0 if self.model.training else float("nan"))
+
+    monkeypatch.setattr(GRPOTrainer, "compute_loss", compute_loss)
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True, "per_device_eval_batch_size": 4}
+    arguments, tokenizer = config(SparkConfig, tmp_path, max_steps=1, **evaluation), processor.tokenizer
+    data = sums(4)
+    trainer = SparkTrainer(
+        text_model, coin, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    trainer.train()
+    assert math.isnan([logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs][-1])
+    assert not (tmp_path / "nonfinite").exists()
+
+
 def test_each_process_keeps_its_own_rest():
     rank = SimpleNamespace(accelerator=SimpleNamespace(process_index=1))
     assert SafeCheckpoints._rest_of_generation.fget(rank) == "generation/rank_1.safetensors"

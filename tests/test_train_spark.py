@@ -596,6 +596,53 @@ def test_evaluation_measures_the_judge_and_changes_nothing_in_training(
     assert "judge/unparsed" in trained and not any(name.startswith("eval_") for name in trained)
 
 
+def test_metrics_of_an_evaluation_are_of_all_its_verdicts(tmp_path, processor, text_model):
+    """Not means of its batches' means: those have different numbers of items."""
+    verdicts = []
+
+    class Seen(SparkTrainer):
+        def _log_judging(self, groups, asked, advantages):
+            verdicts.append([r for item, r in zip(asked, self._rewards.values, strict=True) if item.task == "pairwise"])
+            self._rewards.values[:] = [float(len(verdicts) == 1)] * len(asked)  # the first batch is right throughout
+            verdicts[-1] = verdicts[-1] and [float(len(verdicts) == 1)] * len(verdicts[-1])
+            return super()._log_judging(groups, asked, advantages)
+
+    arguments = config(SparkConfig, tmp_path, per_device_eval_batch_size=8, recycle_pairwise_prob=1.0)
+    data, tokenizer = sums(40), processor.tokenizer
+    trainer = Seen(text_model, coin, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer)
+    for _ in range(2):  # nothing is left of an earlier one
+        verdicts.clear()
+        measured = trainer.evaluate()
+        sizes = [len(batch) for batch in verdicts]
+        assert len(set(sizes) - {0}) > 1 and sizes[0]
+        assert measured["eval_judge/pairwise/accuracy"] == pytest.approx(sizes[0] / sum(sizes))
+
+
+@pytest.mark.parametrize("drop", [None, False])
+def test_metrics_of_passes_are_means_over_tokens_where_cut_off_rows_are_masked(drop, tmp_path, processor, text_model):
+    """Such rows have no tokens: they make no pass where nothing is lost by it, and no pass of theirs counts."""
+
+    class Cut(SparkTrainer):
+        def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+            ended = [[20 + i] * (5 + i % 7) + [self._tokenizer.eos_token_id] for i in range(len(prompt_ids))]
+            return [[30] * 24 if i % 4 else ids for i, ids in enumerate(ended)], None
+
+    def half(prompts, completions, **columns):
+        return [float(i % 2) for i in range(len(completions))]
+
+    entropies = []
+    for size, accumulation in ((16, 1), (4, 4)):
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        settings |= {"mask_truncated_completions": True, "drop_zero_advantage": drop}
+        arguments = config(SparkConfig, tmp_path, max_steps=1, **settings)
+        tokenizer = processor.tokenizer
+        trainer = Cut(copy.deepcopy(text_model), half, arguments, train_dataset=sums(16), processing_class=tokenizer)
+        trainer.train()
+        entropies.append(history(trainer)[0]["entropy"])
+    assert entropies[1] == pytest.approx(entropies[0], rel=1e-3)
+    assert 0 < entropies[0] < math.log(len(processor.tokenizer))
+
+
 def test_batches_of_an_evaluation_draw_apart(tmp_path, processor, text_model):
     """Of one question each, as by default: else every batch would have the same task, label and letter."""
     items = []
@@ -934,6 +981,10 @@ def test_settings_are_checked_and_have_one_source(tmp_path):
             "load_in_4bit: expected use_vllm false",
         ),
         (["--dataset", "digits", "--vllm_structured_outputs_regex", "[0-9]+"], "judges write Yes, No, A or B"),
+        (
+            ["--dataset", "digits", "--use_transformers_continuous_batching", "true", "--eval_strategy", "steps"],
+            "use_transformers_continuous_batching: expected false with an eval_strategy",
+        ),
         (["--dataset", "digits", "--resume_from_checkpoint", "{other}"], "expected a checkpoint of train_spark.py"),
     ],
 )

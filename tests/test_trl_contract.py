@@ -41,10 +41,10 @@ MEMBERS = {
     (GRPOTrainer, "_save_checkpoint"): ("training/checkpoint.py", "that it calls transformers'", "ec91bde12364"),
     (GRPOTrainer, "_get_train_sampler"): ("training/checkpoint.py", "that it gives a RepeatSampler", "36497afb4d31"),
     (utils.RepeatSampler, "__iter__"): ("training/checkpoint.py", "that an epoch draws one order", "d80412d80424"),
-    (GRPOTrainer, "_load_optimizer_and_scheduler"): (
+    (Trainer, "_init_training_state"): (
         "training/checkpoint.py",
-        "that it runs on every resume",
-        "5c1772becdfd",
+        "that it returns the epochs done and the micro-steps done in this one",
+        "8fbd17ebb7d3",
     ),
     (Trainer, "_save_checkpoint"): (
         "training/checkpoint.py",

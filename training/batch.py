@@ -5,6 +5,7 @@ images have different widths (`join`). The shapes are TRL's: b rows, prompts of 
 of T tokens padded on the right. Pixels are kept once a question, not once a rollout (`share_images`).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -122,8 +123,10 @@ def join(first: Batch, second: Batch, pad_token_id: int) -> Batch:
 # Rows of a batch
 
 
-def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
-    """These rows as a batch of their own, without columns that are padding in every row. Pixels stay shared."""
+def cut_pass(union: Batch, rows: torch.Tensor, multiple_of: int | None = None) -> Batch:
+    """These rows as a batch of their own, without columns that are padding in every row, as far as prompts and
+    completions stay `multiple_of` so many tokens wide. Pixels stay shared."""
+    unit = multiple_of or 1
 
     def of(value):
         if isinstance(value, list):
@@ -132,8 +135,8 @@ def cut_pass(union: Batch, rows: torch.Tensor) -> Batch:
 
     batch = {key: of(value) for key, value in union.items()}
     prompt, completion = batch["prompt_mask"].size(1), batch["completion_mask"].size(1)
-    left = prompt - int(batch["prompt_mask"].sum(1).max())
-    right = max(1, int(batch["completion_mask"].sum(1).max()))
+    left = prompt - unit * math.ceil(int(batch["prompt_mask"].sum(1).max()) / unit)
+    right = unit * max(1, math.ceil(int(batch["completion_mask"].sum(1).max()) / unit))
     cut = {key: batch[key][:, left:] for key in PROMPT_FIELDS}
     for key in (*COMPLETION_FIELDS, *TYPE_FIELDS):
         if batch.get(key) is not None and batch[key].size(1) in (completion, prompt + completion):

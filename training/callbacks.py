@@ -97,7 +97,8 @@ def changed_settings(args) -> dict[str, Any]:
 
 class MetricsFile(TrainerCallback):
     """Writes settings.json, and metrics.jsonl: a line per step, however rarely the trainer logs. `loss`, `grad_norm`
-    and whatever else only a log has come with the steps that are logged. An evaluation has a line of its own.
+    and whatever else only a log has come with the steps that are logged. An evaluation has a line of its own; so has
+    the log of an epoch (`logging_strategy epoch`).
 
     Args:
         metrics: the trainer's lists of values since the last log.
@@ -107,6 +108,7 @@ class MetricsFile(TrainerCallback):
         self._metrics = metrics
         self._written: Counter[str] = Counter()  # how many of the values of each list are in lines
         self._path: Path | None = None
+        self._line_of = -1  # the last step that has a line
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -121,13 +123,17 @@ class MetricsFile(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._path is not None and not control.should_log:
             self._write(state, self._step())
+            self._line_of = state.global_step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self._path is None or "train_runtime" in logs:  # the sums at the end are no step's
             return
-        self._write(state, {**logs, **self._step()} if "loss" in logs else logs)
         if "loss" in logs:
+            if self._line_of == state.global_step:  # the log of an epoch, whose last step has a line already
+                logs = {name: value for name, value in logs.items() if name not in self._metrics}
+            logs = {**logs, **self._step()}
             self._written.clear()
+        self._write(state, logs)
 
     def _step(self) -> dict[str, float | None]:
         """Means of what came since the last line."""

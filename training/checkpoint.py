@@ -19,6 +19,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from data.rows import BadInput
 
 STATE = "spark_state.json"
+LAYOUT = (  # with the number of processes: how a generation is cut into micro-steps
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
+    *("num_iterations", "num_generations"),
+)
 RESULT_FILES = (  # of a saved model
     *("*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin", "adapter_model.bin"),
     *("*.json", "*.jinja", "*.txt", "*.model", "README.md"),
@@ -45,7 +49,7 @@ class SafeCheckpoints:
                 save_batches(self._buffered_inputs, checkpoint / self._rest_of_generation)
                 self.accelerator.wait_for_everyone()  # no process completes the checkpoint before all have written
             if self.args.should_save:
-                state = {"step": self._step, "processes": self.accelerator.num_processes}
+                state = {"step": self._step, **self._layout}
                 (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
             super()._save_checkpoint(model, trial)
         except Exception as error:  # a full disk has as many kinds of error as there are libraries that write
@@ -67,27 +71,35 @@ class SafeCheckpoints:
     def _rest_of_generation(self) -> str:
         return f"generation/rank_{self.accelerator.process_index}.safetensors"
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+    @property
+    def _layout(self) -> dict[str, int]:
+        return {"processes": self.accelerator.num_processes, **{name: getattr(self.args, name) for name in LAYOUT}}
+
+    def _init_training_state(self, max_steps, updates_of_epoch, epochs, checkpoint, trial):
+        """Also finds the place in the order of questions, and in the generation that the checkpoint was saved in."""
+        epochs_done, micro_steps = super()._init_training_state(max_steps, updates_of_epoch, epochs, checkpoint, trial)
         if checkpoint is None:
-            return
+            return epochs_done, micro_steps
         if self._sampler is not None and self._sampler.shuffle:  # it draws an order for each epoch
-            for _ in range(int(_state_of(checkpoint)["epoch"])):
+            for _ in range(epochs_done):
                 torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
         if self.args.sync_ref_model and self.accelerator.is_main_process:
             print(f"{checkpoint}: has no reference model: the one that the run began with is used", file=sys.stderr)
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
+        changed = [name for name, value in self._layout.items() if state.get(name, value) != value]
+        every = self.args.steps_per_generation * self.num_iterations
         self._step = state["step"]
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            return
-        if state["processes"] == self.accelerator.num_processes:
+        if changed:  # an epoch has whole generations: an optimizer step must not begin in one and end in the next
+            before = epochs_done * updates_of_epoch * self.args.gradient_accumulation_steps
+            self._step = math.ceil(before / every) * every + micro_steps
+        if self._step % every == 0:
+            return epochs_done, micro_steps
+        if not changed:
             self._buffered_inputs = load_batches(Path(checkpoint) / self._rest_of_generation, self.accelerator.device)
         elif self.accelerator.is_main_process:
-            print(
-                f"{checkpoint}: saved by {state['processes']} processes, this run has "
-                f"{self.accelerator.num_processes}: the generation that it was in is drawn anew",
-                file=sys.stderr,
-            )
+            was = ", ".join(f"{name} {state[name]}, now {self._layout[name]}" for name in changed)
+            print(f"{checkpoint}: saved with {was}: the generation that it was in is drawn anew", file=sys.stderr)
+        return epochs_done, micro_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         super()._load_from_checkpoint(resume_from_checkpoint, model)

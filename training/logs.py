@@ -14,7 +14,13 @@ from training.metrics import judge_metrics, recycled_table
 
 
 class StepLogs:
-    """A mixin of GRPOTrainer."""
+    """A mixin of GRPOTrainer.
+
+    Attributes:
+        _outcomes: what the judge was right about in this evaluation (see `judge_metrics`).
+    """
+
+    _outcomes: dict[str, list[float]]
 
     @property
     def _mode(self) -> str:
@@ -50,7 +56,11 @@ class StepLogs:
         right = gather_object(self._rewards.right)
         scored = zip(asked, right, rewards, strict=True)
         outcomes = [fixed if item.task == "reflection" else reward for item, fixed, reward in scored]
-        self._log(judge_metrics(asked, texts, outcomes))
+        if self.model.training:
+            self._log(judge_metrics(asked, texts, outcomes))
+        else:  # all batches count as one: they have different numbers of items
+            metrics = judge_metrics(asked, texts, outcomes, self._outcomes)
+            self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
         if self.model.training and self.log_completions and self.accelerator.is_main_process:
             self._table.rows = recycled_table(groups, asked, texts, rewards, advantages)
 

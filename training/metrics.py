@@ -40,15 +40,21 @@ def recycling_metrics(items: Sequence[Item], counts: Counts, num_generations: in
     return metrics if blind is None else {**metrics, "judge/pointwise/question_only": blind}
 
 
-def judge_metrics(items: Sequence[Item], texts: Sequence[str], right: Sequence[float | None]) -> dict[str, float]:
+def judge_metrics(
+    items: Sequence[Item],
+    texts: Sequence[str],
+    right: Sequence[float | None],
+    earlier: dict[str, list[float]] | None = None,
+) -> dict[str, float]:
     """Of the recycled rollouts.
 
     Args:
         items: (n*G,) the item that each rollout answers.
         texts: (n*G,) what was written.
         right: (n*G,) 0 or 1, None where the verifier has no opinion.
+        earlier: outcomes of rollouts that count as well; those of these are added to it.
     """
-    values = defaultdict(list)
+    values = defaultdict(list) if earlier is None else earlier
     for item, text, correct in zip(items, texts, right, strict=True):
         if item.task == "reflection":
             if correct is not None:
@@ -65,10 +71,9 @@ def judge_metrics(items: Sequence[Item], texts: Sequence[str], right: Sequence[f
             values["judge/pointwise/label_rate"].append(shown_right)
             values["judge/pointwise/positive_rate"] += [(verdict == item.label) == shown_right] * readable
             values["on right" if shown_right else "on wrong"].append(correct)
-    sides = [values.pop(side, []) for side in ("on right", "on wrong")]
-    if all(sides):
-        values["judge/pointwise/balanced_accuracy"] = [sum(sum(side) / len(side) for side in sides) / 2]
-    return means(values)
+    metrics = means(values)
+    sides = [metrics.pop(side, None) for side in ("on right", "on wrong")]
+    return metrics if None in sides else {**metrics, "judge/pointwise/balanced_accuracy": sum(sides) / 2}
 
 
 def means(values: dict[str, list]) -> dict[str, float]:

@@ -57,7 +57,10 @@ class InPasses:
         trained = sum(len(p.rows) for passes in plan for p in passes if p.row_weight)
         share = trained / len(union["prompt_ids"])
         self._log({"recycle/trained_rows": trained * self.accelerator.num_processes, "recycle/trained_share": share})
-        return [[{**p.weights, "batch": cut_pass(union, p.rows)} for p in passes] for passes in plan]
+        return [
+            [{**p.weights, "batch": cut_pass(union, p.rows, self.pad_to_multiple_of)} for p in passes]
+            for passes in plan
+        ]
 
     @property
     def _with_deepspeed(self) -> bool:
@@ -70,7 +73,8 @@ class InPasses:
     def compute_loss(self, model, inputs, *args, **kwargs):
         """Of a batch as TRL makes it, or of a micro-step's passes: those but the last go backward in here."""
         if isinstance(inputs, dict):
-            return self._finite(super().compute_loss(model, inputs, *args, **kwargs))
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            return self._finite(loss) if self.model.training else loss
         total = 0.0
         for part in inputs[:-1]:
             with self._gradients_kept_local(model):
@@ -129,7 +133,8 @@ class Pass:
     row_weight: its share of the rows of its block, times the block's micro-steps: turns a mean over its rows, divided
         by the accumulation steps, into its part of the mean over all rows of the block.
     token_weight: the same of the loss tokens of all processes.
-    metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together.
+    metric_weight: its loss tokens over those of an average pass of its kind in the block, all processes together;
+        passes without any don't count.
     token_share: loss tokens of its kind over half of the generation's, where the kinds have optimizer steps of their
         own: TRL assumes that all steps of a generation have equally many.
     """
@@ -168,7 +173,8 @@ def plan_passes(
         n_policy: how many of the rows, the first ones, are the policy's.
         micro_steps, blocks: of the generation; a block is a run of micro-steps that no optimizer step cuts.
         budget: the most padded tokens (rows x width) of a pass; one row may have more.
-        drop: leave out rows whose advantage is 0: they have no gradient. Their part of the denominators stays.
+        drop: leave out rows without gradient: their advantage is 0, or all of their tokens are masked. Their part of
+            the denominators stays.
         apart: policy rows in the first half of the blocks, recycled rows in the second.
         fill: each micro-step has a pass, if need be one without weight: DeepSpeed wants a gradient from each.
         everyone: (n, ...) -> (processes, n, ...), every process's tensor.
@@ -188,7 +194,7 @@ def plan_passes(
     total = prompt + completion
     loss_mask = union["completion_mask"] * union.get("tool_mask", 1)
     loss_tokens = loss_mask.sum(1).cpu()
-    teaches = union["advantages"].cpu() != 0 if drop else torch.ones(n_rows, dtype=torch.bool)
+    teaches = (union["advantages"].cpu() != 0) & (loss_tokens > 0) if drop else torch.ones(n_rows, dtype=torch.bool)
 
     # As many rows on every process: those that teach, and short ones that don't where another process has more.
     taught = everyone(torch.tensor([int(teaches[rows].sum()) for *_, rows in kinds])).amax(0).tolist()
@@ -218,7 +224,9 @@ def plan_passes(
         for i in (block + blocks, block):  # recycled rows first
             n = len(ordered[i])
             slices = list(pairwise(cuts(widths[i][:n], budget)))
-            for start, stop in slices:
+            measured = [int(tokens[i, start:stop].sum()) for start, stop in slices]
+            average = sum(measured) / max(sum(map(bool, measured)), 1)
+            for (start, stop), of_slice in zip(slices, measured, strict=True):
                 rows = ordered[i][start:stop]
                 passes.append(
                     Pass(
@@ -229,7 +237,7 @@ def plan_passes(
                         * processes
                         / max(block_tokens[block], 1)
                         * steps_of_block,
-                        metric_weight=int(tokens[i, start:stop].sum()) / max(int(tokens[i].sum()), 1) * len(slices),
+                        metric_weight=of_slice / max(average, 1),
                         token_share=shares[kinds[i][1]],
                     )
                 )
