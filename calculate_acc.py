@@ -72,6 +72,7 @@ class Tally:
     questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
     scaling: dict = field(default_factory=lambda: defaultdict(list))  # dataset -> of each row: way -> (right, tokens)
     groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
+    parts: dict = field(default_factory=lambda: defaultdict(dict))  # dataset -> question -> how many parts it has
     incomplete: dict = field(default_factory=lambda: defaultdict(set))  # dataset -> questions with a part without score
 
 
@@ -104,8 +105,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
                 total.scaling[dataset].append(outcomes)
             if row.get("group"):
-                question, part = row["group"]
+                question, part, *parts = row["group"]
                 total.groups[dataset, kind][question][part] = right
+                total.parts[dataset][question] = int(*parts)
         elif row.get("group"):
             total.incomplete[dataset].add(row["group"][0])
         if pair:
@@ -157,6 +159,7 @@ def count_row(n: Counter, row: Row) -> bool | None:
     if kind in ("answer", "tts"):
         outcome = row.get("is_correct")
         n["unboxed"] += row["extracted_answer"] in (None, "")
+        n["cut_off"] += bool(row.get("cut_off"))
     else:
         outcome = count_verdicts(n, kind, row)
     if outcome is None:
@@ -258,7 +261,8 @@ def summarise(tallies: list[Tally]) -> Row:
                 benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
             if key[1] == "tts" and total.scaling[key[0]]:
                 benchmark["price"] = price_table(total.scaling[key[0]])
-            whole = {q: parts for q, parts in total.groups[key].items() if q not in total.incomplete[key[0]]}
+            missing, sizes = total.incomplete[key[0]], total.parts[key[0]]
+            whole = {q: p for q, p in total.groups[key].items() if q not in missing and len(p) >= sizes[q]}
             benchmark["scores"] = group_scores(whole) if whole else {}
         scored = {k: [b["accuracy"] for b in benchmarks if b["kind"] == k and b["answered"]] for k in KINDS}
         firsts = [b["first_accuracy"] for b in benchmarks if b["kind"] == "tts" and b["answered"]]
@@ -294,11 +298,11 @@ PAIRS = (
     "tokens"
 )
 RATES = {  # kind -> title, columns
-    "answer": ("Answers", "accuracy, 95 %=interval, unboxed, tokens"),
+    "answer": ("Answers", "accuracy, 95 %=interval, unboxed, cut off=cut_off, tokens"),
     "tts": (
         "Test-time scaling: first answer, and final one after judging and reflecting",
         "first=first_accuracy, final=accuracy, 95 %=interval, right>wrong=right_to_wrong, wrong>right=wrong_to_right, "
-        "p=flip_p, reflections, unboxed, first tokens=first_tokens, tokens",
+        "p=flip_p, reflections, unboxed, cut off=cut_off, first tokens=first_tokens, tokens",
     ),
     "pointwise": (
         "Judging one response",
@@ -329,7 +333,8 @@ BREAKDOWNS = {
 }
 PAIRED = "paired rows=rows, base=base_accuracy, this=accuracy, difference, 95 %=interval, gained, lost, McNemar p=p"
 COUNTS = (
-    "questions n majority_n verdicts unboxed right_to_wrong wrong_to_right rows answered unscorable failed gained lost"
+    "questions n majority_n verdicts unboxed cut_off right_to_wrong wrong_to_right rows answered unscorable failed "
+    "gained lost"
 )
 FORMATS = {
     **dict.fromkeys(COUNTS.split(), ","),

@@ -47,6 +47,7 @@ class Output(NamedTuple):
     completion_tokens: int = 0
     error: str | None = None
     logprobs: tuple[tuple[str, float], ...] | None = None  # (token, its log-probability), where they were wanted
+    cut_off: bool = False  # at max_tokens
 
 
 class BadRequest(ValueError):
@@ -226,12 +227,13 @@ class TransformersEngine(BatchEngine):
         prompts = inputs["attention_mask"].sum(dim=1).tolist()
         decoded = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         logprobs = recorder.of(ids).tolist() if recorder else None  # (b, T)
-        for place, (i, text, p, n) in enumerate(zip(rows, decoded, prompts, kept, strict=True)):
+        found = zip(rows, decoded, prompts, kept, ends.any(dim=1).tolist(), strict=True)
+        for place, (i, text, p, n, ended) in enumerate(found):
             tokens = None
             if logprobs is not None and requests[i].with_logprobs:
                 written = self.tokenizer.batch_decode([[token] for token in ids[place, :n].tolist()])
                 tokens = tuple(zip(written, logprobs[place][:n], strict=True))
-            outputs[i] = Output(text, p, n, logprobs=tokens)
+            outputs[i] = Output(text, p, n, logprobs=tokens, cut_off=not ended)
         return outputs
 
 
@@ -319,7 +321,9 @@ class VLLMEngine:
                         step[token] for step, token in zip(completion.logprobs, completion.token_ids, strict=True)
                     ]
                     logprobs = tuple((token.decoded_token or "", token.logprob) for token in chosen)
-                done.append((int(output.request_id), Output(completion.text, *tokens, logprobs=logprobs)))
+                cut_off = completion.finish_reason == "length"
+                written = Output(completion.text, *tokens, logprobs=logprobs, cut_off=cut_off)
+                done.append((int(output.request_id), written))
         return done
 
     def close(self) -> None:
@@ -585,7 +589,7 @@ def read_completion(answer: bytes) -> Output | None:
     if not all(isinstance(n, int) for n in tokens):
         return None
     error = "the server's content filter" if reason == "content_filter" else None
-    return Output(text, *tokens, error, logprobs=logprobs or None)
+    return Output(text, *tokens, error, logprobs=logprobs or None, cut_off=reason == "length")
 
 
 def _reason(error: Exception) -> str:

@@ -40,6 +40,7 @@ import os
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -164,7 +165,7 @@ class Calls:
 
     def __init__(self, row: Row, settings: Settings):
         self.row, self.settings = row, settings
-        self.prompt_tokens = self.completion_tokens = 0
+        self.prompt_tokens = self.completion_tokens = self.cut_off = 0
 
     def request(self, instruction: str | None = None) -> Request:
         """The row's question, or one about it."""
@@ -187,6 +188,7 @@ class Calls:
         for output in outputs:
             self.prompt_tokens += output.prompt_tokens
             self.completion_tokens += output.completion_tokens
+            self.cut_off += output.cut_off
         return [output.text for output in outputs]
 
     def candidate(self, response: str) -> tuple[str, Form]:
@@ -218,6 +220,7 @@ class Calls:
             "error": None,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "cut_off": self.cut_off,
             **({"image_digest": _digest(row["images"])} if row["images"] and row["image_path"] is None else {}),
             **{name: row[name] for name in ("categories", "group") if row[name]},
             **fields,
@@ -601,6 +604,19 @@ def evaluate_records(records: list[Row], engine, settings: Settings) -> list[Row
     return [results[index] for index in range(len(rows))]
 
 
+def benchmark_names(names: Sequence[str]) -> dict[str, str]:
+    """What each benchmark is called: its file's name, with the folder's where others are called the same, as two
+    downloads of test.jsonl are. Raises BadInput where one is given twice."""
+    paths = Counter(os.path.realpath(name) for name in names)
+    if twice := [name for name in names if paths[os.path.realpath(name)] > 1]:
+        raise BadInput(f"--benchmark {twice[0]}: expected each once, got {twice[-1]} as well")
+    called = {name: Path(name).stem for name in names}
+    for longer in (lambda path: f"{path.parent.name}/{path.stem}", str):
+        alike = Counter(called.values())
+        called = {name: short if alike[short] == 1 else longer(Path(name)) for name, short in called.items()}
+    return called
+
+
 def read_benchmark(source: Source, mode: str) -> list[Row]:
     """The rows of a benchmark. Images must be there, and are opened when a model is asked about them.
 
@@ -613,6 +629,10 @@ def read_benchmark(source: Source, mode: str) -> list[Row]:
         raise BadInput(f"{source}: {bad[0]}{more}")
     if not rows:
         raise BadInput(f"{source}: expected at least one row, found none")
+    parts = Counter(row["group"][0] for row in rows if row["group"])
+    for row in rows:
+        if row["group"]:  # its size: --limit may leave parts of a question out
+            row["group"] = [*row["group"], str(parts[row["group"][0]])] if parts[row["group"][0]] > 1 else None
     return rows
 
 
@@ -757,8 +777,8 @@ def main() -> int:
                 raise BadInput(f"--{name}: expected --reward_funcs beside it: verify.py has no use for it")
         _ = settings.reward  # refused now, and not after the first answer
         rows, wanted = [], []
-        for name in settings.benchmark:
-            of_benchmark = read_benchmark(Source(name, data, settings.prompt_suffix), settings.mode)
+        for name, called in benchmark_names(settings.benchmark).items():
+            of_benchmark = read_benchmark(Source(name, data, settings.prompt_suffix, called=called), settings.mode)
             wanted += range(len(rows), len(rows) + len(of_benchmark[: args.limit]))
             rows += of_benchmark
         part_file(rows, settings, args.output)  # refused now, and not when the model is loaded

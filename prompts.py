@@ -189,7 +189,7 @@ def fill(template: str, **slots: str) -> str:
 def ask(prompt: Prompt, instruction: str, suffix: str = PROMPT_SUFFIX) -> Prompt:
     """The policy's prompt with `instruction` in place of the suffix.
 
-    System prompt, earlier turns and images stay as they are; only the last text of the last user turn changes.
+    System prompt, earlier turns and images stay as they are; the instruction is what the last user turn ends with.
     Raises ValueError if there is no user turn with text.
     """
 
@@ -206,7 +206,10 @@ def ask(prompt: Prompt, instruction: str, suffix: str = PROMPT_SUFFIX) -> Prompt
         last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
         if last is None:
             raise ValueError(f"prompt: expected a user message with text, got roles {[m['role'] for m in prompt]}")
-        content = [*content[:last], {**content[last], "text": instead(content[last]["text"])}, *content[last + 1 :]]
+        part, images = content[last], content[last + 1 :]
+        text = strip_suffix(part["text"], suffix) if images else instead(part["text"])
+        after = [{"type": "text", "text": f"\n\n{instruction}"}] if images else []
+        content = [*content[:last], {**part, "text": text}, *images, *after]
     return [*prompt[:turn], {**prompt[turn], "content": content}, *prompt[turn + 1 :]]
 
 

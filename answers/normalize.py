@@ -97,7 +97,9 @@ _AFTER_COMMANDS = _rewrites(
     (r"\\text\{([^{}^]*[A-Za-z])\s*\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d))\s*\}", r"\\text{\1}^{\2\3}"),
     (r"(?<=\d)\s*(?:\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\{\s*-?(?:st|nd|rd|th)\s*\})", ""),
     (r"\\text\{\s*,\s*(and|or)\s*\}", r"\\text{\1}"),
-    (r"(?<=[\d}])\s*\\Omega$", r"\\text{ohm}"),
+    (r"(?<=[\d}])\s*(?:\\text\{\s*)?([kM]?)(?:\s*\})?\s*\\Omega(?:\s*\})?$", r"\\text{ \1ohm}"),
+    (r"(?<=[\d}])\s*(?:\\text\{\s*)?\\mu\s*(?:\\text\{)?\s*([mgsAFLWVJC])\s*\}?$", r"\\text{ micro\1}"),
+    (r"\\text\{([^{}]*)\\cdot\s*([^{}]*)\}", r"\\text{\1 \2}"),
     (r"\\frac ?(\d) (\d)(?!\d)", r"\\frac{\1}{\2}"),
 )
 _PLAIN = _rewrites(
@@ -122,6 +124,8 @@ _ANSWER_IS = re.compile(
 )
 
 
+# Within a longer answer: 5.4e-3 and 3e8, but not 2e-1, which may be 2e minus 1.
+_SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.\\/^{])(\d*\.\d+(?=[eE][+-]?\d)|\d+(?=[eE]\+?\d))[eE]([+-]?\d{1,3})(?![\w.])")
 _APART = re.compile(r"(?<=[\d}])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=\d)")
 
 
@@ -151,13 +155,22 @@ def clean(text: str) -> str:
     text = strip_braces(_apply(_PLAIN, text).strip())
     if (box := re.match(r"\\f?boxe?d?\s*(?=\{)", text)) and is_enclosed(text, box.end()):
         text = text[box.end() + 1 : -1].strip()
+    text = _unwrapped(text)
     text = _ANSWER_IS.sub("", text, count=1) if _ANSWER_IS.match(text) else text
     text = re.sub(r"^=(?=.)", "", text.strip())
     text = re.sub(r"[.,;:\s]+\\?$|\\$", "", text).strip()
     if scientific := re.fullmatch(r"([+-]?\d*\.?\d+)[eE]([+-]?\d+)", text):
-        return f"{scientific[1]} \\times 10^{{{int(scientific[2])}}}"
+        return _power_of_ten(scientific)
+    return _unwrapped(_SCIENTIFIC.sub(_power_of_ten, text))
+
+
+def _unwrapped(text: str) -> str:
     whole = re.fullmatch(r"\\text\{([^{}]*)\}", text)
     return re.sub(r"[.,;:\s]+$", "", whole[1]).strip() if whole else text
+
+
+def _power_of_ten(number: re.Match) -> str:
+    return f"{number[1]} \\times 10^{{{int(number[2])}}}"
 
 
 _CHINESE_UNITS = dict(
@@ -247,6 +260,7 @@ def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
     return pieces, signs
 
 
+_ARTICLE = re.compile(r"(?:^(?:the|a|an)|(?<!\S)(?:[Tt]he|an?))(?=\s+\w)", re.IGNORECASE)  # but vitamin A
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")
 
 
@@ -263,8 +277,8 @@ def has_words(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def as_words(text: str) -> str:
     """A textual answer for comparison: case, punctuation, articles and spacing removed."""
-    text = re.sub(r"[^\w+\-/^=<>\\]+", " ", unwrap_text(text).casefold())
-    return " ".join(w for w in text.split() if w not in ("the", "a", "an"))
+    text = _ARTICLE.sub("", unwrap_text(text))
+    return " ".join(re.sub(r"[^\w+\-/^=<>\\]+", " ", text.casefold()).split())
 
 
 @lru_cache(maxsize=4096)

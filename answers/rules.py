@@ -104,8 +104,13 @@ _CHOICE_GOLD = re.compile(  # (B), B. or B: x = 5, but not the ratio A:B = 1:2
     re.DOTALL,
 )
 _CHOICE_PRED = re.compile(
-    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b)?\s*:?\s*)?"
-    r"[(\[]?\s*([A-Z])\s*(?:[)\].:]+\s*(.*)|$)",
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s*(?:is\b)?\s*:?\s*|"
+    r"(?:正确)?(?:答案|选项|选择|选)\s*[是为]?\s*:?\s*)?"
+    r"[(\[]?\s*([A-Z])\s*(?:[)\].:]+\s*(.*)|(?:选?项)?$)",
+    re.DOTALL | re.IGNORECASE,
+)
+_CHOICE_AND_TEXT = re.compile(  # B (12), B, 12, B - 12, B 12; 12 (B)
+    r"(?:(?:option|choice|answer)\s+)?([A-Z])(?:\s*,\s*|\s+-\s+|\s+)(?:\((.+)\)|(.+))|(.+?)\s*\(([A-Z])\)",
     re.DOTALL | re.IGNORECASE,
 )
 _SEVERAL_CHOICES = re.compile(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*")
@@ -128,6 +133,10 @@ def _same_choice(pred: str, gold: str) -> bool | None:
     letter, content = match[1] or match[2] or match[4], match[3] or match[5]
     if content and re.match(r"[A-Z]\s*:", gold) and _NEXT_LABEL.search(content):  # A: 3, B: 4 are two answers
         return None
+    if content and (both := _CHOICE_AND_TEXT.fullmatch(pred)) and letter in (both[1], both[5]):
+        said = both[2] or both[3] or both[4]
+        if squeeze(said) == squeeze(content) or (not _OTHER_OPTION.search(said) and _same(said, content)):
+            return True
     choice = _CHOICE_PRED.fullmatch(pred)
     if not choice or not (choice[1].isupper() or not choice[2]):
         return _same(pred, content) if content else False
@@ -140,7 +149,33 @@ def _same_choice(pred: str, gold: str) -> bool | None:
         return True
     if has_words(content) and as_words(content) not in _YES_NO:  # words may be said in another way
         return True
-    return _same(rest, content)
+    same = _same(rest, content)
+    return same if same is not False else _rounded_or_reworded(rest, content)
+
+
+_AROUND = re.compile(r"\\text\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])|\(\s*\)|\\approx")
+
+
+def _rounded_or_reworded(rest: str, content: str) -> bool:
+    """Whether what follows the right letter is the option's number all the same: rounded, or with other words. Another
+    number contradicts the letter."""
+    numbers, values = [], []
+    (p, p_unit), (g, g_unit) = split_unit(rest), split_unit(content)
+    if p_unit and g_unit and p_unit != g_unit:
+        return False
+    for text in (p, g):
+        numbers.append(plain_number(" ".join(_AROUND.sub(" ", _AROUND.sub(" ", text)).split())))
+        try:
+            (value,) = evaluate(numbers[-1])
+        except (TooBig, ValueError, *CANNOT_EVALUATE):
+            return False
+        values.append(value)
+    if same_values(values[:1], values[1:]):
+        return True
+    return any(
+        re.fullmatch(r"[+-]?\d*\.?\d+", number) and _rounds_to(other, Fraction(number), len(number.partition(".")[2]))
+        for number, other in ((numbers[0], values[1]), (numbers[1], values[0]))
+    )
 
 
 # --------------------------------------------------------------------------- answers of several parts
@@ -283,11 +318,14 @@ def _same_equation(p_sign: str, pred: list[str], g_sign: str, gold: list[str]) -
 
 _YES_NO = ("yes", "no", "true", "false")
 _EMPTY = {"none", "nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset"}
+_HYPHENATED = re.compile(r"\d+(?:\s*-\s*\d+)+")  # a date, a range, a telephone number: no difference to work out
 _RATIO = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)(.*)")
 
 
 def _same_scalar(pred: str, gold: str, digits: int) -> bool | None:
     """Two scalars: ratios and times, words, or quantities."""
+    if _HYPHENATED.fullmatch(gold):
+        return gold.replace(" ", "") == re.sub(r" (?:to|through) ", "-", unwrap_text(pred)).replace(" ", "")
     plain = [re.sub(r"\s*\\text\{\s*to\s*\}\s*|(?<=\d) to (?=\d)", ":", text) for text in (pred, gold)]
     p_ratio, g_ratio = (_RATIO.fullmatch(text) for text in plain)
     if p_ratio and g_ratio:

@@ -27,7 +27,10 @@ _UNIT_TABLE = """
     L: liter litre l; degree: deg; rad: radian; dollar: usd buck; cent: ; pound: gbp; euro: eur; yen: jpy;
     rupee: rs inr; percent: percentage pct; J: joule; N: newton; W: watt; V: volt; Hz: hertz; Pa: pascal;
     mol: mole; celsius: centigrade; mi/h: mph; km/h: kph kmh; am: a.m; pm: p.m; kJ: kilojoule; kW: kilowatt;
-    K: kelvin; acre: ; gal: gallon; KB: kilobyte; MB: megabyte; GB: gigabyte; ohm: ; unit:
+    K: kelvin; A: ampere amp; F: farad; C: coulomb; T: tesla; eV: electronvolt; nm: nanometer nanometre; mA: ; kN: ;
+    mN: ; mV: ; kV: ; mW: ; MW: ; mJ: ; MJ: ; ms: millisecond; nC: ; nF: ; pF: ; kohm: ; Mohm: ;
+    microm: micrometer micrometre micron um; microF: uF; microC: uC; micros: us; acre: ; gal: gallon;
+    KB: kilobyte; MB: megabyte; GB: gigabyte; ohm: ; unit:
 """
 _UNITS = {}
 for _entry in _UNIT_TABLE.split(";"):

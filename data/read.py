@@ -298,7 +298,7 @@ class Reader:
                 **judged,
                 "image_path": _path_of(record.images),
                 "categories": columns.categories(raw),
-                "group": columns.group_of(raw),
+                "group": columns.group_of(raw, rotated=bool(record.options)),
             }
         return row
 

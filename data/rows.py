@@ -104,12 +104,14 @@ class Source:
     suffix: put at the end of each question, once.
     columns_optional: the named columns are those of other data; where they are missing here, and the layout is known,
         that is no error.
+    called: the benchmark that its rows are of, where they do not say so; default: by the file's name.
     """
 
     name: Any
     settings: DataSettings = field(default_factory=DataSettings)
     suffix: str = PROMPT_SUFFIX
     columns_optional: bool = False
+    called: str | None = None
 
     def __str__(self):
         return self.name if isinstance(self.name, str) else "rows"
@@ -121,7 +123,7 @@ class Source:
     @property
     def benchmark(self) -> str:
         """What its rows are of, where they do not say so."""
-        return Path(self.name).stem if isinstance(self.name, str) else "unnamed"
+        return self.called or (Path(self.name).stem if isinstance(self.name, str) else "unnamed")
 
     @cached_property
     def image_folder(self) -> str:
@@ -357,7 +359,7 @@ def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
-    """The suffix at the end of the message's last text, once, whatever blank space or copies of it are there."""
+    """The suffix at the end of the message, once, whatever blank space or copies of it are there."""
 
     def suffixed(text: str) -> str:
         text = text.rstrip()
@@ -369,7 +371,7 @@ def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
 
 
 def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[str, Any]:
-    """The options as lines under the message's last text, unless it lists them itself."""
+    """The options as lines at the end of the message, unless that lists them itself."""
 
     def listed(text: str) -> str:
         patterns = (rf"(?<!\w)\(?{re.escape(label)}\)?[.):]?\s*{re.escape(o)}" for label, o in options.items())
@@ -381,13 +383,14 @@ def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[s
 
 
 def _changed(message: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
-    """The message with another last text, "" where it has none."""
+    """The message with another text at its end, "" where it ends with an image."""
     content = message["content"]
     if isinstance(content, str):
         return {**message, "content": change(content)}
-    last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=len(content))
-    text = content[last]["text"] if last < len(content) else ""
-    return {**message, "content": [*content[:last], {"type": "text", "text": change(text)}, *content[last + 1 :]]}
+    ends_with_text = content[-1]["type"] == "text"
+    before, text = (content[:-1], content[-1]["text"]) if ends_with_text else (content, "")
+    after = [{"type": "text", "text": changed}] if (changed := change(text)) or not before else []
+    return {**message, "content": [*before, *after]}
 
 
 def question_of(prompt: list[dict[str, Any]], suffix: str) -> str:

@@ -52,7 +52,7 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
         "first_tokens": rate(n["first_tokens"], n["with_tokens"]) if n["first_tokens"] else None,
     }
     if kind in ("answer", "tts"):
-        common["unboxed"] = n["unboxed"]
+        common |= {name: n[name] for name in ("unboxed", "cut_off")}
     if kind == "tts":
         return common | {
             "first_accuracy": rate(n["first_right"], total),
@@ -182,12 +182,15 @@ def figure(files: list[Row], path: str) -> None:
 
 
 def by_category(values: dict[str, Counter]) -> Row:
-    """Accuracy for each value of a category, and their mean: RewardBench 2's score is the one over its subsets."""
+    """Accuracy for each value of a category, and their mean, whose interval counts two right and two wrong answers more
+    for each value (Agresti and Coull): by its own share, a value with none right would be certain."""
     rows = {value: answered(n["right"], n["answered"]) for value, n in sorted(values.items())}
     mean = sum(row["accuracy"] for row in rows.values()) / len(rows)
-    variance = sum(row["accuracy"] * (1 - row["accuracy"]) / row["answered"] for row in rows.values())
-    half = 1.96 * math.sqrt(variance) / len(rows)
-    return {"values": rows, "mean": mean, "interval": (max(0.0, mean - half), min(1.0, mean + half))}
+    shares = {value: (n["right"] + 2) / (n["answered"] + 4) for value, n in values.items()}
+    variance = sum(share * (1 - share) / (values[value]["answered"] + 4) for value, share in shares.items())
+    middle, half = sum(shares.values()) / len(rows), 1.96 * math.sqrt(variance) / len(rows)
+    interval = (max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half)))
+    return {"values": rows, "mean": mean, "interval": interval}
 
 
 def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
@@ -196,7 +199,12 @@ def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
     We-Math (parts 2steps_1, 2steps_2, 2steps_multi, ...): a problem counts 1 if it and its steps are right, 1/2 if the
     steps alone are; loose, 1 also if it and one step are right. Problems of which a part is missing are left out.
     DynaMath (variants): a question counts 1 if all its variants are right.
+    MMBench (rotations): the same, as "circular"; beside it the questions as they stand, without the rotated ones.
     """
+    if all(part.startswith("rotation ") for parts in groups.values() for part in parts):
+        circular = [float(all(parts.values())) for parts in groups.values()]
+        plain = [float(parts["rotation 0"]) for parts in groups.values() if "rotation 0" in parts]
+        return {"circular": _mean(circular), **({"without rotations": _mean(plain)} if plain else {})}
     problems = {name: parts for name, parts in groups.items() if any("steps_" in part for part in parts)}
     if not problems:
         return {"worst case over variants": _mean([float(all(parts.values())) for parts in groups.values()])}

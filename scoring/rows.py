@@ -10,7 +10,7 @@ from data.table import records
 
 Row = dict[str, Any]
 KINDS = ("answer", "tts", "pointwise", "pairwise", "best_of_n")
-AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num")
+AMOUNTS = ("prompt_tokens", "completion_tokens", "first_completion_tokens", "round_num", "cut_off")
 PROBABILITIES = {"verdict": "verdict_probability", "verdict_swapped": "verdict_swapped_probability"}
 WAYS = {"vote": "majority", "weighted_vote": "weighted", "best_of_n": "best of n", "reflect": "reflect"}
 
@@ -55,7 +55,8 @@ def checks(row: Row, kind: str) -> Iterator[tuple[str, bool, str]]:
     are_texts = isinstance(categories, dict) and all(isinstance(v, str) or _are_texts(v) for v in categories.values())
     yield "categories", are_texts, "an object of texts or lists of them"
     group = row.get("group") or ["", ""]
-    yield "group", _are_texts(group) and len(group) == 2, "a question and which part of it this is, as text"
+    counted = _are_texts(group) and (len(group) == 2 or (len(group) == 3 and group[2].isdigit()))
+    yield "group", counted, "a question, which part of it this is, and how many there are, as text"
     for name in ("extracted_answer", "first_answer") if kind == "tts" else ("extracted_answer",):
         yield name, _is_plain(row.get(name, ...)), "the final answer as text, or null"
     for name in PROBABILITIES.values():

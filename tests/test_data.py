@@ -142,8 +142,11 @@ def test_images_placed_in_a_conversation_keep_their_place(tmp_path, picture):
     first, second = text
     rows = [{"prompt": [{"role": "user", "content": [first, image, second, image]}], "solution": "1"}]
     data = read_dataset(write(tmp_path / "train.json", rows))
-    assert [p["type"] for p in data[0]["prompt"][0]["content"]] == ["text", "image", "text", "image"]
-    assert data[0]["prompt"][0]["content"][2]["text"] == "with" + PROMPT_SUFFIX
+    assert [p["type"] for p in data[0]["prompt"][0]["content"]] == [
+        *("text", "image", "text", "image"),
+        "text",  # how to answer: after the last image, or it would stand in the middle of the question
+    ]
+    assert [data[0]["prompt"][0]["content"][place]["text"] for place in (2, 4)] == ["with", PROMPT_SUFFIX]
     assert len(data[0]["images"]) == 2
 
 

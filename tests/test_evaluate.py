@@ -65,7 +65,7 @@ def test_answer_mode_scores_and_keeps_unboxed_apart():
     assert all(r["error"] is None and r["completion_tokens"] == 5 for r in rows)
     assert set(rows[0]) == {
         "dataset", "problem", "image_path", "ground_truth", "vlm_output", "extracted_answer", "is_correct", "error",
-        "prompt_tokens", "completion_tokens",
+        "prompt_tokens", "completion_tokens", "cut_off",
     }  # fmt: skip
 
 

@@ -211,7 +211,7 @@ def test_options_hints_and_golds_of_each_layout(folder):
     assert asked["WeMath.tsv"][0] == ("Hint: Look at the red one.\nArea?\nA. 1\nB. 2", "(B) 2")
     assert asked["LogicVista.tsv"][0][1] == "A, C"
     assert asked["mathvista.parquet"] == [("Longer?\nA. AB\nB. BC", "(B) BC"), ("Sum?", "7")]
-    assert asked["mathvision.parquet"] == [("Count ", "12"), ("Which   \nA. A\nB. B", "B")]
+    assert asked["mathvision.parquet"] == [("Count  ", "12"), ("Which   \nA. A\nB. B", "B")]
     assert [question for question, _ in asked["mathverse.json"]][1] == "Answer the question in the image."
     assert asked["wemath.json"][0] == ("Area?\nA. 1\nB. 2\nC. No answer", "(B) 2")
     assert [gold for _, gold in asked["llava.json"]] == ["12", "9"]
@@ -315,11 +315,13 @@ def test_the_splits_of_one_file_are_told_apart():
 def test_categories_and_groups_are_kept_with_the_results(folder):
     kept = {name: (row["categories"], row["group"]) for name in ANSWERED for row in rows_of(folder / name)[:1]}
     assert kept["MathVista.tsv"] == (
-        {"question_type": "multi_choice", "task": "geometry", "skills": ["sight", "sums"]}, None,
+        {"question_type": "multi_choice", "task": "geometry", "skills": ["sight", "sums"]}, ["1", "rotation 0"],
     )  # fmt: skip
     assert kept["mathvista.parquet"][0] == {"category": "vqa", "question_type": "multi_choice", "skills": ["sight"]}
     assert kept["WeMath.tsv"] == ({}, ["1", "2steps_1"])
     assert kept["DynaMath.tsv"] == ({"subject": "algebra", "answer_type": "float"}, ["0", "0"])
+    whole = evaluate.read_benchmark(Source(str(folder / "MathVista.tsv")), "answer")
+    assert {row["group"] for row in whole} == {None}  # none of its questions has a second row
     rows = evaluate.read_benchmark(Source(str(folder / "judgebench.json")), "judge")
     how = evaluate.Settings("x", "judge", ())
     ((_, result), *_) = next(evaluate.run(enumerate(rows), Scripted(), how))
@@ -425,6 +427,32 @@ def test_dynamath_s_worst_case_by_hand():
     assert found["scores"]["worst case over variants"]["score"] == pytest.approx(1 / 3)
     failed = summary_of([*rows, {**scored(1), "error": "HTTP 500", "group": ["a", "3"]}])["scores"]
     assert failed["worst case over variants"] | {"interval": ()} == {"questions": 2, "score": 0.0, "interval": ()}
+
+
+def test_circular_evaluation_by_hand(tmp_path):
+    """MMBench: the options of a question rotated, in rows of their own whose index is a million or more higher."""
+    right = {"241": "ABCD", "252": "AA"}  # a model that always says A
+    options = {"A": "w", "B": "x", "C": "y", "D": "z"}
+    rows = [
+        {"index": str(int(index) + 1_000_000 * turn), "image": index if turn else RED_64, "question": f"Of {index}?",
+         "answer": letter, **options}
+        for index, letters in right.items()
+        for turn, letter in enumerate(letters)
+    ]  # fmt: skip
+    path = tmp_path / "MMBench.tsv"
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]), delimiter="\t")
+        table.writeheader()
+        table.writerows(rows)
+    read = evaluate.read_benchmark(Source(str(path)), "answer")
+    assert [row["group"] for row in read][3:5] == [["241", "rotation 3", "4"], ["252", "rotation 0", "2"]]
+    done = [
+        scored(letter == "A", group=row["group"]) for row, letter in zip(read, "".join(right.values()), strict=True)
+    ]
+    scores = {name: (s["questions"], s["score"]) for name, s in summary_of(done)["scores"].items()}
+    assert scores == {"circular": (2, 1 / 2), "without rotations": (2, 1.0)}
+    cut = {name: s["questions"] for name, s in summary_of(done[:5])["scores"].items()}  # --limit 5
+    assert cut == {"circular": 1, "without rotations": 1}
 
 
 def test_accuracies_by_category_and_their_mean_by_hand():

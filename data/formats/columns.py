@@ -19,6 +19,7 @@ from PIL import Image
 
 from data.rows import RowError, literal, replace_surrogates, unicode_text
 
+ROTATION = 1_000_000  # MMBench: what is added to a question's index for each rotation of its options
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
@@ -170,13 +171,17 @@ def _category(value: Any) -> str | list[str] | None:
     return replace_surrogates(text) if len(text) < 100 else None
 
 
-def group_of(raw: dict[str, Any]) -> list[str] | None:
-    """(the question, which part of it this row is) of a record that is one of several of its question: a variant, as in
-    DynaMath, or a step, as in We-Math."""
+def group_of(raw: dict[str, Any], rotated: bool = False) -> list[str] | None:
+    """(the question, which part of it this row is) of a record that may be one of several of its question: a variant,
+    as in DynaMath, a step, as in We-Math, or a rotation of its options, as in MMBench, whose index then has a million
+    or more added to it."""
+    index = str(raw.get("index")).removesuffix(".0")
     if raw.get("qid") is not None and raw.get("varid") is not None:
         names = ("qid", "varid")
     elif raw.get("ID") is not None and "steps_" in str(raw.get("key")):
         names = ("ID", "key")
+    elif rotated and index.isdecimal():
+        return [str(int(index) % ROTATION), f"rotation {int(index) // ROTATION}"]
     else:
         return None
     return [replace_surrogates(str(raw[name])) for name in names]
