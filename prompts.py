@@ -35,7 +35,8 @@ BOX = "\\boxed{}"  # where answers and verdicts go
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Templates. {response}, {first} and {second} are quoted rollouts; {if_a} and {if_b} are "correct" and "incorrect" in
-# either order, so that no letter stands for one verdict.
+# either order, so that no letter stands for one verdict. In whatever language: the verdicts that verify.parse_verdict
+# reads are Yes, No, A and B.
 
 POINTWISE_YES_NO = (
     "Proposed solution:\n{response}\nIs it correct? Work it out, then put Yes or No in \\boxed{}.",

@@ -25,7 +25,7 @@ Everything here is a pure function of its arguments: no torch, no trainer, no fi
 
     >>> rollouts = (Rollout("1+1=2 so \\\\boxed{2}", "2", True), Rollout("\\\\boxed{3}", "3", False))
     >>> groups = [Group(f"q{i}", "What is 1+1?", rollouts) for i in range(4)]
-    >>> items, counts = recycle(groups, step=0, config=RecycleConfig())
+    >>> items, counts = recycle(groups, step=0, config=RecycleConfig(recycle_ratio=1.0))
     >>> [item.task for item in items]
     ['pairwise', 'pairwise', 'reflection', 'reflection']
 """
@@ -175,7 +175,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Item:
-    """One recycled prompt. `label` is the verdict that earns the reward; None for reflection, rewarded by the gold."""
+    """One recycled prompt. `label` is the verdict that earns the reward; None where the answer is scored like the
+    policy's, against the gold: reflection."""
 
     task: Task
     prompt: Prompt
@@ -442,6 +443,8 @@ def _write_items(selected, config, rng) -> tuple[Item, ...]:
             if response.correct:
                 template |= 1  # the even templates say that the attempt is wrong
             instruction = reflection_instruction(response.text, response.form, template, config.answer_mark)
+        elif task != "pointwise":
+            raise NotImplementedError(f"no prompt is written for the task {task}")
         elif (i + by_letter) % 2:  # right responses come first, so alternating balances within each label
             label = "AB"[(i // 2 + letter) % 2]
             right_letter = label if response.correct else "BA"["AB".index(label)]

@@ -50,7 +50,7 @@ from prompts import instructions
 from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, recycle
 from training import console, plan
 from training.batch import join, share_images
-from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, show_progress
+from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, changed_settings, show_progress
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
 from training.logs import StepLogs
@@ -97,7 +97,7 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     recycle_apart: bool = flag(
         False,
         "Recycled rows have optimizer steps of their own, after the policy's, as in the release: needs "
-        "steps_per_generation to be at least twice gradient_accumulation_steps.",
+        "steps_per_generation to be 2, 4, ... times gradient_accumulation_steps.",
     )
     drop_zero_advantage: bool | None = flag(
         None,
@@ -162,7 +162,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     | member | why | where |
     | --- | --- | --- |
-    | `_generate_and_score_completions` | the step: rolls out twice, recycles in between | here |
+    | `_generate_and_score_completions` | the step: rolls out twice, recycles in between | here, training/images.py |
     | `_prepare_inputs` | cuts a generation into passes of no more tokens than plain GRPO's | training/passes.py |
     | `compute_loss` | weighs those passes, of different sizes, and runs them one after the other | training/passes.py |
     | `_tokenize_prompts` | rows without images beside rows with them; TRL issue 6294 | training/images.py |
@@ -234,7 +234,8 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         self._table = RecycledTable()
         self.add_callback(self._table)
         self.add_callback(Watch())
-        self.add_callback(MetricsFile(self._metrics["train"]))
+        self.metrics_file = MetricsFile(self._metrics["train"])
+        self.add_callback(self.metrics_file)
 
     # ---- the step ---------------------------------------------------------------------------------------------------
 
@@ -432,6 +433,7 @@ def main() -> None:
             quantization_config=get_quantization_config(model),
             peft_config=get_peft_config(model),
         )
+    trainer.metrics_file.more = {**changed_settings(data), **changed_settings(model)}
     show_progress(trainer)
     stop = StopOnSignal(trainer.accelerator)
     trainer.add_callback(stop)

@@ -3,10 +3,11 @@
     python -m data.check train.json --image_root images
     python -m data.check train.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct --against test.json --json
 
-Reads a training or benchmark file as training would, looks into every image, and reports: rows and columns, answers by
-kind with the verifier's opinion, repeated questions, questions shared with another file, and with --model the lengths
-of prompts in tokens. Unusable rows are named with line and reason, the first ten of them here and all of them in the
-report as JSON; the exit status is 2 if there are any.
+Reads a file as training or evaluation would (rows for judging and lists of golds, which only evaluation takes, count as
+usable), looks into every image, and reports: rows and columns, answers by kind with the verifier's opinion, repeated
+questions, questions shared with another file, and with --model the lengths of prompts in tokens. Unusable rows are
+named with line and reason, the first ten of them here and all of them in the report as JSON; the exit status is 2 if
+there are any.
 """
 
 import hashlib

@@ -1,5 +1,6 @@
 """The gold of a row: found in what the data hold, and refused where no answer could ever be equal to it."""
 
+import json
 import math
 import re
 import reprlib
@@ -53,7 +54,13 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
 
 
 def kept(value: Any) -> str:
-    """A solution as it is, for a verifier of the user's own. Raises RowError for what is no text."""
+    """A solution as it is, for a verifier of the user's own; a list or an object (test cases) as JSON text. Raises
+    RowError for what is neither."""
+    if isinstance(value, (list, dict)) and value:
+        try:
+            value = json.dumps(value, ensure_ascii=False)
+        except (TypeError, ValueError):
+            raise RowError("solution", f"expected text or JSON, got {reprlib.repr(value)}") from None
     if not isinstance(value, str) or not value.strip():
         raise RowError("solution", f"expected text, got {'nothing' if value is None else reprlib.repr(value)}")
     return unicode_text(value, "solution")

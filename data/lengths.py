@@ -64,14 +64,20 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
 def too_long(limit: int, processor: Any, setting: str = "max_prompt_length"):
     """A function of a row: why its prompt is too long (by which setting), or None. Only prompts that could be are
     tokenised: a token is at least a byte (a Chinese character or an emoji may be several), and what the template adds
-    to a message or an image is no more than the whole of it around an empty question."""
+    to a message or an image is no more than the whole of it around an empty question.
+
+    The function raises BadInput for roles that the template can't write, such as a system prompt."""
     (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor)
+    written: set[tuple[str, ...]] = set()  # sequences of roles that the template has been seen to write
 
     def reason(row: dict[str, Any]) -> str | None:
+        roles = tuple(message["role"] for message in row["prompt"])
         size = sum(len(str(message["content"]).encode()) for message in row["prompt"])
-        if size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor) <= limit:
+        most = size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor)
+        if roles in written and most <= limit:
             return None
         (n,) = prompt_tokens([row], processor)
+        written.add(roles)
         return f"{n} tokens, expected at most {limit} ({setting})" if n > limit else None
 
     return reason

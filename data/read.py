@@ -397,7 +397,9 @@ class Layout:
             self.question = self.overridden.get("prompt", self.question)
             self.answer = self.overridden.get("solution", self.answer)
         else:
-            self.question = self._column("prompt", settings.prompt_column, columns.QUESTIONS, needed=True)
+            mathvista = {"query", "precision", "unit"} <= self.columns  # `query` also says how to write the answer
+            questions = ("query",) if mathvista else columns.QUESTIONS
+            self.question = self._column("prompt", settings.prompt_column, questions, needed=True)
             answers = columns.ANSWERS if "response" in self.columns else (*columns.ANSWERS, "label")
             needed = use != "judge" and not any(map(columns.judged_fields, head))
             self.answer = self._column("solution", settings.solution_column, answers, needed)
@@ -440,13 +442,21 @@ class Layout:
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
         if plain := isinstance(record.prompt, str) and not record.prompt.startswith("[{"):
             record.prompt = columns.with_passage(record.prompt, raw)
-        record.options = options_of(raw, record.solution if isinstance(record.solution, str) else "")
+        answer = record.solution if isinstance(record.solution, str) else ""
+        record.options = record.options or options_of(raw, answer)
+        if (
+            record.options and plain and not self.format
+        ):  # ScienceQA's; beside an open question it may be the solution's
+            record.prompt = columns.with_hint(record.prompt, raw.get("hint"))
         record.judged = record.judged or columns.judged_fields(raw)
-        images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
-        record.images = image_list(images)
+        if self.image_column or not record.images:
+            images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+            record.images = image_list(images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
         record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
-        record.min_pixels, record.max_pixels = _number(raw, "min_pixels"), _number(raw, "max_pixels")
+        for name in ("min_pixels", "max_pixels"):
+            if getattr(record, name) is None:
+                setattr(record, name, _number(raw, name))
         return record
 
     @property

@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import pytest
 from transformers import TrainingArguments
 
-from training.callbacks import WINDOW, MetricsFile, Progress, Watch, diagnose
+from data.arguments import DataArguments
+from recycle import RecycleConfig
+from training.callbacks import WINDOW, MetricsFile, Progress, Watch, changed_settings, diagnose
 
 ROOT = Path(__file__).parent.parent
 
@@ -35,6 +37,7 @@ def test_a_healthy_run_says_nothing():
 @pytest.mark.parametrize(
     ("changes", "name", "says"),
     [
+        ({"judge/unparsed": 0.75}, "unparsed", "75% of the verdicts can't be read"),
         ({"reward": 0.0}, "constant reward", "has been 0 in all of the last 20 logs"),
         ({"reward": None, "judge__pairwise__first_rate": None}, "nothing scorable", "no rollout could be scored"),
         ({"frac_reward_zero_std": 1.0}, "no mixed group", "no question had right and wrong rollouts"),
@@ -78,6 +81,7 @@ def step_of(callback, state, control, logs=None):
 def test_metrics_jsonl_has_a_line_for_every_step_also_between_logs(tmp_path):
     lists = {"num_tokens": [0.0], "reward": []}
     callback, state, control = MetricsFile(lists), SimpleNamespace(), SimpleNamespace()
+    callback.more = changed_settings(DataArguments(dataset="train.json", reward_funcs=["mine.py:f"]))
     state.is_world_process_zero, state.global_step, state.epoch = True, 2, 0.5
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 2, "reward": 0.5}\n{"step": 3, "reward": 0.9}\n{"step": 4, "rew')  # killed in step 4
@@ -106,7 +110,14 @@ def test_metrics_jsonl_has_a_line_for_every_step_also_between_logs(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 5, "epoch": 0.5, "loss": 0.5}
     settings = json.loads((tmp_path / "settings.json").read_text())
     expected = {"model": "m", "output_dir": str(tmp_path), "learning_rate": 0.5, "hub_token": "<HUB_TOKEN>"}
-    assert expected.items() <= settings.items() and len(settings) < 12  # not the defaults
+    expected |= {"dataset": "train.json", "reward_funcs": ["mine.py:f"]}
+    assert {name: settings[name] for name in expected} == expected and len(settings) < 14  # not the defaults
+
+
+def test_lists_are_settings_too():
+    """Or runs with other recycle_tasks would be seeds of one."""
+    assert changed_settings(RecycleConfig()) == {}
+    assert changed_settings(RecycleConfig(recycle_tasks=["pairwise"])) == {"recycle_tasks": ["pairwise"]}
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_every_so_many_steps(capsys):

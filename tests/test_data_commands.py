@@ -147,6 +147,21 @@ def test_a_template_that_cannot_write_a_prompt_is_one_line(template, processor, 
     assert line.startswith("data.check: chat template of ")
 
 
+def test_a_system_prompt_that_the_template_refuses_is_found_before_training(processor):
+    from data.lengths import too_long
+
+    other = copy.deepcopy(processor.tokenizer)
+    other.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{{ m.content }}{% endfor %}"
+    )
+    reason = too_long(1000, other)
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    assert reason({"prompt": turns[1:], "images": []}) is None
+    with pytest.raises(BadInput, match=r"chat template of .*: no system role"):
+        reason({"prompt": turns, "images": []})
+
+
 def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
     """Byte-level tokens: a Chinese character or an emoji may be three or four of them, and many images frame a lot."""
     from data.lengths import prompt_tokens, too_long

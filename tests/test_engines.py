@@ -253,6 +253,15 @@ def test_a_dead_server_is_not_tried_again_and_again_for_every_row(server):
     assert len(server.seen) == 4 + 1 + 1 + 1
 
 
+def test_an_answer_that_reached_max_tokens_is_cut_off(server):
+    reply = b'{"choices": [{"message": {"content": "so"}, "finish_reason": "%s"}]}'
+    server.plan["What is 1+1?"] = [(200, reply % b"length"), (200, reply % b"stop")]
+    engine = ServerEngine([server.url], "small")
+    rows = [evaluate.evaluate_records(ROWS[1:2], engine, SETTINGS)[0] for _ in range(2)]
+    engine.close()
+    assert [row["cut_off"] for row in rows] == [1, 0]
+
+
 def test_usage_that_is_missing_is_no_tokens(server):
     server.plan["What is 1+1?"] = [
         (200, b'{"choices": [{"message": {"content": null}}], "usage": {"prompt_tokens": null}}')

@@ -11,10 +11,11 @@ import subprocess
 import sys
 
 import pytest
-from helpers import png
+from helpers import png, write
 from PIL import Image
 
 import evaluate
+from calculate_acc import render, summarise, tally
 from data.arguments import DataSettings
 from data.digits import digit_rows
 from data.read import read_dataset
@@ -414,6 +415,38 @@ def test_benchmarks_as_they_come(tmp_path):
     assert [row["problem"] for row in found] == ["a\u2028b", "a", "a"]
     assert [row["image_path"] for row in found] == [None, None, "a.png"]
     assert [image["path"] for row in found for image in row["images"]] == [str(tmp_path / "a.png")]
+
+
+def test_benchmarks_of_one_file_name_are_told_apart_by_their_folders(tmp_path, monkeypatch, capsys):
+    """As nearly all files from the hub are called test."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "test.jsonl", [{"problem": "1+1?", "answer": "2"}], lines=True)
+    other = write(tmp_path / "c.json", QUESTIONS[:1])
+    first, second = (str(tmp_path / folder / "test.jsonl") for folder in ("a", "b"))
+    assert evaluate.benchmark_names([first, second, other]) == {first: "a/test", second: "b/test", other: "c"}
+    assert evaluate.benchmark_names(["x/a/test.json", "y/a/test.json"]) == {
+        "x/a/test.json": "x/a/test.json", "y/a/test.json": "y/a/test.json",
+    }  # fmt: skip
+    (row,) = read_benchmark(Source(second, called="b/test"), "answer")
+    assert row["dataset"] == "b/test"
+    again = str(tmp_path / "b" / ".." / "a" / "test.jsonl")
+    arguments = ["evaluate.py", "--model", "m", "--benchmark", first, again, "--output", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert evaluate.main() == 2
+    assert "expected each once" in capsys.readouterr().err
+
+
+def test_how_many_answers_were_cut_off_is_kept_and_shown():
+    class Cut(Scripted):
+        def batch(self, requests, sampling):
+            found = zip(super().batch(requests, sampling), requests, strict=True)
+            return [output._replace(cut_off="1+1" in str(request.messages)) for output, request in found]
+
+    rows = evaluate.evaluate_records(QUESTIONS[:3], Cut(lambda text: "\\boxed{1}"), settings("answer"))
+    assert [row["cut_off"] for row in rows] == [0, 1, 0]
+    found = summarise([tally("f", rows=rows)])
+    assert found["files"][0]["benchmarks"][0]["cut_off"] == 1 and "cut off" in render(found, "table")
 
 
 RED, BLUE = png("red"), png("blue")

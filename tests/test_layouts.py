@@ -429,6 +429,80 @@ def test_dynamath_s_worst_case_by_hand():
     assert failed["worst case over variants"] | {"interval": ()} == {"questions": 2, "score": 0.0, "interval": ()}
 
 
+GPQA = {"Question": "Which energy?", "Correct Answer": "1 eV", "Explanation": "...", "Pre-Revision Correct Answer": "1",
+        **{f"Incorrect Answer {n}": f"{n + 1} eV" for n in (1, 2, 3)}}  # fmt: skip
+
+
+def test_gpqa_s_options_are_in_an_order_of_their_own_and_the_gold_is_one_of_them():
+    orders = set()
+    for i in range(20):
+        raw = {**GPQA, "Question": f"Which energy, {i}?"}
+        for named in ({}, {"solution_column": "Correct Answer"}):
+            ((_, _, row),) = Reader(Source([raw], DataSettings(**named)), "answer")
+            question, *lines = row["problem"].split("\n")
+            letter = row["solution"][1]
+            assert (question, row["solution"]) == (raw["Question"], f"({letter}) 1 eV") and f"{letter}. 1 eV" in lines
+            orders.add(tuple(lines))
+    assert len(orders) > 8
+    ((_, _, bad),) = Reader(Source([{**GPQA, "Incorrect Answer 2": None}]), "answer")
+    assert bad.field == "Incorrect Answer 2"
+    other = {"question": "Which?", "answer": "1", "wrong_answer_1": "2", "wrong_answer_2": "3"}
+    ((_, _, bad),) = Reader(Source([other]), "answer")
+    assert bad.field == "wrong_answer_1" and "looks like options" in bad.reason
+
+
+def test_mathvista_is_asked_how_to_write_its_answer_and_scienceqa_with_its_hint():
+    query = "Hint: Please give a number with one decimal place.\nQuestion: How far? (Unit: m)"
+    raw = {"question": "How far?", "query": query, "precision": 1.0, "unit": "m", "answer": "1.2", "choices": None}
+    ((_, _, row),) = Reader(Source([raw]), "answer")
+    assert row["problem"] == query
+    science = {"question": "Which way?", "choices": ["left", "right"], "answer": 1, "hint": "A puck is hit."}
+    rows = [row for _, _, row in Reader(Source([science, {**science, "answer": 0}]), "answer")]
+    assert rows[0]["problem"] == "Hint: A puck is hit.\nWhich way?\nA. left\nB. right"
+    ((_, _, row),) = Reader(Source([{"question": "6*7?", "answer": "42", "hint": "Add 7 six times."}]), "answer")
+    assert row["problem"] == "6*7?"
+
+
+def test_what_a_layout_finds_is_kept(monkeypatch):
+    """Images, options and budgets under names that nobody else has."""
+    from data import formats, read
+    from data.rows import Options, Record
+
+    class Mine:
+        NAME, COLUMNS = "mine", ("q", "gold")
+        matches = staticmethod(lambda columns, head: {"q", "gold"} <= columns)
+
+        @staticmethod
+        def record(raw):
+            texts = Options({"A": raw["first"], "B": raw["second"]}, True)
+            return Record(raw["q"], raw["gold"], images=[raw["scan"]], options=texts, max_pixels=9000)
+
+    monkeypatch.setattr(read, "FORMATS", (*formats.FORMATS, Mine))
+    raw = {"q": "Which?", "gold": "B", "first": "cats", "second": "dogs", "scan": {"bytes": RED, "path": None}}
+    ((_, _, row),) = Reader(Source([raw]), "answer")
+    assert (row["problem"], row["solution"]) == ("Which?\nA. cats\nB. dogs", "(B) dogs")
+    assert [(image["bytes"], image["max_pixels"]) for image in row["images"]] == [(RED, 9000)]
+
+
+def test_how_to_answer_and_what_to_judge_stand_after_the_last_image():
+    from prompts import PROMPT_SUFFIX, ask
+
+    raw = {"question": "Which is it? <image 1>", "options": ["<image 2>", "<image 3>"], "answer": "B"}
+    raw |= {f"image_{n}": {"bytes": RED, "path": None} for n in (1, 2, 3)}
+    ((_, _, row),) = Reader(Source([raw]), "answer")
+    *shown, last = row["prompt"][-1]["content"]
+    assert last == {"type": "text", "text": PROMPT_SUFFIX}
+    assert [part.get("text", "an image") for part in shown] == [
+        "Which is it? ", "an image", "\nA. ", "an image", "\nB. ", "an image",
+    ]  # fmt: skip
+    by_hand = [{"type": "text", "text": "What is this?" + PROMPT_SUFFIX}, {"type": "image"}]
+    question = [{"type": "text", "text": "What is this?"}, {"type": "image"}]
+    for content, kept in ((row["prompt"][-1]["content"], shown), (by_hand, question)):
+        (asked,) = ask([{"role": "user", "content": content}], "Is it right?")
+        *before, instruction = asked["content"]
+        assert before == kept and instruction["text"].strip() == "Is it right?"
+
+
 def test_circular_evaluation_by_hand(tmp_path):
     """MMBench: the options of a question rotated, in rows of their own whose index is a million or more higher."""
     right = {"241": "ABCD", "252": "AA"}  # a model that always says A
@@ -463,6 +537,10 @@ def test_accuracies_by_category_and_their_mean_by_hand():
         "Math": (3, 2 / 3), "Ties": (1, 0.0),
     }  # fmt: skip
     assert found["subset"]["mean"] == pytest.approx(1 / 3)
+    low, high = found["subset"]["interval"]
+    assert 0 < low < 1 / 3 < high < 1
+    wrong = summary_of([scored(0, categories={"subset": subset}) for subset in ("x", "y")])["categories"]["subset"]
+    assert wrong["interval"][0] == 0 and wrong["interval"][1] > 0.5  # one wrong answer each is no certainty
     assert {v: r["accuracy"] for v, r in found["skills"]["values"].items()} == {"x": 1.0, "y": 0.5}
     table = render(summarise([tally("f", rows=rows)]), "table")
     assert "By category" in table and "Ties" in table

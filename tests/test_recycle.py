@@ -31,6 +31,14 @@ GOLD = "987654321"
 TEXT_ONLY = Limits(equal=lambda pairs: [a == b for a, b in pairs])  # a verifier that compares text, not verify.py
 
 
+def test_the_example_of_the_documentation():
+    import doctest
+
+    import recycle as module
+
+    assert doctest.testmod(module).failed == 0 < doctest.testmod(module).attempted
+
+
 def group(key, outcomes, seed=0, question=None):
     """A group of rollouts from (answer or None, correct) pairs; each shows its reasoning."""
     rng = random.Random(f"{key}/{seed}")

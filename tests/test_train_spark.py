@@ -794,6 +794,18 @@ def test_merging_images_leaves_the_batch_as_it_was():
     assert batch["num_items_in_batch"] == 8
 
 
+def test_a_verifier_that_wants_images_gets_none_for_questions_of_text(tmp_path, processor, text_model):
+    seen = []
+
+    def reward(prompts, completions, images, **columns):
+        seen.append((len(completions), images))
+        return [float(i % 2) for i in range(len(completions))]
+
+    arguments, tokenizer = config(SparkConfig, tmp_path, max_steps=1), processor.tokenizer
+    SparkTrainer(text_model, reward, arguments, train_dataset=sums(8), processing_class=tokenizer).train()
+    assert all(images == [[]] * n for n, images in seen) and len(seen) == 2
+
+
 def test_a_verifier_that_reads_something_else_than_boxes(tmp_path, processor, text_model, monkeypatch):
     """Reflections are asked for what earns the reward, and answers are quoted as it reads them."""
 

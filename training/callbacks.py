@@ -90,8 +90,10 @@ def show_progress(trainer) -> None:
 
 def changed_settings(args) -> dict[str, Any]:
     """The settings that are not the defaults; tokens are masked."""
-    values = args.to_dict()
-    defaults = {each.name: each.default for each in fields(args) if each.default_factory is MISSING}
+    values = args.to_dict() if hasattr(args, "to_dict") else vars(args)
+    defaults = {
+        each.name: each.default if each.default_factory is MISSING else each.default_factory() for each in fields(args)
+    }
     return {name: value for name, value in values.items() if name in defaults and value != defaults[name]}
 
 
@@ -102,9 +104,13 @@ class MetricsFile(TrainerCallback):
 
     Args:
         metrics: the trainer's lists of values since the last log.
+
+    Attributes:
+        more: settings that are not the trainer's: the command's data and model.
     """
 
     def __init__(self, metrics: dict[str, list[float]]):
+        self.more: dict[str, Any] = {}
         self._metrics = metrics
         self._written: Counter[str] = Counter()  # how many of the values of each list are in lines
         self._path: Path | None = None
@@ -117,7 +123,7 @@ class MetricsFile(TrainerCallback):
             lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True) if self._path.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
             self._path.write_text("".join(kept), encoding="utf-8")  # a resumed run takes the later steps again
-            settings = {"model": kwargs["model"].config.name_or_path, **changed_settings(args)}
+            settings = {"model": kwargs["model"].config.name_or_path, **self.more, **changed_settings(args)}
             self._path.with_name("settings.json").write_text(json.dumps(settings, indent=1, default=str))
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -184,6 +190,11 @@ def diagnose(history: list[dict[str, float]]) -> dict[str, str]:
             f"{unboxed:.0%} of the rollouts box no answer (policy/unboxed): does the prompt ask for \\boxed{{}} "
             "(prompt_suffix), and is max_completion_length long enough?"
         )
+    if (unparsed := mean("judge/unparsed")) > 0.5:
+        found["unparsed"] = (
+            f"{unparsed:.0%} of the verdicts can't be read (judge/unparsed): look at completions/recycled_*.parquet "
+            "(log_completions). They are \\boxed{Yes}, {No}, {A} or {B}; is max_completion_length long enough?"
+        )
     for task, name, verdicts in (
         ("pointwise", "judge/pointwise/positive_rate", ("correct", "incorrect")),
         ("pairwise", "judge/pairwise/first_rate", ("A", "B")),
@@ -241,7 +252,7 @@ def shown_table(logger, step: int, rows: list[dict[str, Any]]):
     columns = ["step", "task", "shown", "completion", "label", "verdict", "reward", "image"]
     data = []
     for row in rows[:TABLE_ROWS]:
-        verdict = verify.parse_verdict(row["completion"]) if row["task"] != "reflection" else None
+        verdict = verify.parse_verdict(row["completion"]) if row["label"] is not None else None
         image = logger.Image(Image.open(io.BytesIO(row["images"][0]))) if row["images"] else None
         data.append([step, row["task"], row["prompt"], row["completion"], row["label"], verdict, row["reward"], image])
     return logger.Table(columns=columns, data=data)

@@ -55,7 +55,7 @@ class StepLogs:
         advantages = self.accelerator.gather(advantages).tolist()
         right = gather_object(self._rewards.right)
         scored = zip(asked, right, rewards, strict=True)
-        outcomes = [fixed if item.task == "reflection" else reward for item, fixed, reward in scored]
+        outcomes = [fixed if item.label is None else reward for item, fixed, reward in scored]
         if self.model.training:
             self._log(judge_metrics(asked, texts, outcomes))
         else:  # all batches count as one: they have different numbers of items

@@ -56,9 +56,9 @@ def judge_metrics(
     """
     values = defaultdict(list) if earlier is None else earlier
     for item, text, correct in zip(items, texts, right, strict=True):
-        if item.task == "reflection":
+        if item.label is None:
             if correct is not None:
-                values["reflection/fix_rate"].append(correct)
+                values[f"{item.task}/fix_rate"].append(correct)
             continue
         verdict = verify.parse_verdict(text)
         readable = verdict in (item.label, OTHER_VERDICT[item.label])

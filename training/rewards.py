@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ class JudgingRewards:
             self.values = self._answers(function, prompts, completions, columns)
             self.right = self._are_right(self.values, get_callable_name(function))
             for i, item in enumerate(self.items or ()):
-                if item.task != "reflection":
+                if item.label is not None:
                     self.values[i] = float(verify.parse_verdict(self.texts[i]) == item.label)
             return self.values
 
@@ -81,7 +82,7 @@ class JudgingRewards:
     def _answers(self, function: Callable, prompts, completions, columns: dict[str, Any]) -> list[float | None]:
         """`function` of the rows that are answers, None for the others; NaN counts as None."""
         n = len(completions)
-        rows = [i for i in range(n) if self.items is None or self.items[i].task == "reflection"]
+        rows = [i for i in range(n) if self.items is None or self.items[i].label is None]
         rewards: list[float | None] = [None] * n
         if not rows:
             return rewards
@@ -89,6 +90,8 @@ class JudgingRewards:
         def of_rows(values):
             return [values[i] for i in rows] if isinstance(values, list) and len(values) == n else values
 
+        if "images" not in columns and "images" in inspect.signature(function).parameters:  # questions of text alone
+            columns["images"] = [[] for _ in range(n)]
         columns = {name: of_rows(values) for name, values in columns.items()}
         scores = function(prompts=of_rows(prompts), completions=of_rows(completions), **columns)
         if len(scores) != len(rows):

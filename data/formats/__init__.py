@@ -3,10 +3,13 @@
 NAME                  what its rows are called
 COLUMNS               its columns of the question and of the answer
 matches(columns, head)    whether the first records are of this layout
-record(raw) -> Record     raises RowError
+record(raw) -> Record     raises RowError; images, options and budgets that it leaves out come from the usual columns
+
+None of them is asked where the data have `prompt` and `solution`.
 """
 
 from data.formats import (
+    gpqa,
     gsm8k,
     judgebench,
     llava,
@@ -20,4 +23,4 @@ from data.formats import (
 
 JUDGED = (vl_rewardbench, judgebench, processbench)  # their rows are for a judge alone
 GOLD_ALONE = (gsm8k, math_boxed)  # only say where in its column a gold is
-FORMATS = (spark_data, llava, verl, *JUDGED, vlmevalkit, gsm8k, math_boxed)  # the first that matches is taken
+FORMATS = (spark_data, llava, verl, *JUDGED, vlmevalkit, gpqa, gsm8k, math_boxed)  # the first that matches is taken

@@ -114,6 +114,12 @@ def with_passage(question: str, raw: dict[str, Any]) -> str:
     return question if passage.strip() in question else f"{passage.strip()}\n\n{question}"
 
 
+def with_hint(question: str, hint: Any) -> str:
+    """The question under its hint, as VLMEvalKit writes it."""
+    said = isinstance(hint, str) and hint.strip() and isinstance(question, str) and hint.strip() not in question
+    return f"Hint: {hint.strip()}\n{question}" if said else question
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What a judge is shown
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from data.formats.columns import with_hint
 from data.rows import BadRow, Record
 
 NAME = "vlmevalkit"
@@ -25,9 +26,7 @@ def matches(columns: set[str], head: list[dict]) -> bool:
 
 
 def record(raw: dict) -> Record:
-    question, hint = raw.get("question") or raw.get("query_cot"), raw.get("hint")
-    if isinstance(question, str) and isinstance(hint, str) and hint.strip() and hint.strip() not in question:
-        question = f"Hint: {hint.strip()}\n{question}"
+    question = with_hint(raw.get("question") or raw.get("query_cot"), raw.get("hint"))
     return Record(question, raw.get("answer"), letter=raw.get("answer_option"))
 
 
