@@ -444,9 +444,8 @@ class Layout:
             record.prompt = columns.with_passage(record.prompt, raw)
         answer = record.solution if isinstance(record.solution, str) else ""
         record.options = record.options or options_of(raw, answer)
-        if (
-            record.options and plain and not self.format
-        ):  # ScienceQA's; beside an open question it may be the solution's
+        # ScienceQA's hint is part of the question; that of an open one may be about its solution.
+        if record.options and plain and not self.format:
             record.prompt = columns.with_hint(record.prompt, raw.get("hint"))
         record.judged = record.judged or columns.judged_fields(raw)
         if self.image_column or not record.images:
