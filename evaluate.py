@@ -51,6 +51,7 @@ from typing import Any
 import verify
 from data.arguments import DataSettings
 from data.cli import Errors, Parser, flag, printable, progress_bar, refuse, write_atomically
+from data.formats import columns
 from data.images import Reference, content_digest, loaded
 from data.progress import PartFile
 from data.read import Reader
@@ -611,9 +612,9 @@ def benchmark_names(names: Sequence[str]) -> dict[str, str]:
     if twice := [name for name in names if paths[os.path.realpath(name)] > 1]:
         raise BadInput(f"--benchmark {twice[0]}: expected each once, got {twice[-1]} as well")
     called = {name: Path(name).stem for name in names}
-    for longer in (lambda path: f"{path.parent.name}/{path.stem}", str):
+    for longer in (lambda name: f"{Path(os.path.abspath(name)).parent.name}/{Path(name).stem}", str):
         alike = Counter(called.values())
-        called = {name: short if alike[short] == 1 else longer(Path(name)) for name, short in called.items()}
+        called = {name: short if alike[short] == 1 else longer(name) for name, short in called.items()}
     return called
 
 
@@ -629,10 +630,14 @@ def read_benchmark(source: Source, mode: str) -> list[Row]:
         raise BadInput(f"{source}: {bad[0]}{more}")
     if not rows:
         raise BadInput(f"{source}: expected at least one row, found none")
-    parts = Counter(row["group"][0] for row in rows if row["group"])
+    parts: dict[tuple[str, str], set[str]] = {}
+    for row in rows:
+        if row["group"]:
+            parts.setdefault((row["dataset"], row["group"][0]), set()).add(row["group"][1])
     for row in rows:
         if row["group"]:  # its size: --limit may leave parts of a question out
-            row["group"] = [*row["group"], str(parts[row["group"][0]])] if parts[row["group"][0]] > 1 else None
+            of = parts[row["dataset"], row["group"][0]]
+            row["group"] = None if columns.is_no_group(of) else [*row["group"], str(len(of))]
     return rows
 
 

@@ -66,6 +66,7 @@ def _rewrites(*rules: tuple[str, str | Callable[[re.Match], str]]) -> list[tuple
     return [(re.compile(pattern), replacement) for pattern, replacement in rules]
 
 
+_QUANTITY = r"^((?:\(?[A-Z][).:]\s*)?[+-]?\d[\d.,]*(?:\s*\\times\s*10\s*\^\s*\{?-?\d+\}?)?)\s*"  # 5, (B) 5 \times 10^3
 _ONE_SPACE = (r"\s+", " ")  # first of all: a rule with several \s* takes hours on a run of spaces
 _BEFORE_COMMANDS = _rewrites(  # bold and arrows around a single symbol
     _ONE_SPACE,
@@ -97,8 +98,10 @@ _AFTER_COMMANDS = _rewrites(
     (r"\\text\{([^{}^]*[A-Za-z])\s*\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d))\s*\}", r"\\text{\1}^{\2\3}"),
     (r"(?<=\d)\s*(?:\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\{\s*-?(?:st|nd|rd|th)\s*\})", ""),
     (r"\\text\{\s*,\s*(and|or)\s*\}", r"\\text{\1}"),
-    (r"(?<=[\d}])\s*(?:\\text\{\s*)?([kM]?)(?:\s*\})?\s*\\Omega(?:\s*\})?$", r"\\text{ \1ohm}"),
-    (r"(?<=[\d}])\s*(?:\\text\{\s*)?\\mu\s*(?:\\text\{)?\s*([mgsAFLWVJC])\s*\}?$", r"\\text{ micro\1}"),
+    (_QUANTITY + r"(?:\\text\{\s*([kM])\s*\}\s*|([kM])\s*)\\Omega$", r"\1\\text{ \2\3ohm}"),
+    (_QUANTITY + r"\\text\{\s*([kM]?)\s*\\Omega\s*\}$", r"\1\\text{ \2ohm}"),
+    (_QUANTITY + r"(?:\\mu\s*\\text\{\s*([A-Za-z])\s*\}|\\text\{\s*\\mu\s*([A-Za-z])\s*\})$", r"\1\\text{ micro\2\3}"),
+    (r"(?<=[\d}])\s*\\Omega$", r"\\text{ohm}"),
     (r"\\text\{([^{}]*)\\cdot\s*([^{}]*)\}", r"\\text{\1 \2}"),
     (r"\\frac ?(\d) (\d)(?!\d)", r"\\frac{\1}{\2}"),
 )
@@ -124,7 +127,6 @@ _ANSWER_IS = re.compile(
 )
 
 
-# Within a longer answer: 5.4e-3 and 3e8, but not 2e-1, which may be 2e minus 1.
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\d.\\/^{])(\d*\.\d+(?=[eE][+-]?\d)|\d+(?=[eE]\+?\d))[eE]([+-]?\d{1,3})(?![\w.])")
 _APART = re.compile(r"(?<=[\d}])(?:[ \t]*\n|[ \t]*\${1,2}\s+\${1,2})\s*+(?=\d)")
 
@@ -161,7 +163,7 @@ def clean(text: str) -> str:
     text = re.sub(r"[.,;:\s]+\\?$|\\$", "", text).strip()
     if scientific := re.fullmatch(r"([+-]?\d*\.?\d+)[eE]([+-]?\d+)", text):
         return _power_of_ten(scientific)
-    return _unwrapped(_SCIENTIFIC.sub(_power_of_ten, text))
+    return _unwrapped(text)
 
 
 def _unwrapped(text: str) -> str:
@@ -171,6 +173,11 @@ def _unwrapped(text: str) -> str:
 
 def _power_of_ten(number: re.Match) -> str:
     return f"{number[1]} \\times 10^{{{int(number[2])}}}"
+
+
+def with_powers_of_ten(text: str) -> str:
+    """5.4e-3 and 3e8 within a longer answer as powers of ten: another way to read a multiple of Euler's number."""
+    return _SCIENTIFIC.sub(_power_of_ten, text)
 
 
 _CHINESE_UNITS = dict(
@@ -189,11 +196,15 @@ def _chinese_unit(match: re.Match) -> str:
     return rf"\text{{ {unit}}}{power}" if unit else ""
 
 
+_MICRO = re.compile(_QUANTITY + "(?<=\\s)[µμ]([A-Za-z])$")  # 10 μF; but 2μg, of friction, has no space
+
+
 def _from_unicode(text: str) -> str:
     text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿ]+", r"^{\g<0>}", text)
     text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉]+", r"_{\g<0>}", text)
     text = re.sub(r"[¼-¾⅐-⅞]", lambda m: rf"\frac{{{unicodedata.normalize('NFKC', m[0])}}}".replace("⁄", "}{"), text)
     text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
+    text = _MICRO.sub(r"\1\\text{ micro\2}", text)
     text = re.sub("[①-⑨]", lambda m: f"({ord(m[0]) - ord('①') + 1})", text)
     text = _CHINESE_UNIT.sub(_chinese_unit, text)
     return unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
@@ -260,7 +271,6 @@ def split(text: str, separators: set[str]) -> tuple[list[str], list[str]]:
     return pieces, signs
 
 
-_ARTICLE = re.compile(r"(?:^(?:the|a|an)|(?<!\S)(?:[Tt]he|an?))(?=\s+\w)", re.IGNORECASE)  # but vitamin A
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}|[^\W\d_a-zA-Z]")
 
 
@@ -277,8 +287,12 @@ def has_words(text: str) -> bool:
 @lru_cache(maxsize=4096)
 def as_words(text: str) -> str:
     """A textual answer for comparison: case, punctuation, articles and spacing removed."""
-    text = _ARTICLE.sub("", unwrap_text(text))
-    return " ".join(re.sub(r"[^\w+\-/^=<>\\]+", " ", text.casefold()).split())
+    words = re.sub(r"[^\w+\-/^=<>\\]+", " ", unwrap_text(text)).split()
+    last = len(words) - 1
+    articles = {
+        i for i, w in enumerate(words) if w.casefold() in ("the", "a", "an") and i < last and (w != "A" or not i)
+    }
+    return " ".join(w for i, w in enumerate(words) if i not in articles).casefold()  # vitamin A is not vitamin
 
 
 @lru_cache(maxsize=4096)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from answers.calculator import CANNOT_EVALUATE, TooBig, common_factor, evaluate, same_values
-from answers.normalize import ZERO_WIDTH, as_words, clean, has_words, squeeze, unwrap_text
+from answers.normalize import ZERO_WIDTH, as_words, clean, has_words, squeeze, unwrap_text, with_powers_of_ten
 from answers.structure import (
     FLIP,
     NAME,
@@ -79,16 +79,36 @@ def decide(pred: str | None, gold: str) -> Result | None:
             return Result(False, "no answer")
         if p == g:
             return Result(True, "identical after normalization")
-        if (verdict := _same_choice(p, g)) is not None:
-            return Result(verdict, "multiple choice")
-        verdict = _same(p, g)
+        if (pieces := _hyphenated(g)) is not None:
+            return Result(_hyphenated(split_unit(p)[0]) == pieces, "hyphenated")
+        result = _by_rules(p, g)
+        if result is None or not result.verdict:
+            powers = with_powers_of_ten(p), with_powers_of_ten(g)
+            again = _by_rules(*powers) if powers != (p, g) else None
+            result = again if again is not None and again.verdict else result
+        return result
     except GoldTooBig as error:
         return Result(None, f"gold too big: {error}")
     except TooBig as error:
         return Result(False, f"too big: {error}")
     except RecursionError:
         return Result(False, "nested too deeply")
+
+
+def _by_rules(pred: str, gold: str) -> Result | None:
+    if (verdict := _same_choice(pred, gold)) is not None:
+        return Result(verdict, "multiple choice")
+    verdict = _same(pred, gold)
     return None if verdict is None else Result(verdict, "rules")
+
+
+def _hyphenated(text: str) -> list[int] | None:
+    """The numbers of a date, a telephone number or a range (10-20), which are no differences to work out."""
+    pieces = re.sub(r"\s+(?:to|through)\s+", "-", unwrap_text(text)).split("-")
+    if not all(re.fullmatch(r"\d{1,9}", piece, re.ASCII) for piece in pieces):
+        return None
+    numbers = [int(piece) for piece in pieces]
+    return numbers if len(numbers) > 2 or (len(numbers) == 2 and numbers[0] < numbers[1]) else None
 
 
 def _has_control_characters(text: str) -> bool:
@@ -113,6 +133,7 @@ _CHOICE_AND_TEXT = re.compile(  # B (12), B, 12, B - 12, B 12; 12 (B)
     r"(?:(?:option|choice|answer)\s+)?([A-Z])(?:\s*,\s*|\s+-\s+|\s+)(?:\((.+)\)|(.+))|(.+?)\s*\(([A-Z])\)",
     re.DOTALL | re.IGNORECASE,
 )
+_LAST_LETTER = re.compile(r"\s\(?([A-H])\)?$")  # 12 A, 12 (A)
 _SEVERAL_CHOICES = re.compile(r"[(\[{\\ ]*[A-H](?:(?:[(),&. ]|and)*[A-H])+[)\]}\\. ]*")
 _NEXT_LABEL = re.compile(r"[,;]\s*[A-Z]\s*:")
 _OTHER_OPTION = re.compile(
@@ -137,6 +158,8 @@ def _same_choice(pred: str, gold: str) -> bool | None:
         said = both[2] or both[3] or both[4]
         if squeeze(said) == squeeze(content) or (not _OTHER_OPTION.search(said) and _same(said, content)):
             return True
+    if content and (other := _LAST_LETTER.search(pred)) and other[1] != letter and not content.endswith(other[1]):
+        return False
     choice = _CHOICE_PRED.fullmatch(pred)
     if not choice or not (choice[1].isupper() or not choice[2]):
         return _same(pred, content) if content else False
@@ -156,9 +179,14 @@ def _same_choice(pred: str, gold: str) -> bool | None:
 _AROUND = re.compile(r"\\text\{[^{}]*\}|(?<![\\A-Za-z])[A-Za-z]{2,}(?![A-Za-z])|\(\s*\)|\\approx")
 
 
+_DENIED = re.compile(r"(?<![a-z])(?:not|no|less|more|least|most|under|over|below|above|except)(?![a-z])", re.IGNORECASE)
+
+
 def _rounded_or_reworded(rest: str, content: str) -> bool:
     """Whether what follows the right letter is the option's number all the same: rounded, or with other words. Another
     number contradicts the letter."""
+    if _DENIED.search(rest):
+        return False
     numbers, values = [], []
     (p, p_unit), (g, g_unit) = split_unit(rest), split_unit(content)
     if p_unit and g_unit and p_unit != g_unit:
@@ -173,7 +201,9 @@ def _rounded_or_reworded(rest: str, content: str) -> bool:
     if same_values(values[:1], values[1:]):
         return True
     return any(
-        re.fullmatch(r"[+-]?\d*\.?\d+", number) and _rounds_to(other, Fraction(number), len(number.partition(".")[2]))
+        re.fullmatch(r"[+-]?\d*\.?\d+", number)
+        and _significant(number) >= 2
+        and _rounds_to(other, Fraction(number), len(number.partition(".")[2]))
         for number, other in ((numbers[0], values[1]), (numbers[1], values[0]))
     )
 
@@ -318,14 +348,11 @@ def _same_equation(p_sign: str, pred: list[str], g_sign: str, gold: list[str]) -
 
 _YES_NO = ("yes", "no", "true", "false")
 _EMPTY = {"none", "nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset"}
-_HYPHENATED = re.compile(r"\d+(?:\s*-\s*\d+)+")  # a date, a range, a telephone number: no difference to work out
 _RATIO = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)(.*)")
 
 
 def _same_scalar(pred: str, gold: str, digits: int) -> bool | None:
     """Two scalars: ratios and times, words, or quantities."""
-    if _HYPHENATED.fullmatch(gold):
-        return gold.replace(" ", "") == re.sub(r" (?:to|through) ", "-", unwrap_text(pred)).replace(" ", "")
     plain = [re.sub(r"\s*\\text\{\s*to\s*\}\s*|(?<=\d) to (?=\d)", ":", text) for text in (pred, gold)]
     p_ratio, g_ratio = (_RATIO.fullmatch(text) for text in plain)
     if p_ratio and g_ratio:

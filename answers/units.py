@@ -27,9 +27,8 @@ _UNIT_TABLE = """
     L: liter litre l; degree: deg; rad: radian; dollar: usd buck; cent: ; pound: gbp; euro: eur; yen: jpy;
     rupee: rs inr; percent: percentage pct; J: joule; N: newton; W: watt; V: volt; Hz: hertz; Pa: pascal;
     mol: mole; celsius: centigrade; mi/h: mph; km/h: kph kmh; am: a.m; pm: p.m; kJ: kilojoule; kW: kilowatt;
-    K: kelvin; A: ampere amp; F: farad; C: coulomb; T: tesla; eV: electronvolt; nm: nanometer nanometre; mA: ; kN: ;
-    mN: ; mV: ; kV: ; mW: ; MW: ; mJ: ; MJ: ; ms: millisecond; nC: ; nF: ; pF: ; kohm: ; Mohm: ;
-    microm: micrometer micrometre micron um; microF: uF; microC: uC; micros: us; acre: ; gal: gallon;
+    K: kelvin; A: ampere amp; eV: electronvolt; nm: nanometer nanometre; mA: ; kN: ; mN: ; mV: ; kV: ; mW: ; MW: ; mJ: ;
+    MJ: ; ms: millisecond; nC: ; nF: ; pF: ; kohm: ; Mohm: ; microm: micrometer micrometre micron; acre: ; gal: gallon;
     KB: kilobyte; MB: megabyte; GB: gigabyte; ohm: ; unit:
 """
 _UNITS = {}
@@ -46,6 +45,7 @@ _NOT_UNITS = set(
     """.split()
 )
 _UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys("cubic cu cu. cubed".split(), "3")
+_SYMBOLS = set("A eV nm mA kN mN mV kV mW MW mJ MJ ms nC nF pF".split())  # units after a plain number, else variables
 _RATES = {"m/s", "g/L", "J/K", "N/m", "N/C", "V/m"}  # of single letters, which might be variables
 _DIMENSIONS = {"old", "tall", "long", "wide", "high", "deep", "away", "apart", "total"}
 _UNIT_TAIL = re.compile(
@@ -115,6 +115,8 @@ def split_unit(text: str) -> tuple[str, str]:
         for word in name.replace("/", " ").split():
             known = _known_unit(word) is not None or word.lower() in _UNIT_POWERS
             is_rate = "/" in name and (spaced or name in _RATES or (known and len(name) > 3))
+            if word in _SYMBOLS and not (spaced and re.fullmatch(r"[+-]?\d[\d.,]*", body)):
+                return text, unit
             single = len(word) == 1 and not (is_rate or (spaced and word == name))
             if single or not (known or (spaced and len(word) > 2)):
                 return text, unit

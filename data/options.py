@@ -30,11 +30,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
-_LOOKS_LIKE_OPTIONS = re.compile(
-    r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*|(?:incorrect|wrong)[ _-]?answer[ _-]?\d",
-    re.IGNORECASE,
-)
-_ONE_EACH = re.compile(r"distractor|(?:incorrect|wrong)[ _-]?answer[ _-]?\d", re.IGNORECASE)  # not a list of them
+_LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _MAY_BE_OPTIONS = re.compile(
     r"opts|candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
 )
@@ -84,7 +80,7 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
     lists, members, suspects = _columns(tuple(name for name in raw if isinstance(name, str)))
     for name in suspects:
         value = literal(raw[name])
-        if value and (isinstance(value, (list, tuple, dict)) or _ONE_EACH.search(name)):
+        if value and (isinstance(value, (list, tuple, dict)) or "distractor" in name.lower()):
             raise RowError(
                 name, "looks like options and is not used; expected a column options or choices, or columns A, B, ..."
             )

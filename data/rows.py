@@ -361,13 +361,21 @@ def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
     """The suffix at the end of the message, once, whatever blank space or copies of it are there."""
 
-    def suffixed(text: str) -> str:
+    def without(text: str) -> str:
         text = text.rstrip()
         while text.endswith(suffix.strip()):
             text = text.removesuffix(suffix.strip()).rstrip()
-        return text + suffix
+        return text
 
-    return _changed(message, suffixed) if suffix else message
+    if not suffix:
+        return message
+    content = message["content"]
+    if not isinstance(content, str) and content[-1]["type"] != "text":  # it may be there, before the last image
+        last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
+        if last is not None and content[last]["text"].rstrip().endswith(suffix.strip()):
+            part = {"type": "text", "text": without(content[last]["text"])}
+            message = {**message, "content": [*content[:last], part, *content[last + 1 :]]}
+    return _changed(message, lambda text: without(text) + suffix)
 
 
 def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[str, Any]:

@@ -66,7 +66,9 @@ def test_a_table_has_the_verdict_that_was_read():
             return [dict(zip(columns, row, strict=True)) for row in data]
 
     row = {"prompt": "Is it?", "completion": "\\boxed{yes}", "label": "No", "reward": 0.0, "images": []}
-    judged, reflected = shown_table(Logger, 3, [{**row, "task": "pointwise"}, {**row, "task": "reflection"}])
+    judged, reflected = shown_table(
+        Logger, 3, [{**row, "task": "pointwise"}, {**row, "task": "reflection", "label": None}]
+    )
     assert judged == {"step": 3, "task": "pointwise", "shown": "Is it?", "completion": "\\boxed{yes}", "label": "No",
                       "verdict": "Yes", "reward": 0.0, "image": None}  # fmt: skip
     assert reflected["verdict"] is None

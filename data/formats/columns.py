@@ -191,3 +191,9 @@ def group_of(raw: dict[str, Any], rotated: bool = False) -> list[str] | None:
     else:
         return None
     return [replace_surrogates(str(raw[name])) for name in names]
+
+
+def is_no_group(parts: set[str]) -> bool:
+    """Whether these parts are no rotations after all, but indices of a million and more, or a question without any."""
+    rotations = {f"rotation {i}" for i in range(len(parts))}
+    return any(part.startswith("rotation ") for part in parts) and (len(parts) == 1 or parts != rotations)
