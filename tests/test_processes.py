@@ -18,7 +18,7 @@ import PIL.Image
 import pytest
 import torch
 from helpers import FORKS
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
 
@@ -55,7 +55,7 @@ def rank_of_a_run(out: Path, kind: str, dtype: str, how: str, rank: int, world: 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", f"file://{out}/store", rank=rank, world_size=world)
     try:
-        work(out, kind, getattr(torch, dtype), how)
+        resume(out) if how == "resumed" else work(out, kind, getattr(torch, dtype), how)
     except BaseException:
         traceback.print_exc()  # multiprocessing would print it to the parent's stream
         raise
@@ -158,6 +158,41 @@ def work(out: Path, kind: str, dtype: torch.dtype, how: str) -> None:
     torch.distributed.barrier()
 
 
+def resume(out: Path) -> None:
+    """A run that is saved in the middle of a generation, goes on, and is resumed from there: as it is, and with half of
+    the batch and twice the accumulation. Every process says whether its weights are those of all."""
+    from accelerate.utils import gather_object
+    from helpers import coin, config, sums
+    from transformers import AutoProcessor, Qwen2Config, Qwen2ForCausalLM
+
+    from models.make_digits import OUTPUT
+    from train_spark import SparkConfig, SparkTrainer
+
+    tokenizer = AutoProcessor.from_pretrained(OUTPUT, padding_side="left").tokenizer
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def trained(folder: str, checkpoint=None, **settings) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=1, **sizes))
+        arguments = config(SparkConfig, out / folder, save_strategy="steps", save_steps=3, **settings)
+        trainer = SparkTrainer(model, coin, arguments, train_dataset=sums(16), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+    cut = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    finer = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "gradient_accumulation_steps": 4}
+    whole = trained("whole", max_steps=5, **cut)
+    saved = str(out / "whole" / "checkpoint-3")
+    again, other = trained("again", saved, max_steps=5, **cut), trained("finer", saved, max_steps=5, **finer)
+    alike = [all(torch.equal(w, gathered) for gathered in gather_object([w])) for w in (whole, again, other)]
+    alike = gather_object([alike])
+    if int(os.environ["RANK"]) == 0:
+        seen = {"same": torch.equal(whole, again), "moved": not torch.equal(whole, other), "alike": alike}
+        (out / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
+        save_file({"weights": whole}, out / "weights.safetensors")
+    torch.distributed.barrier()
+
+
 def assert_same_run(one: dict, two: dict, recycled: int = 3) -> None:
     assert (one["processes"], two["processes"]) == (1, 2)
     assert len(one["prompts"]) == recycled
@@ -206,6 +241,12 @@ def test_deepspeed_has_a_gradient_of_every_micro_step(alone, tmp_path):
     assert any(0 in micro_steps for micro_steps in one["passes"])
     assert not any(0 in micro_steps for micro_steps in two["passes"])
     assert_same_run(one, two, recycled=2)
+
+
+def test_two_processes_resume_as_if_never_interrupted_and_stay_alike(tmp_path):
+    seen = launch(tmp_path, "text", "float32", 2, "resumed")
+    assert seen["same"] and seen["moved"]
+    assert seen["alike"] == [[True] * 3] * 2
 
 
 SMALL = "--config recipes/demo.yaml --num_generations 4 --max_completion_length 16 --save_strategy no".split()

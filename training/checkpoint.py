@@ -29,6 +29,12 @@ RESULT_FILES = (  # of a saved model
 )
 
 
+# transformers loads an optimizer to the device of its process; "cpu:0" is one that torch does not know.
+torch.serialization.register_package(
+    100, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
+
 class NotSaved(Exception):
     """A checkpoint could not be written for want of room; the ones before it are whole."""
 
