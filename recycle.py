@@ -444,7 +444,7 @@ def _write_items(selected, config, rng) -> tuple[Item, ...]:
                 template |= 1  # the even templates say that the attempt is wrong
             instruction = reflection_instruction(response.text, response.form, template, config.answer_mark)
         elif task != "pointwise":
-            raise NotImplementedError(f"no prompt is written for the task {task}")
+            raise ValueError(f"{task}: expected one of {', '.join(TASKS)}, which have prompts")
         elif (i + by_letter) % 2:  # right responses come first, so alternating balances within each label
             label = "AB"[(i // 2 + letter) % 2]
             right_letter = label if response.correct else "BA"["AB".index(label)]

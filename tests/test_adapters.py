@@ -29,6 +29,12 @@ def trainer(folder, processor):
     )
 
 
+def sent_to_the_engine(model) -> dict[str, torch.Tensor]:
+    engine = SparkGeneration.__new__(SparkGeneration)
+    engine.model, engine._dist = model, SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None)
+    return {name: weight.clone() for name, weight in engine._iter_named_params()}
+
+
 def test_an_adapter_is_saved_resumed_and_merged(tmp_path, processor, monkeypatch, capsys):
     whole = trainer(tmp_path / "whole", processor)
     base = {name: p.clone() for name, p in whole.model.named_parameters() if "lora" not in name}
@@ -110,10 +116,8 @@ def test_weights_for_the_engine_have_the_adapter_and_the_base_stays_as_it_was(do
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    engine = SparkGeneration.__new__(SparkGeneration)
-    engine.model, engine._dist = model, SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None)
     for _ in range(3):
-        sent = {name: weight.clone() for name, weight in engine._iter_named_params()}
+        sent = sent_to_the_engine(model)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     merged = copy.deepcopy(model).merge_and_unload().state_dict()
     assert sent.keys() >= {name for name in merged if "lm_head" not in name}
@@ -136,9 +140,7 @@ def test_the_engine_gets_every_weight_of_adapted_experts(experts):
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    engine = SparkGeneration.__new__(SparkGeneration)
-    engine.model, engine._dist = model, SimpleNamespace(is_fsdp=False, is_zero3=False, fsdp_version=None)
-    sent = {name: weight.clone() for name, weight in engine._iter_named_params()}
+    sent = sent_to_the_engine(model)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     plain = {name.removeprefix("base_model.model.").replace(".base_layer", ""): p for name, p in before.items()}
     merged = copy.deepcopy(model).merge_and_unload().state_dict()

@@ -31,6 +31,14 @@ GOLD = "987654321"
 TEXT_ONLY = Limits(equal=lambda pairs: [a == b for a, b in pairs])  # a verifier that compares text, not verify.py
 
 
+def test_a_task_without_a_prompt_is_no_pointwise_item():
+    from recycle import Response, _write_items
+
+    response = Response("2", "answer", "2", True)
+    with pytest.raises(ValueError, match="critique: expected one of pointwise"):
+        _write_items([("critique", group(0, [("2", True)]), (response,))], RecycleConfig(), random.Random(0))
+
+
 def test_the_example_of_the_documentation():
     import doctest
 
