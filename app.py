@@ -35,7 +35,7 @@ from data.rows import BadInput, Source
 from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, api_url, complete
 from evaluate import Settings, read_benchmark, reflect_row, same_answers, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
-from report import TASKS, image, read_table, visible
+from report import TASK_TITLES, image, read_table, visible
 from training.merge import merged
 
 DEMO, START = "runs/demo/spark", "models/digits"
@@ -348,7 +348,7 @@ def family(run: Path, step: int, number: int, suffix: str) -> str:
             continue
         if row["prompt"] != asked:
             asked = row["prompt"]
-            lines.append(f"#### Recycled: {TASKS.get(row['task'], inert(row['task']))}")
+            lines.append(f"#### Recycled: {TASK_TITLES.get(row['task'], inert(row['task']))}")
             sources = (image(data).get("source") for data in row["images"])
             lines += [f"![The image of the question]({source})" for source in sources if source]
             lines.append(f"> {inert(asked[len(question) :].strip())}\n")

@@ -13,7 +13,7 @@ and each number of answers, and its difference from a majority of about as many 
 With several files, rows are matched by dataset, problem, image and occurrence (by dataset, gold and occurrence where a
 file holds no problem), and every file is compared with the first, in the same mode only: an answer is compared with an
 answer, never with a verdict or with what test-time scaling made of it. Each comparison gives the difference, its paired
-bootstrap interval (10,000 resamples, seeded) and McNemar's exact test.
+interval (Agresti and Min's) and McNemar's exact test.
 
 Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
 a minute, and memory only for the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the
@@ -37,11 +37,12 @@ from scoring.rates import (
     count_probability,
     figure,
     group_scores,
+    interval_of,
     mcnemar,
+    paired,
     price_table,
     rate,
     rates,
-    resampled,
 )
 from scoring.rows import KINDS, PROBABILITIES, checked, kind_of, read_rows
 
@@ -105,9 +106,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
                 total.scaling[dataset].append(outcomes)
             if row.get("group"):
-                question, part, *parts = row["group"]
+                question, part, *size = row["group"]
                 total.groups[dataset, kind][question][part] = right
-                total.parts[dataset][question] = int(*parts)
+                total.parts[dataset][question] = int(size[0]) if size else 0
         elif row.get("group"):
             total.incomplete[dataset].add(row["group"][0])
         if pair:
@@ -216,7 +217,6 @@ def count_verdicts(n: Counter, kind: str, row: Row) -> bool | None:
 
 def compare(base: Tally, other: Tally) -> list[Row]:
     """Differences on the rows that both files answered in the same mode: of each benchmark, of their mean, of all."""
-    import numpy as np
     import pandas as pd
 
     tables = []
@@ -225,26 +225,23 @@ def compare(base: Tally, other: Tally) -> list[Row]:
         table["occurrence"] = table.groupby("key").cumcount()  # the same question may stand there several times
         tables.append(table[table["right"].notna()])
     pairs = tables[0].merge(tables[1], on=["key", "occurrence", "kind"], suffixes=("", "_after"))
-    rng = np.random.default_rng(0)
 
-    def difference(name: str, rows: pd.DataFrame) -> tuple[Row, Any]:
+    def difference(name: str, rows: pd.DataFrame) -> Row:
         before, after = rows["right"].astype(int), rows["right_after"].astype(int)
         n, gained, lost = len(rows), int((after > before).sum()), int((after < before).sum())
-        draws = resampled(gained, lost, n, rng)
-        row = {"dataset": name, "rows": n, "base_accuracy": float(before.mean()), "accuracy": float(after.mean()),
-               "difference": (gained - lost) / n, "interval": np.quantile(draws, (0.025, 0.975)).tolist(),
-               "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}  # fmt: skip
-        return row, draws
+        return {"dataset": name, "rows": n, "base_accuracy": float(before.mean()), "accuracy": float(after.mean()),
+                "difference": (gained - lost) / n, "interval": interval_of(*paired(gained, lost, n), -1.0, 1.0),
+                "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}  # fmt: skip
 
     groups = {name: pairs[pairs["dataset"] == name] for name in base.datasets}
-    differences = [difference(name, group) for name, group in groups.items() if len(group)]
-    rows = [row for row, _ in differences]
+    rows = [difference(name, group) for name, group in groups.items() if len(group)]
     if len(rows) > 1:
-        draws = np.mean([draws for _, draws in differences], axis=0)
-        means = {k: sum(r[k] for r in rows) / len(rows) for k in ("base_accuracy", "accuracy", "difference")}
-        total = {"rows": len(pairs), "interval": np.quantile(draws, (0.025, 0.975)).tolist()}
+        k = len(rows)
+        means = {name: sum(r[name] for r in rows) / k for name in ("base_accuracy", "accuracy", "difference")}
+        middles, variances = zip(*(paired(r["gained"], r["lost"], r["rows"]) for r in rows), strict=True)
+        total = {"rows": len(pairs), "interval": interval_of(sum(middles) / k, sum(variances) / k**2, -1.0, 1.0)}
         rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
-        rows.append(difference("all rows", pairs)[0])
+        rows.append(difference("all rows", pairs))
     return [{"base": base.path, "path": other.path, **row} for row in rows]
 
 

@@ -12,6 +12,7 @@
 Each stage writes its result and is skipped if that exists: an interrupted demo resumes when it is run again.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -234,7 +235,10 @@ def main() -> None:
     trained = args.output / "spark"
     train(trained, max_steps=args.steps)
     print("3/3  measuring the trained model", flush=True)
-    settings = {**settings, "steps": args.steps}
+    steps = json.loads((trained / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    with open(trained / "model.safetensors", "rb") as file:
+        digest = hashlib.file_digest(file, "blake2b").hexdigest()
+    settings = {**settings, "steps": steps, "model": digest[:16]}
     after = staged(args.output / "after.json", settings, lambda: measure(str(trained), benchmark))
 
     chance = random_judge(after)

@@ -180,11 +180,11 @@ class TransformersEngine(BatchEngine):
         self.factor = image_factor(processor)
         if self.tokenizer.pad_token is None:  # Llama's
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        ends = self.model.generation_config.eos_token_id
-        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]  # tokens that end an answer
+        ends = self.model.generation_config.eos_token_id  # tokens that end an answer: a list, one, or None
+        self._ends = ends if isinstance(ends, list) else [end for end in [ends] if end is not None]
 
     def batch(self, requests: list[Request], sampling: Sampling, **more: Any) -> list[Output]:
-        """`more` is what else `generate` is given: a logits processor, for one."""
+        """`more` is passed on to `generate`: stopping criteria, for one (not `logits_processor`, which is ours)."""
         import torch
 
         outputs: list[Output | None] = [None] * len(requests)
@@ -344,7 +344,6 @@ FATAL = {
 REFUSED = {"max_tokens": "max_completion_tokens", "seed": None, "logprobs": None}  # by some -> what they take instead
 FORBIDDEN = 16  # requests that may be answered 403 before any is answered otherwise
 BROKEN_OFF = {"abort", "error"}  # the server's reasons to finish, not the model's
-TOGETHER = 32  # requests handed to the thread at once: each time interrupts it, and waiting delays the first ones
 SET_ASIDE = 30.0  # seconds for which a server that could not be reached is asked last
 
 
@@ -373,7 +372,6 @@ class ServerEngine:
         self._fill_in = False  # a server is one of FILL_IN
         self._refused: frozenset[str] = frozenset()  # fields of REFUSED without which a request was answered
         self._answered, self._forbidden = False, 0  # whether there was any answer; how many of 403
-        self._submitted: list[tuple[int, bytes]] = []  # not yet handed to the thread
         self._waiting: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []  # each takes one waiting request at a time
         self._done: queue.SimpleQueue[tuple[int, Output | Exception]] = queue.SimpleQueue()
@@ -388,14 +386,13 @@ class ServerEngine:
 
     def submit(self, ticket: int, request: Request, sampling: Sampling) -> None:
         try:
-            self._submitted.append((ticket, json.dumps(self._body(request, sampling), ensure_ascii=False).encode()))
+            body = json.dumps(self._body(request, sampling), ensure_ascii=False).encode()
         except (BadImage, UnicodeEncodeError) as error:  # the latter: half a surrogate pair
             self._done.put((ticket, Output(error=str(error))))
-        if len(self._submitted) == TOGETHER:
-            self._hand_over()
+            return
+        self._loop.call_soon_threadsafe(self._waiting.put_nowait, (ticket, body))
 
     def finished(self) -> Done:
-        self._hand_over()
         done = [self._done.get()]
         while not self._done.empty():
             done.append(self._done.get())
@@ -412,11 +409,6 @@ class ServerEngine:
 
     def _wait_for(self, coroutine):
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
-
-    def _hand_over(self) -> None:
-        if self._submitted:
-            self._loop.call_soon_threadsafe(self._enqueue, self._submitted)
-            self._submitted = []
 
     def _body(self, request: Request, sampling: Sampling) -> dict[str, Any]:
         messages = request.messages
@@ -471,10 +463,6 @@ class ServerEngine:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, self._session.close(), return_exceptions=True)
-
-    def _enqueue(self, submitted: list[tuple[int, bytes]]) -> None:
-        for request in submitted:
-            self._waiting.put_nowait(request)
 
     async def _exchange(self, method: str, url: str, body: bytes | None = None, timeout: float | None = None):
         """(status, body) of the answer."""

@@ -121,7 +121,7 @@ class Settings:
         """For pairs of answers: whether they are the same."""
         return getattr(self.reward, "equal", verify.verify_many)
 
-    @cached_property
+    @property
     def extract(self) -> Callable[[str], str | None]:
         """The answer in a text, or None."""
         return getattr(self.reward, "extract", verify.extract_boxed)
@@ -157,7 +157,7 @@ Solver = Generator[list[Request], list[Output], Row]  # calls that may go out to
 
 
 def _digest(images: Sequence[Reference]) -> str:
-    """Tells questions with the same words apart whose images have no path."""
+    """Identifies images that have no path, so that two questions in the same words stay apart."""
     return hashlib.blake2b(b"".join(map(content_digest, images)), digest_size=8).hexdigest()
 
 
@@ -232,10 +232,10 @@ class Calls:
         row, reward = self.row, self.settings.reward
         if reward is None:
             return verify.is_equal(self.settings.extract(text), row["solution"])
-        columns = {name: [row[name]] for name in COLUMNS}
-        columns["images"] = [[loaded(image) for image in row["images"]]]
+        given = {name: [row[name]] for name in COLUMNS}
+        given["images"] = [[loaded(image) for image in row["images"]]]
         message = [{"role": "assistant", "content": text}]
-        (value,) = reward(prompts=[row["prompt"]], completions=[message], **columns)
+        (value,) = reward(prompts=[row["prompt"]], completions=[message], **given)
         if value is None or value != value:
             return None
         if self.settings.correct_at is not None:
@@ -345,12 +345,12 @@ class Samples(Calls):
         self._weights: list[tuple[float, int]] = []  # of each answer, and its price
         self._matches: dict[tuple[int, int], tuple[Row, int]] = {}  # (a, b) -> its verdicts, and their price
 
-    def draw(self) -> Solver:
+    def draw(self) -> Generator[list[Request], list[Output], None]:
         outputs = yield [self.request()] * self.settings.n
         self.texts, self.prices = self.read(outputs), [output.completion_tokens for output in outputs]
         self.rounds = [self.round(text) for text in self.texts]
         self._candidates = [self.candidate(text)[0] for text in self.texts]
-        self._groups = same_answers([self.settings.extract(text) for text in self.texts], self.settings.equal)
+        self._clusters = same_answers([self.settings.extract(text) for text in self.texts], self.settings.equal)
 
     def chosen(self, i: int, **fields: Any) -> Row:
         """The result, if the i-th answer is the one to give."""
@@ -359,18 +359,18 @@ class Samples(Calls):
 
     def choose(self, how: str, n: int):
         """(which of the first `n` answers, what it cost), by vote, weighted_vote or best_of_n."""
-        groups = [[i for i in group if i < n] for group in self._groups]
-        groups = [group for group in groups if group] or [list(range(n))]
+        clusters = [[i for i in cluster if i < n] for cluster in self._clusters]
+        clusters = [cluster for cluster in clusters if cluster] or [list(range(n))]
         price = sum(self.prices[:n])
         if how == "vote":
-            groups.sort(key=lambda g: -len(g))
+            clusters.sort(key=lambda c: -len(c))
         elif how == "weighted_vote":
             yield from self._weigh(n)
-            groups.sort(key=lambda g: (-sum(self._weights[i][0] for i in g), -len(g)))
+            clusters.sort(key=lambda c: (-sum(self._weights[i][0] for i in c), -len(c)))
             price += sum(cost for _, cost in self._weights[:n])
         else:
-            price += yield from self._knock_out(groups)
-        return groups[0][0], price
+            price += yield from self._knock_out(clusters)
+        return clusters[0][0], price
 
     def _ask_both_ways(self, pairs: list[tuple[str, str]]):
         """(the outputs, their texts, their price) of each pair of instructions."""
@@ -383,7 +383,7 @@ class Samples(Calls):
             for i in range(0, len(outputs), 2)
         ]
 
-    def _weigh(self, n: int) -> Solver:
+    def _weigh(self, n: int) -> Generator[list[Request], list[Output], None]:
         new = range(len(self._weights), n)
         replies = yield from self._ask_both_ways([
             tuple(pointwise_instruction(self._candidates[i], right_letter=letter) for letter in "AB") for i in new
@@ -394,12 +394,12 @@ class Samples(Calls):
             verdict = "Yes" if min(beliefs) > 0.5 else "No" if max(beliefs) < 0.5 else None
             self.rounds[i] = {**self.round(self.texts[i], verdict, judged), "weight": sum(beliefs) / 2}
 
-    def _knock_out(self, groups: list[list[int]]):
-        """Reduce `groups` to the winner of a knock-out; return its price. A pair is won by the side that both verdicts
-        name; where one can't be read, or they contradict each other, by the side with more votes."""
+    def _knock_out(self, clusters: list[list[int]]):
+        """Reduce `clusters` to the winner of a knock-out; return its price. A pair is won by the side that both
+        verdicts name; where one can't be read, or they contradict each other, by the side with more votes."""
         self.matches, price = [], 0
-        while len(groups) > 1:
-            pairs = list(zip(groups[::2], groups[1::2], strict=False))
+        while len(clusters) > 1:
+            pairs = list(zip(clusters[::2], clusters[1::2], strict=False))
             new = [(a[0], b[0]) for a, b in pairs if (a[0], b[0]) not in self._matches]
             sides = [(self._candidates[a], self._candidates[b]) for a, b in new]
             replies = yield from self._ask_both_ways([
@@ -415,7 +415,7 @@ class Samples(Calls):
                 winners.append(agreed or max(a, b, key=len))  # equal votes: a, the earlier
                 self.matches.append({"a": a[0], "b": b[0], "winner": winners[-1][0], **outcome})
                 price += cost
-            groups[:] = winners + groups[2 * len(pairs) :]
+            clusters[:] = winners + clusters[2 * len(pairs) :]
         return price
 
 
@@ -462,18 +462,18 @@ def _belief(output: Output, right_letter: str) -> float:
 
 
 def same_answers(answers: list[str | None], equal: Callable) -> list[list[int]]:
-    """Positions of equal answers together, in order of appearance; those without a box are left out."""
-    groups: list[list[int]] = []
+    """Clusters of equal answers, as positions, in order of appearance; answers without a box (None) are in none."""
+    clusters: list[list[int]] = []
     for i, answer in enumerate(answers):
         if answer is None:
             continue
-        for group in groups:
-            if answer == answers[group[0]] or equal([(answer, answers[group[0]])])[0]:
-                group.append(i)
+        for cluster in clusters:
+            if answer == answers[cluster[0]] or equal([(answer, answers[cluster[0]])])[0]:
+                cluster.append(i)
                 break
         else:
-            groups.append([i])
-    return groups
+            clusters.append([i])
+    return clusters
 
 
 def judge_row(row: Row, settings: Settings) -> Solver:
@@ -702,8 +702,12 @@ def contents(settings: Settings, rows: list[Row]) -> dict[str, str]:
     if settings.engine != "server" and folder.is_dir():
         digest = hashlib.blake2b(digest_size=8)
         for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
             with open(file, "rb") as opened:
-                digest.update(f"{file.name} {file.stat().st_size}".encode() + opened.read(1 << 20))
+                for at in range(0, size, max(size // 256, 1 << 16)):  # all over it: training may leave the start as is
+                    opened.seek(at)
+                    digest.update(opened.read(1 << 16))
         digests["model contents"] = digest.hexdigest()
     return digests
 
@@ -741,6 +745,8 @@ def choose_engine(engine: str, server: tuple[str, ...]) -> str:
         raise BadInput("--engine vllm: expected vLLM to be installed (requirements.txt has its version)")
     if engine == "server" and not server:
         raise BadInput("--engine server: expected --server URL")
+    if server and engine not in ("auto", "server"):
+        raise BadInput(f"--server: expected --engine server beside it, got {engine}")
     if engine != "auto":
         return engine
     if server:
@@ -767,6 +773,10 @@ def main() -> int:
         parser.error(f"--limit: expected a number from 1 on, got {args.limit}")
     try:
         settings = replace(settings, engine=choose_engine(settings.engine, engine.server))
+        for mode, names in (("tts", ("tts", "max_rounds", "n")), ("judge", ("judge_samples",))):
+            for name in names:
+                if settings.mode != mode and getattr(settings, name) != getattr(Settings, name):
+                    raise BadInput(f"--{name}: expected --mode {mode} beside it, got {settings.mode}")
         if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
             raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
         judging_at = settings.temperature if settings.judge_temperature is None else settings.judge_temperature

@@ -143,6 +143,7 @@ REFLECT_ON_ANSWER = (
 )
 
 TEMPLATES = (*POINTWISE_YES_NO, *POINTWISE_A_B, *PAIRWISE, *REFLECT_ON_COT, *REFLECT_ON_ANSWER)
+TEMPLATE_TOKENS = 512  # of any of them, and more of your own: what room is left for before there is a tokenizer
 
 
 def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:

@@ -16,8 +16,8 @@ Where this departs from the paper's released code:
    right and a wrong rollout, or not at all (`recycle_matched`; false is the paper's way).
 2. Nor does being cut off: such a rollout is wrong for lack of a box, and a judge would learn to look for one. The two
    rollouts of a question that are judged both have a box, or neither has.
-3. Labels are balanced exactly in every step (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes" becomes the
-   label of most items as the policy gets better.
+3. Labels are balanced in every step, to within one item (right/wrong, Yes-No/A-B wording, A/B position). There, "Yes"
+   becomes the label of most items as the policy gets better.
 4. Items are written from this step's rollouts. There, they wait in a cache and are one update old.
 5. Every template asks for `\\boxed{}`, which is what the verifier reads, and quotes rollouts safely (prompts.py).
 
@@ -148,7 +148,7 @@ class Group:
 
     @property
     def pass_rate(self) -> float:
-        """Share of right rollouts among the scored ones."""
+        """Share of right rollouts among the scored ones, of which there must be one at least."""
         scored = [r.correct for r in self.rollouts if r.correct is not None]
         return sum(scored) / len(scored)
 
@@ -227,10 +227,14 @@ def recycle(
     Args:
         groups: this step's questions, in the same order on every process.
         step: seeds the random choices, together with `config.recycle_seed`.
+        config: a RecycleConfig, or a SparkConfig.
+        limits: what the model and the number of processes demand; by default nothing.
 
     Returns:
         At most `recycle_ratio * len(groups)` items, rounded at random, half judge and half reflection where there are
         enough of both, and the counts of what became of every candidate.
+
+    Raises ValueError for a setting that can't be used, and for a prompt without a user turn.
     """
     config.check_recycling()
     limits = limits or Limits()
@@ -252,8 +256,8 @@ def recycle(
 def _capacity(groups, config, multiple_of: int, rounding: random.Random) -> int:
     """Items of this step, at most; rounded at random, so that small steps recycle as well, and have room for two where
     pointwise items come in twos."""
-    alike = [group for group in groups if len({r.correct for r in group.rollouts} - {None}) == 1]
-    counted = alike if config.recycle_adaptive else groups
+    pure = [group for group in groups if len({r.correct for r in group.rollouts} - {None}) == 1]
+    counted = pure if config.recycle_adaptive else groups
     return _rounded(config.recycle_ratio * len(counted), _unit(config, multiple_of), rounding)
 
 
@@ -266,6 +270,11 @@ def most_items(n: int, config: RecycleConfig, multiple_of: int = 1) -> int:
     """Items of a step of `n` groups, at most."""
     unit = _unit(config, multiple_of)
     return unit * math.ceil(config.recycle_ratio * n / unit - 1e-9)
+
+
+def items_come_in(processes: int, group_size: int) -> int:
+    """A step's items are a multiple of this, so that their rollouts divide over the processes."""
+    return processes // math.gcd(processes, group_size)
 
 
 def _rounded(number: float, multiple_of: int, rounding: random.Random) -> int:

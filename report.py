@@ -83,7 +83,12 @@ TILES = (  # what a run is summed up by
     ("reflection/fix_rate", "wrong answers fixed"),
 )
 JUDGED = (("judge/pointwise/balanced_accuracy", "one answer, balanced"), ("judge/pairwise/accuracy", "pairs"))
-TASKS = {"answer": "Answer", "pointwise": "Judge one answer", "pairwise": "Judge a pair", "reflection": "Look again"}
+TASK_TITLES = {
+    "answer": "Answer",
+    "pointwise": "Judge one answer",
+    "pairwise": "Judge a pair",
+    "reflection": "Look again",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -251,9 +256,7 @@ def draw_rollouts(run: Run, late: bool, count: int) -> list[Row]:
                 drawn = rows.setdefault(row["task"], [])
                 if len(drawn) < count and all(row["prompt"] != other["prompt"] for other in drawn):
                     drawn.append(row)
-            if rows and all(len(drawn) == count for drawn in rows.values()):
-                break
-    return [row for task in sorted(rows, key=lambda t: [*TASKS, t].index(t)) for row in rows[task]]
+    return [row for task in sorted(rows, key=lambda t: [*TASK_TITLES, t].index(t)) for row in rows[task]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -587,8 +590,8 @@ def card(row: Row) -> Row:
     scored = [reward for reward in row["group"] if not math.isnan(reward)]
     label = row.get("label")
     return {
-        "kind": row["task"] if row["task"] in TASKS else "other",
-        "task": TASKS.get(row["task"], row["task"]),
+        "kind": row["task"] if row["task"] in TASK_TITLES else "other",
+        "task": TASK_TITLES.get(row["task"], row["task"]),
         "step": row.get("step", "?"),
         "right": None if math.isnan(row["reward"]) else row["reward"] >= 1,
         "images": list(map(image, row["images"])),
@@ -693,7 +696,7 @@ def page(runs: list[Run], tables: list[tuple[str, Row]], results: list[Row]) -> 
     curves = by_seed(runs)
     return environment.get_template("report.html.jinja").render(
         runs=sections,
-        tasks=TASKS,
+        tasks=TASK_TITLES,
         differences=differences(runs),
         tables=[{"name": name, **before_after(metrics)} for name, metrics in tables],
         pictures=pictures(curves) if any(run.series for run in curves) else [],

@@ -29,7 +29,6 @@ if __name__ == "__main__":  # before torch and TRL are imported
     console.start(sys.argv[1:], __file__)
 
 import copy
-import math
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -46,8 +45,8 @@ import verify
 from data.arguments import DataArguments
 from data.cli import flag
 from data.rows import BadInput, question_key
-from prompts import instructions
-from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, recycle
+from prompts import TEMPLATE_TOKENS, instructions
+from recycle import TASKS, Group, Item, Limits, RecycleConfig, Rollout, items_come_in, recycle
 from training import console, plan
 from training.batch import join, share_images
 from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, changed_settings, show_progress
@@ -147,18 +146,27 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         """Whether more than its advantage decides a row's gradient."""
         return self.beta != 0 or self.has_entropy_bonus or self.top_entropy_quantile < 1
 
+    @property
+    def longest_rows(self) -> tuple[int, int]:
+        """Most tokens of a policy row, and of a recycled one, which also quotes one rollout or two and asks."""
+        policy = self.max_prompt_length + self.max_completion_length
+        if self.recycle_ratio == 0:
+            return policy, policy
+        quoted = 2 if "pairwise" in self.recycle_tasks else 1
+        return policy, policy + quoted * self.max_completion_length + TEMPLATE_TOKENS
+
     def longest_sequence(self, config) -> int:
-        """Tokens that the engine has room for: the longest recycled row, capped at the model's context."""
+        """Tokens that the engine has room for: the longest row, capped at the model's context."""
         if self.vllm_max_model_length is not None:
             return self.vllm_max_model_length
-        wanted = self.max_prompt_length + 3 * self.max_completion_length + 512  # 512: the wording of any template
-        return min(wanted, config.get_text_config().max_position_embeddings)
+        return min(max(self.longest_rows), config.get_text_config().max_position_embeddings)
 
 
 class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelCard, GRPOTrainer):
     """GRPOTrainer whose training batches also hold the recycled rollouts of the same step.
 
-    What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden, each calling super():
+    What makes it SPARK is `_generate_and_score_completions`. Everything that is overridden; what is not about recycling
+    falls through to super():
 
     | member | why | where |
     | --- | --- | --- |
@@ -216,20 +224,24 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         under_fsdp(args, adapter=kwargs.get("peft_config") is not None or hasattr(model, "peft_config"))
         super().__init__(model, self._rewards.functions, args, train_dataset, eval_dataset, *rest, **kwargs)
         after_loading(self)
-        self.log_multimodal = False  # TRL gathers images only from processes that have some; `_log_images` from all
-        exact, drop = not (args.has_extra_terms or self.aux_loss_enabled), args.drop_zero_advantage
-        if drop and not exact:
+        # TRL gathers images on processes that have some, which would wait for the others; `_log_images` gathers on all.
+        self.log_multimodal = False
+        exact = not (args.has_extra_terms or self.aux_loss_enabled)  # leaving such a row out changes no gradient
+        if args.drop_zero_advantage and not exact:
             raise ValueError(
                 "drop_zero_advantage: expected false where more than the advantage enters the loss (beta, entropy "
                 "bonus, auxiliary loss, top_entropy_quantile)"
             )
-        self._drop_rows = exact and args.recycle_ratio > 0 if drop is None else drop
+        self._drop_rows = args.drop_zero_advantage
+        if self._drop_rows is None:
+            self._drop_rows = exact and args.recycle_ratio > 0
         if self.use_vllm:
             adopt_engine(self, longest)
         self._longest_prompt = longest - self.max_completion_length
         self._longest_instruction = max(map(len, self._tokenizer(instructions(args.answer_mark))["input_ids"]))
-        added = self._tokenizer.get_added_vocab()
-        self._control_tokens = sorted({*self._tokenizer.all_special_tokens, *added}, key=len, reverse=True)
+        tokens = {*self._tokenizer.all_special_tokens, *self._tokenizer.get_added_vocab()}
+        # Some tokenizers add runs of blanks or of newlines, which are text.
+        self._control_tokens = sorted((token for token in tokens if not token.isspace()), key=len, reverse=True)
         self._begin_evaluation()
         self._table = RecycledTable()
         self.add_callback(self._table)
@@ -240,6 +252,15 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     # ---- the step ---------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
+        """One generation: policy rollouts, and those of the prompts recycled from them, as one batch.
+
+        Args:
+            inputs: (b,) this process's rows, each question G times in a row.
+
+        Returns:
+            TRL's batch of (b + r) rows, the policy's first and then the r recycled ones, as many on every process. The
+            policy's alone in evaluation, where it is not recycling's turn, or where nothing can be recycled.
+        """
         training = self.model.training
         recycles = self.args.recycle_ratio > 0 and (training or self.args.recycle_in_evaluation)
         with self._engine_awake() if recycles else nullcontext():
@@ -285,7 +306,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         return items
 
     def evaluate(self, *args, **kwargs):
-        """TRL's, but training's random numbers continue as if no evaluation had run."""
+        """TRL's, but with recycling on training's random numbers continue as if no evaluation had run."""
         self._begin_evaluation()
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)
@@ -339,7 +360,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     @contextmanager
     def _judging(self, asked: list[Item]):
-        """Rewards are those of recycled rows."""
+        """While inside, rewards are computed for these items' rows, not for policy rows."""
         self._rewards.items = self._mine(asked)
         try:
             yield
@@ -372,8 +393,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
             """On one process for all: a time limit could fall differently on each."""
             return broadcast_object_list([self._rewards.equal(pairs) if self.accelerator.is_main_process else None])[0]
 
-        world = self.accelerator.num_processes
-        multiple_of = world // math.gcd(world, self._group_size)  # every process gets as many rows
+        multiple_of = items_come_in(self.accelerator.num_processes, self._group_size)
         at_most = None if self.model.training else len(TASKS) * len(groups)
         return Limits(self._control_tokens, multiple_of, equal, fits, at_most)
 

@@ -97,8 +97,7 @@ def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Resul
     """`verify_many` with reasons: one Result(verdict, reason) for each pair, in order."""
     answers = []  # (pred, its acceptable golds)
     for pred, gold in pairs:
-        golds = gold if isinstance(gold, (list, tuple)) else [gold]
-        answers.append((pred, [str(g) for g in golds if _usable(g)]))
+        answers.append((pred, _usable_golds(gold)))
     results = {key: decide(*key) for key in dict.fromkeys((pred, gold) for pred, golds in answers for gold in golds)}
     undecided = [key for key, result in results.items() if result is None]
     results.update(zip(undecided, workers.pool.run(undecided, timeout), strict=True))
@@ -107,6 +106,11 @@ def explain_many(pairs: Sequence[tuple], timeout: float = TIMEOUT) -> list[Resul
         max((results[pred, gold] for gold in golds), key=lambda result: _RANK.index(result.verdict), default=no_gold)
         for pred, golds in answers
     ]
+
+
+def _usable_golds(gold) -> list[str]:
+    """The acceptable answers among what a row has as its gold."""
+    return [str(each) for each in (gold if isinstance(gold, (list, tuple)) else [gold]) if _usable(each)]
 
 
 def _usable(gold) -> bool:
@@ -188,14 +192,18 @@ def answer_reward(prompts, completions, solution, **columns) -> list[float | Non
 
     An answer that is equal, but a sum that is left to do, earns nothing: a policy that is paid for 7 + 5 soon answers
     every sum with the sum itself.
+
+    Args:
+        prompts: not read. columns: nor are they.
+        completions: (b,) texts, or lists of messages, whose last one counts.
+        solution: (b,) golds, each as `verify_many` takes it.
     """
     pairs = [(extract_boxed(t), s) for t, s in zip(map(last_text, completions), solution, strict=True)]
     rewards = []
     for row, (result, (pred, gold)) in enumerate(zip(explain_many(pairs), pairs, strict=True)):
         if result.verdict is None:
             log_unscorable(row, gold, result.reason)
-        golds = gold if isinstance(gold, (list, tuple)) else [gold]
-        unfinished = result.verdict and all(is_unfinished(pred, str(each)) for each in golds)
+        unfinished = result.verdict and all(is_unfinished(pred, each) for each in _usable_golds(gold))
         rewards.append(None if result.verdict is None else float(result.verdict and not unfinished))
     return rewards
 

@@ -1,6 +1,6 @@
 r"""One spelling for what is written in several ways, and texts split outside their brackets.
 
-    clean("½")                      # \frac{1}{2}, and so for \dfrac12 and $\tfrac{1}{2}$.
+    clean("½")                      # \frac{1}{2}, and so for \dfrac{1}{2} and $\tfrac{1}{2}$.
     split("(1,2),3", {","})         # (["(1,2)", "3"], [","])
 
 Unicode becomes LaTeX, synonyms become one command, decoration is removed.

@@ -7,6 +7,7 @@ Texts are those of normalize.clean. rules.py compares the parts.
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from answers.calculator import TooBig
@@ -49,7 +50,7 @@ class Answer(NamedTuple):
 
     kind: str
     parts: list[str]
-    signs: list[str] = []  # noqa: RUF012 - of a relation, between its sides
+    signs: Sequence[str] = ()  # of a relation, between its sides
 
 
 def take_apart(text: str) -> Answer:

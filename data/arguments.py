@@ -62,10 +62,10 @@ class DataArguments(DataSettings):
         """The training set and the evaluation set (None without one). Raises BadInput."""
         from data.rows import BadInput
 
-        train = self.read_one(self.dataset, self.dataset_split, args, processor)
-        evaluation = None
         if self.eval_dataset and args.eval_strategy == "no" and not args.eval_on_start:
             raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it, or it is never used")
+        train = self.read_one(self.dataset, self.dataset_split, args, processor)
+        evaluation = None
         if self.eval_dataset:
             evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
         prompts = args.generation_batch_size // args.num_generations
@@ -88,7 +88,7 @@ class DataArguments(DataSettings):
             suffix=args.prompt_suffix,
             image_factor=image_factor(processor),
             columns_optional=columns_optional,
-            fits=too_long(args.max_prompt_length, processor) if processor else None,
+            reject=too_long(args.max_prompt_length, processor) if processor else None,
             bad_rows=bad_rows,
         )
         if args.process_index == 0:

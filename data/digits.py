@@ -110,7 +110,7 @@ def question(rng: random.Random) -> tuple[str, tuple[int, ...], str]:
     return kind, values, text
 
 
-def digit_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
+def digit_rows(split: Split, n: int, seed: int = 0, suffix: str = PROMPT_SUFFIX) -> list[dict[str, Any]]:
     """`n` questions, the same for the same seed: prompt (messages), images (PIL, maybe none), solution, dataset."""
     rng = random.Random(f"digits/{split}/{seed}")
     rows = []
@@ -119,7 +119,7 @@ def digit_rows(split: Split, n: int, seed: int = 0) -> list[dict[str, Any]]:
         images = [] if kind in TEXT_KINDS else [draw(values, split, rng)]
         rows.append(
             {
-                "prompt": [{"role": "user", "content": text + PROMPT_SUFFIX}],  # images go before it
+                "prompt": [{"role": "user", "content": text + suffix}],  # images go before it
                 "images": images,
                 "solution": str(solve(kind, values)),
                 "dataset": f"digits-{kind}",

@@ -27,6 +27,7 @@ from data.progress import PartFile
 from data.rows import BadInput, BadRow
 from data.table import batched
 from engines import Request, prompt_text, whole_prompts
+from prompts import PROMPT_SUFFIX
 
 CHUNK = 256  # questions whose rates are written at once
 
@@ -41,6 +42,7 @@ class SamplingSettings:
     temperature: float = flag(1.0, least=0.01)
     top_p: float = flag(1.0, least=0.01)
     max_tokens: int = flag(2048, least=1)
+    prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
     seed: int = flag(0)
 
 
@@ -93,8 +95,11 @@ class Sampler:
         from vllm import LLM, SamplingParams
 
         self.processor = AutoProcessor.from_pretrained(settings.model)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
         self.llm = LLM(settings.model, seed=settings.seed, **whole_prompts(engine))
-        drawn = {name: value for name, value in asdict(settings).items() if name not in ("model", "dataset")}
+        drawn = {
+            name: value for name, value in asdict(settings).items() if name not in ("model", "dataset", "prompt_suffix")
+        }
         self.sampling = SamplingParams(**drawn)  # each request has the seed: its samples do not depend on others
 
     def answers(self, rows: list[dict[str, Any]]) -> list[list[str]]:
@@ -103,7 +108,8 @@ class Sampler:
         for row in rows:
             images = row.get("images")
             text = prompt_text(self.processor, Request(row["prompt"], images or ()))
-            requests.append({"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})})
+            prompt = {"prompt_token_ids": self.tokenizer(text, add_special_tokens=False)["input_ids"]}
+            requests.append({**prompt, **({"multi_modal_data": {"image": images}} if images else {})})
         return [
             [sample.text for sample in output.outputs]
             for output in self.llm.generate(requests, self.sampling, use_tqdm=False)
@@ -170,8 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = read_dataset(
             settings.dataset,
             data,
+            suffix=settings.prompt_suffix,
             image_factor=image_factor(processor),
-            fits=too_long(longest, processor, "max_model_len"),
+            reject=too_long(longest, processor, "max_model_len"),
             bad_rows=bad_rows,
             checked=math.inf,  # each of them is used
         )

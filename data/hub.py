@@ -34,7 +34,7 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
             f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from None
     if isinstance(loaded, DatasetDict):
-        if split not in loaded and len(loaded) > 1:
+        if split not in loaded and (len(loaded) > 1 or split not in ("train", "test")):  # the commands' defaults
             raise BadInput(f"{source}: no split {split!r}; name one with --dataset_split: {', '.join(loaded)}")
         loaded = loaded[split if split in loaded else next(iter(loaded))]
     return as_stored(loaded)

@@ -57,7 +57,8 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
         texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:  # of a base model there is none; some take no system prompt
         raise BadInput(f"chat template of {tokenizer.name_or_path}: {error}") from None
-    lengths = map(len, tokenizer(texts)["input_ids"])  # one token stands for each image
+    # The template has written the special tokens; one token stands for each image.
+    lengths = map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])
     return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 
 

@@ -54,7 +54,7 @@ def read_dataset(
     suffix: str = PROMPT_SUFFIX,
     image_factor: int | None = None,
     columns_optional: bool = False,
-    fits: Callable[[Row], str | None] | None = None,
+    reject: Callable[[Row], str | None] | None = None,
     bad_rows: list[BadRow] | None = None,
     checked: float = CHECKED,
 ):
@@ -68,7 +68,7 @@ def read_dataset(
         source, suffix, columns_optional: see data.rows.Source.
         settings: names of columns, image root, pixel budget, ... (default: all of them as they are).
         image_factor: pixels a side of a visual token (data/images.py), for the Qwen-VL family.
-        fits: says why a row is not to be used (a prompt that is too long), or None.
+        reject: a function of a row: why it is not to be used (a prompt that is too long), or None.
         bad_rows: if given, rows that are left out are appended to it.
         checked: with `bad_rows`, rows that are made here; the others are when they are used.
 
@@ -93,7 +93,7 @@ def read_dataset(
         if isinstance(row, str):  # to be made later: its record, as text, is where the solution will be
             counts["later"] += 1
             return {"solution": row, "source": source.row(i)}
-        if not isinstance(row, BadRow) and fits is not None and (reason := fits(row)):
+        if not isinstance(row, BadRow) and reject is not None and (reason := reject(row)):
             row = BadRow(i, line, "prompt", reason)
         if isinstance(row, BadRow):
             if bad_rows is None:
@@ -120,11 +120,11 @@ def read_dataset(
         dataset = dataset.remove_columns("images")
     if not counts["images"] and not counts["later"]:
         return dataset
-    return dataset.with_transform(UsedRows(dataset, reader, fits, image, strict=bad_rows is None))
+    return dataset.with_transform(UsedRows(dataset, reader, reject, image, strict=bad_rows is None))
 
 
 class UsedRows:
-    """The transform of a dataset: its rows as they are when they are used.
+    """The transform of a dataset: makes, checks and replaces rows at the moment they are used.
 
     A record that was stored as text becomes its row. For a row that can't be used another one stands in, drawn by the
     row's name from the whole source: on every process the same, since all of them must see a question alike. Each is
@@ -132,8 +132,8 @@ class UsedRows:
     that may pass on one process and not on another.
     """
 
-    def __init__(self, dataset, reader: "Reader", fits: Callable[[Row], str | None] | None, image, strict: bool):
-        self.dataset, self.reader, self.fits, self.image, self.strict = dataset, reader, fits, image, strict
+    def __init__(self, dataset, reader: "Reader", reject: Callable[[Row], str | None] | None, image, strict: bool):
+        self.dataset, self.reader, self.reject, self.image, self.strict = dataset, reader, reject, image, strict
         self.unusable: set[str] = set()
 
     def __deepcopy__(self, memo):
@@ -166,9 +166,9 @@ class UsedRows:
                 raise BadInput(f"{row['source']}: field image: {image}")
             if isinstance(image, BadImage):
                 raise RowError("image", str(image))
-        if later and self.fits is not None:
+        if later and self.reject is not None:
             sized = [{**ref, "width": i.width, "height": i.height} for ref, i in zip(refs, row["images"], strict=True)]
-            if reason := self.fits({**row, "images": sized}):
+            if reason := self.reject({**row, "images": sized}):
                 raise RowError("prompt", reason)
         return row
 
@@ -330,22 +330,24 @@ def _as_json(record: dict[str, Any]) -> str | dict[str, Any]:
         return record
 
 
-def raw_records(source: Source, decoded: float = math.inf) -> Iterable[table.Entry]:
-    """The records as they are; see `table.records` for `decoded`."""
+def raw_records(source: Source, decode_first: float = math.inf) -> Iterable[table.Entry]:
+    """The records as they are; see `table.records` for `decode_first`."""
     name, settings = source.name, source.settings
     suffix = Path(name).suffix.lower() if isinstance(name, str) and not Path(name).is_dir() else ""
     if suffix in (".csv", ".tsv"):
         return vlmevalkit.with_images(lambda: table.records(name))
     if suffix in table.SUFFIXES:
-        return table.records(name, decoded)
+        return table.records(name, decode_first)
+    if name in ("digits", "arithmetic") and settings.dataset_split not in ("train", "test"):
+        raise BadInput(f"{name}: no split {settings.dataset_split!r}; expected train or test")
     if name == "digits":
         from data.digits import digit_rows
 
-        found = digit_rows("test" if settings.dataset_split == "test" else "train", EMBEDDED_ROWS)
+        found = digit_rows(settings.dataset_split, EMBEDDED_ROWS, suffix="")
     elif name == "arithmetic":
         from data.arithmetic import arithmetic_rows
 
-        found = arithmetic_rows("test" if settings.dataset_split == "test" else "train")
+        found = arithmetic_rows(settings.dataset_split)
     elif not isinstance(name, str):
         found = hub.as_stored(name)
     elif not name.strip():
@@ -452,7 +454,7 @@ class Layout:
             images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
             record.images = image_list(images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
-        record.task = record.task or next((raw[name] for name in columns.TASKS if raw.get(name)), kind)
+        record.task = record.task or next((raw[name] for name in columns.TASK_COLUMNS if raw.get(name)), kind)
         for name in ("min_pixels", "max_pixels"):
             if getattr(record, name) is None:
                 setattr(record, name, _number(raw, name))

@@ -28,8 +28,8 @@ _BETWEEN = re.compile(r"[ \t\r\n,]*")  # the rows of a JSON list
 Entry = tuple[int, int | None, dict[str, Any] | str | BadRow]
 
 
-def records(path: str, decoded: float = math.inf) -> Iterator[Entry]:
-    """The records of a file; of JSON, those after the first `decoded` as their text, for `decode`.
+def records(path: str, decode_first: float = math.inf) -> Iterator[Entry]:
+    """The records of a file; of JSON, those after the first `decode_first` as their text, for `decode`.
 
     Raises BadInput where it can't be read on.
     """
@@ -43,9 +43,9 @@ def records(path: str, decoded: float = math.inf) -> Iterator[Entry]:
         elif suffix in (".csv", ".tsv"):
             yield from _csv(path)
         elif suffix == ".json" and _starts_with_list(path):
-            yield from _json_list(path, decoded)
+            yield from _json_list(path, decode_first)
         else:
-            yield from _json_lines(path, decoded)
+            yield from _json_lines(path, decode_first)
     except UnicodeDecodeError as error:
         hint = " (save a spreadsheet as CSV UTF-8)" if file.suffix.lower() in (".csv", ".tsv") else ""
         raise BadInput(f"{path}: expected text in UTF-8{hint}, got {error.reason} at byte {error.start}") from None
@@ -88,7 +88,7 @@ def list_text(rows: Iterable[str]) -> str:
     return "[\n" + ",\n".join(rows) + "\n]\n"
 
 
-def _json_list(path: str, decoded: float) -> Iterator[Entry]:
+def _json_list(path: str, decode_first: float) -> Iterator[Entry]:
     """Row by row where `list_text` wrote them; any other layout is read whole."""
     row = 0
     with open(path, encoding="utf-8-sig") as file:
@@ -99,7 +99,7 @@ def _json_list(path: str, decoded: float) -> Iterator[Entry]:
             if last and file.read().split() != ["]"]:
                 break
             text = text.removesuffix(",")
-            later = row >= decoded and text[:1] + text[-1:] == "{}"
+            later = row >= decode_first and text[:1] + text[-1:] == "{}"
             try:
                 record = text if later else _object(row, row + 2, json.loads(text))
             except (ValueError, RecursionError):
@@ -126,14 +126,14 @@ def _json_list(path: str, decoded: float) -> Iterator[Entry]:
         line += text.count("\n", start, end)
 
 
-def _json_lines(path: str, decoded: float) -> Iterator[Entry]:
+def _json_lines(path: str, decode_first: float) -> Iterator[Entry]:
     row = 0
     with open(path, "rb") as file:
         for line, text in enumerate(file, 1):
             if text.removeprefix(codecs.BOM_UTF8).strip():
                 try:
                     record = text.decode("utf-8-sig" if line == 1 else "utf-8")
-                    record = record if row >= decoded else _object(row, line, json.loads(record))
+                    record = record if row >= decode_first else _object(row, line, json.loads(record))
                 except (ValueError, RecursionError) as error:
                     if row == 0:
                         raise BadInput(

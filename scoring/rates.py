@@ -21,10 +21,12 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
 
 
 def rate(part: float, whole: float) -> float | None:
+    """None for a share of nothing."""
     return part / whole if whole else None
 
 
 def answered(right: int, n: int) -> Row:
+    """A count above 0, its accuracy and 95 % interval, as the tables have them."""
     return {"answered": n, "accuracy": right / n, "interval": wilson(right, n)}
 
 
@@ -129,13 +131,15 @@ def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
 
 def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row]:
     """Accuracy against the tokens generated, of each way and number of answers, and its paired difference from the
-    majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line."""
+    majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line.
+
+    Args:
+        rows: a question each, (way, number of answers) -> (right, tokens); one of the ways is `vote`.
+    """
     import numpy as np
 
-    if not rows:
-        return []
-    rng, table = np.random.default_rng(0), []
-    ways = [way for way in rows[0] if all(way in row for row in rows)]
+    table = []
+    ways = [way for way in rows[0] if all(way in row for row in rows)] if rows else []
     right = {way: np.array([row[way][0] for row in rows], dtype=bool) for way in ways}  # (rows,)
     tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
     for way, n in ways:
@@ -143,7 +147,7 @@ def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row
             continue
         majority = min((w for w in ways if w[0] == "vote"), key=lambda w: abs(tokens[w] - tokens[way, n]))
         gained, lost = (int((a & ~b).sum()) for a, b in itertools.permutations((right[way, n], right[majority])))
-        interval = np.quantile(resampled(gained, lost, len(rows), rng), (0.025, 0.975)).tolist()
+        interval = interval_of(*paired(gained, lost, len(rows)), -1.0, 1.0)
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
         price = tokens[way, n] / (tokens[majority] or 1)
         if winner == WAYS[way] and price > 1.1:  # there is no majority of so many tokens
@@ -188,9 +192,8 @@ def by_category(values: dict[str, Counter]) -> Row:
     mean = sum(row["accuracy"] for row in rows.values()) / len(rows)
     shares = {value: (n["right"] + 2) / (n["answered"] + 4) for value, n in values.items()}
     variance = sum(share * (1 - share) / (values[value]["answered"] + 4) for value, share in shares.items())
-    middle, half = sum(shares.values()) / len(rows), 1.96 * math.sqrt(variance) / len(rows)
-    interval = (max(0.0, min(mean, middle - half)), min(1.0, max(mean, middle + half)))
-    return {"values": rows, "mean": mean, "interval": interval}
+    low, high = interval_of(sum(shares.values()) / len(rows), variance / len(rows) ** 2, 0.0, 1.0)
+    return {"values": rows, "mean": mean, "interval": (min(mean, low), max(mean, high))}
 
 
 def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
@@ -220,10 +223,15 @@ def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
 
 
 def _mean(values: list[float]) -> Row:
+    """The mean score of questions, with an interval that counts two scores of 0 and two of 1 more: where all are alike
+    it would be zero wide."""
     n, mean = len(values), sum(values) / len(values)
-    half = 1.96 * math.sqrt(sum((value - mean) ** 2 for value in values)) / n
-    interval = wilson(int(sum(values)), n) if set(values) <= {0.0, 1.0} else (max(0, mean - half), min(1, mean + half))
-    return {"questions": n, "score": mean, "interval": interval}
+    if set(values) <= {0.0, 1.0}:
+        return {"questions": n, "score": mean, "interval": wilson(int(sum(values)), n)}
+    more = [*values, 0.0, 0.0, 1.0, 1.0]
+    middle = sum(more) / len(more)
+    low, high = interval_of(middle, sum((value - middle) ** 2 for value in more) / len(more) ** 2, 0.0, 1.0)
+    return {"questions": n, "score": mean, "interval": (min(mean, low), max(mean, high))}
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -233,7 +241,15 @@ def mcnemar(gained: int, lost: int) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def resampled(gained: int, lost: int, n: int, rng, resamples: int = 10_000):
-    """Differences of a paired bootstrap. Drawing rows again is drawing how many gained, lost and stayed."""
-    draws = rng.multinomial(n, [gained / n, lost / n, max(n - gained - lost, 0) / n], resamples)
-    return (draws[:, 0] - draws[:, 1]) / n
+def paired(gained: int, lost: int, n: int) -> tuple[float, float]:
+    """(middle, variance) of an interval for the difference of two accuracies on the same `n` rows, of which `gained`
+    turned right and `lost` wrong; with half a row more in each cell of their table (Agresti and Min, 2005), so that it
+    is not zero wide where no row changed."""
+    total, change = n + 2, gained - lost
+    return change / total, (gained + lost + 1 - change**2 / total) / total**2
+
+
+def interval_of(middle: float, variance: float, least: float, most: float) -> list[float]:
+    """95 %, from `least` to `most` at the widest."""
+    half = 1.96 * math.sqrt(variance)
+    return [max(least, middle - half), min(most, middle + half)]

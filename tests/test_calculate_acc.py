@@ -60,15 +60,17 @@ def test_mcnemar_by_hand():
     assert 0 <= mcnemar(200_000, 150_000) < 1e-300
 
 
-def test_resampling_counts_is_resampling_rows():
+def test_the_interval_of_a_difference_is_a_bootstrap_s_and_never_zero_wide():
     import numpy as np
 
-    changes = np.repeat([1, -1, 0], [30, 10, 60])
-    rng = np.random.default_rng(1)
-    by_row = rng.choice(changes, (20_000, 100)).mean(axis=1)
-    by_count = acc.resampled(30, 10, 100, rng, 20_000)
-    assert by_count.mean() == pytest.approx(0.2, abs=0.002)
-    assert by_count.std() == pytest.approx(by_row.std(), rel=0.03)
+    changes = np.repeat([1, -1, 0], [30, 10, 160])
+    resampled = np.random.default_rng(1).choice(changes, (20_000, 200)).mean(axis=1)
+    middle, variance = acc.paired(30, 10, 200)
+    assert middle == pytest.approx(0.1, abs=0.002)
+    assert variance**0.5 == pytest.approx(resampled.std(), rel=0.03)
+    assert acc.interval_of(*acc.paired(0, 0, 5), -1, 1) == pytest.approx([-0.28, 0.28], abs=0.01)
+    assert acc.interval_of(*acc.paired(5, 0, 5), -1, 1)[1] == 1
+    assert acc.interval_of(*acc.paired(4, 0, 300), -1, 1)[0] < 0  # McNemar's p is 0.125
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------

@@ -253,6 +253,10 @@ def test_filter_refuses_before_the_engine_starts(tmp_path, monkeypatch, capsys):
     assert "1 rows left out (1 by prompt): row 1: field prompt" in (out := capsys.readouterr().out)
     assert "expected at most 99 (max_model_len)" in out
     assert read_dataset(str(output))["solution"][:] == ["1"]
+    own = ["--output", str(tmp_path / "own.parquet"), "--prompt_suffix", "\nIn <answer></answer>."]
+    assert filter.main([*command, *own, "--model", str(OUTPUT), "--n", "4"]) == 0
+    (row,) = read_dataset(str(tmp_path / "own.parquet"), suffix="\nIn <answer></answer>.")
+    assert row["prompt"][-1]["content"] == "a?\nIn <answer></answer>."  # once, and no other
 
 
 def test_filter_with_the_real_engine(tmp_path, monkeypatch, capfd):

@@ -601,6 +601,10 @@ def test_images_stay_within_the_image_root(tmp_path):
         ("--temperature nan", "--temperature: expected a number from 0 on"),
         ("--timeout 0", "--timeout: expected a number from 0.1 on"),
         ("--engine server", "--engine server: expected --server URL"),
+        ("--engine transformers --server http://x", "--server: expected --engine server beside it"),
+        ("--n 16", "--n: expected --mode tts beside it, got answer"),
+        ("--tts vote", "--tts: expected --mode tts beside it, got answer"),
+        ("--judge_samples 3", "--judge_samples: expected --mode judge beside it, got answer"),
         ("--mode tts --tts vote", "expected a --temperature above 0"),
         ("--mode guess", "argument --mode: invalid choice: 'guess'"),
     ],
@@ -608,6 +612,19 @@ def test_images_stay_within_the_image_root(tmp_path):
 def test_bad_flags_are_named(flags, expected, tmp_path, monkeypatch, capsys):
     (tmp_path / "bench.json").write_text(json.dumps([ROW]))
     assert expected in refusal(monkeypatch, capsys, tmp_path / "bench.json", *flags.split())
+
+
+def test_results_of_a_model_whose_later_weights_changed_are_not_its_own(tmp_path):
+    """An adapter merged anew leaves the first tensors of the file as they were."""
+    (tmp_path / "model").mkdir()
+    weights = tmp_path / "model/model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    how = settings("answer", model=str(tmp_path / "model"))
+    part_file(ROWS, how, tmp_path / "r.json").close()
+    part_file(ROWS, how, tmp_path / "r.json").close()
+    weights.write_bytes(bytes(2 << 20) + b"\1" * (1 << 20))
+    with pytest.raises(BadInput, match="model contents"):
+        part_file(ROWS, how, tmp_path / "r.json")
 
 
 def test_another_run_s_output_is_refused_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):

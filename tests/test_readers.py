@@ -867,7 +867,7 @@ def test_bad_rows_are_left_out_and_counted_or_refused(folder):
         ],
     )
     bad = []
-    data = read_dataset(path, bad_rows=bad, fits=lambda row: "too long" if "long" in str(row["prompt"]) else None)
+    data = read_dataset(path, bad_rows=bad, reject=lambda row: "too long" if "long" in str(row["prompt"]) else None)
     assert len(data) == 1 and data.column_names == ["prompt", "solution", "task", "source"]
     assert [(row.row, row.field) for row in bad] == [(1, "prompt"), (2, "image"), (3, "prompt")]
     assert (
@@ -929,9 +929,9 @@ def test_another_row_stands_in_for_one_that_cannot_be_used(folder, monkeypatch, 
     good = [json.dumps({"prompt": f"{i}?", "solution": str(i), "image": "a.png"}) for i in range(20)]
     (folder / "cut.png").write_bytes(png()[:50])
     (folder / "x.jsonl").write_text("\n".join([*good, *BAD.values()]))
-    path, fits = str(folder / "x.jsonl"), lambda row: "too long" if "long" in str(row["prompt"]) else None
+    path, reject = str(folder / "x.jsonl"), lambda row: "too long" if "long" in str(row["prompt"]) else None
     bad = []
-    first, second = (read_dataset(path, fits=fits, bad_rows=bad, checked=10) for _ in range(2))
+    first, second = (read_dataset(path, reject=reject, bad_rows=bad, checked=10) for _ in range(2))
     assert (len(first), bad) == (26, [])
     assert [row["solution"] for row in first.select(range(20))] == [str(i) for i in range(20)]
     assert not capsys.readouterr().err
@@ -944,7 +944,7 @@ def test_another_row_stands_in_for_one_that_cannot_be_used(folder, monkeypatch, 
         for line in reported[2 * i : 2 * i + 2]:
             assert re.match(rf"{path}: row {20 + i}: field {field}: .*stands in for it \(\d so far\)", line)
     with pytest.raises(BadInput, match="row 20: field row"):
-        read_dataset(path, fits=fits)
+        read_dataset(path, reject=reject)
 
 
 def test_an_image_found_broken_when_it_is_used_names_its_row(folder, monkeypatch, capsys):
@@ -1124,3 +1124,21 @@ def test_records_of_a_data_frame(tmp_path):
     assert [(text_of(row), row["solution"], row["images"]) for row in found] == [
         ("Prime?\nA. 4\nB. 7", "(B) 7", [])
     ] * 2
+
+
+@pytest.mark.parametrize("name", ["digits", "arithmetic"])
+def test_embedded_data_have_your_suffix_and_no_other_split(name):
+    row = read_dataset(name, suffix="\nSay it.")[0]
+    assert row["prompt"][-1]["content"].count("Say it.") == 1 or name == "arithmetic"
+    assert PROMPT_SUFFIX not in row["prompt"][-1]["content"]
+    with pytest.raises(BadInput, match=f"{name}: no split 'validation'; expected train or test"):
+        read_dataset(name, DataSettings(dataset_split="validation"))
+
+
+def test_a_split_that_is_not_there_is_never_another_one(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict(test=Dataset.from_list([{"prompt": "1+1?", "solution": "2"}])).save_to_disk(tmp_path / "one")
+    assert len(read_dataset(str(tmp_path / "one"))) == 1  # the commands' defaults find the only one
+    with pytest.raises(BadInput, match="no split 'validation'; name one with --dataset_split: test"):
+        read_dataset(str(tmp_path / "one"), DataSettings(dataset_split="validation"))

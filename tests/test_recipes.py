@@ -123,7 +123,7 @@ def test_a_recipe_parses_and_says_how_to_run_it(path):
 def test_the_papers_recipe_has_its_hyperparameters():
     launch = plan.Launch(8, "zero3")
     data, args, model = parse(["--config", "recipes/spark_vl_7b.yaml"], launch)
-    counts = plan.steps(plan.settings(data, args, model, launch, None, 38_870))
+    counts = plan.steps(plan.run_of(data, args, model, launch, None, 38_870))
     # The release takes 8 steps of 64 samples on the 512 rollouts, and 8 on as many recycled ones.
     assert (counts.prompts, counts.rollouts, counts.recycled_rollouts, counts.optimizer_steps) == (64, 512, 128, 8)
     assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
@@ -146,7 +146,7 @@ def test_the_papers_recipe_has_its_hyperparameters():
     }
     for name, processes in (("spark_vl_32b", 16), ("spark_7b", 8)):
         data, args, model = parse(["--config", f"recipes/{name}.yaml"], plan.Launch(processes))
-        counts = plan.steps(plan.settings(data, args, model, plan.Launch(processes), None, 38_870))
+        counts = plan.steps(plan.run_of(data, args, model, plan.Launch(processes), None, 38_870))
         assert (counts.rollouts, counts.optimizer_steps, args.max_completion_length) == (512, 8, 1024)
 
 
@@ -256,8 +256,8 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
     assert lines["recycled rollouts, at most"] == ["128", "768"]
     assert lines["optimizer steps"] == ["8", "48"]
     assert lines["tokens generated, at most"] == ["491,520", "2,949,120"]  # 640 x 768
-    # 512 x (8,192 + 768) + 128 x (8,192 + 2 x 768 + 128 + 768)
-    assert lines["tokens trained on, at most"] == ["5,947,392", "35,684,352"]
+    # 512 x (8,192 + 768) + 128 x (8,192 + 2 x 768 + 512 + 768)
+    assert lines["tokens trained on, at most"] == ["5,996,544", "35,979,264"]
 
     # 8,292,166,656 / 8 = 1,036,520,832 parameters a GPU: 2 bytes, 2, 12 and 2 for the reference.
     assert lines["weights"] == lines["gradients"] == lines["reference"] == ["1.9"]
@@ -282,7 +282,7 @@ def test_a_plan_is_the_one_made_by_hand(tmp_path, monkeypatch, capsys):
 )
 def test_sharding_divides_weights_gradients_moments_and_reference(sharding, processes, expected):
     data, args, model = parse(["--dataset", "digits", "--output_dir", "x", "--beta", "0.1"])
-    run = plan.settings(data, args, model, plan.Launch(processes, sharding), None, None)
+    run = plan.run_of(data, args, model, plan.Launch(processes, sharding), None, None)
     parts = plan.memory(run, plan.Architecture("x", 1000, 1000, 1, 1, 1, 1, 1))
     assert tuple(parts[name] for name in ("weights", "gradients", "optimizer", "reference")) == expected
 
@@ -299,7 +299,7 @@ def test_sharding_divides_weights_gradients_moments_and_reference(sharding, proc
 )
 def test_the_size_and_number_of_checkpoints(flags, sharding, expected):
     data, args, model = parse(["--dataset", "digits", "--output_dir", "x", *flags])
-    run = plan.settings(data, args, model, plan.Launch(4, sharding), None, None)
+    run = plan.run_of(data, args, model, plan.Launch(4, sharding), None, None)
     line = plan._checkpoints(run, plan.Architecture("x", 2**30, 2**30, 1, 1, 1, 1, 1))
     assert line == f"checkpoints {expected}"
 
@@ -310,9 +310,7 @@ def test_what_deepspeed_offloads_is_not_on_the_gpu(tmp_path):
     launch = plan.launch_in(str(tmp_path / "offload.yaml"))
     assert launch == plan.Launch(8, "zero3", True, True)
     data, args, model = parse(["--dataset", "digits", "--output_dir", "x"])
-    parts = plan.memory(
-        plan.settings(data, args, model, launch, None, None), plan.Architecture("x", 9, 9, 1, 1, 1, 1, 1)
-    )
+    parts = plan.memory(plan.run_of(data, args, model, launch, None, None), plan.Architecture("x", 9, 9, 1, 1, 1, 1, 1))
     assert parts["weights"] == parts["optimizer"] == 0 < parts["gathered"]
 
     own = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
@@ -341,7 +339,7 @@ def test_a_steps_seconds_are_those_worked_out_by_hand():
     )
     lengths = Lengths(prompt=10, recycled_prompt=40, completion=50)
     for processes in (1, 2):
-        run = plan.settings(data, args, parsed, plan.Launch(processes, "none"), None, None)
+        run = plan.run_of(data, args, parsed, plan.Launch(processes, "none"), None, None)
         parts = generation_seconds(run, plan.steps(run), model, lengths, card)
         # A step of 16 x processes rollouts, 2 x processes prompts. The cache has 4 bytes a token. Each card reads 2 MB
         # of weights 100 times, and 16 caches that grow from 10 to 60 tokens.
@@ -497,10 +495,34 @@ def test_what_ddp_and_fsdp_hold_beside_the_weights():
 
     def parts(sharding, *flags):
         data, args, model = parse(["--dataset", "digits", "--output_dir", "x", *flags])
-        return plan.memory(plan.settings(data, args, model, plan.Launch(4, sharding), None, None), sizes)
+        return plan.memory(plan.run_of(data, args, model, plan.Launch(4, sharding), None, None), sizes)
 
     assert parts("none", "--bf16", "false")["buckets"] == 4000 and parts("fsdp2")["buckets"] == 0
     half = parts("fsdp2", "--bf16", "true", "--dtype", "bfloat16")  # accelerate makes what is trained float32
     assert (half["weights"], half["gradients"], half["optimizer"]) == (1000, 1000, 2000)
     more = parts("fsdp2", "--beta", "0.1")["scoring"] - parts("zero3", "--beta", "0.1")["scoring"]
     assert more == 2000  # the reference, in two bytes
+
+
+def test_the_plan_knows_that_not_every_generation_recycles(capsys, monkeypatch, tmp_path):
+    from training.console import plan_lines
+
+    flags = [
+        "--config",
+        "recipes/demo.yaml",
+        "--max_steps",
+        "40",
+        "--recycle_every",
+        "4",
+        "--output_dir",
+        tmp_path / "x",
+    ]
+    command(monkeypatch, *flags, "--plan")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("recycled rollouts")]
+    each, total = (int(number.replace(",", "")) for number in line.split()[-2:])
+    assert total == 10 * each
+    _, args, _ = parse(list(map(str, flags)), plan.Launch(1))
+    assert f"at most {total:,} recycled ones" in plan_lines(args, 40, 0)[0]
+    assert args.longest_rows[1] > args.longest_rows[0]
+    args.recycle_ratio = 0
+    assert args.longest_rows[1] == args.longest_rows[0]  # plain GRPO asks an engine for no more

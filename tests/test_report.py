@@ -198,7 +198,7 @@ def test_cards_are_spread_over_tasks_late_and_early(whole):
     assert len(late) + len(early) == len(found)
     assert all("step 20" in card or "step 1<" in card for card in late)
     assert all("step 1<" in card or "step 20" in card for card in early)
-    for kind, task in report.TASKS.items():
+    for kind, task in report.TASK_TITLES.items():
         for cards_then, count in ((late, report.LATE), (early, report.EARLY)):
             there = [card for card in cards_then if f"<b>{task}</b>" in card]
             assert len(there) == min(count, 6) and all(f'class="card {kind} ' in card for card in there)
@@ -238,6 +238,15 @@ def test_rollouts_are_drawn_not_selected(tmp_path):
     assert 25 < sum(rewards) < 65  # half of the 90 were right
     again = [[row["completion"] for row in draw_rollouts(run, True, 4)] for _ in range(2)]
     assert again[0] == again[1]
+
+
+def test_a_task_that_the_newest_file_lacks_is_shown_from_the_others(tmp_path):
+    folder = make_run(tmp_path / "mine", per_task=12)
+    newest = max((folder / "completions").glob("recycled_*.parquet"))
+    table = pd.read_parquet(newest)
+    table[table["task"] == "pairwise"].to_parquet(newest)
+    tasks = {row["task"] for row in draw_rollouts(read_runs([folder])[0], True, 3)}
+    assert tasks == {"answer", "pointwise", "pairwise", "reflection"}
 
 
 def test_several_runs_and_a_run_without_recycling(tmp_path):

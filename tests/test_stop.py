@@ -246,6 +246,16 @@ def test_a_new_run_is_not_mixed_with_an_earlier_one(trace, tmp_path, monkeypatch
     assert "--resume_from_checkpoint latest" in error and "\n" not in error
 
 
+def test_a_finished_run_without_checkpoints_is_not_overwritten(tmp_path, monkeypatch, capsys):
+    """Of save_strategy no, or of save_total_limit and a model that was moved."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setattr("sys.argv", ["train_spark.py", *COMMAND[2:], "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        train_spark.main()
+    assert ended.value.code == 2
+    assert f"output_dir: {tmp_path} has a model and no checkpoint to go on from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("launched", [True, False])
 def test_who_launched_it_is_told_how_long_the_launcher_waits(launched, monkeypatch, capsys):
     """accelerate launch and torchrun kill what takes longer than that."""

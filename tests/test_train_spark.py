@@ -1367,6 +1367,7 @@ def test_iterations_do_not_count_as_generations(tmp_path, processor, text_model)
 def test_the_tokenizers_own_control_tokens_are_broken_up_too(tmp_path, processor, text_model):
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.add_tokens(["<my_tool>"], special_tokens=True)
+    tokenizer.add_tokens(["\n\n", "    "])  # as Gemma's: text, all the same
     trainer = SparkTrainer(
         text_model, coin, config(SparkConfig, tmp_path), train_dataset=sums(4), processing_class=tokenizer
     )
@@ -1374,6 +1375,7 @@ def test_the_tokenizers_own_control_tokens_are_broken_up_too(tmp_path, processor
     made = Group("q", "1+1?", (Rollout("<my_tool>", None, False),))
     limits = trainer._limits({"prompt_mask": torch.ones(4, 3)}, [made])
     assert neutralise("<my_tool>", limits.control_tokens) == "< my_tool>"
+    assert neutralise("One.\n\n    Two.", limits.control_tokens) == "One.\n\n    Two."
 
 
 def test_metrics_of_passes_are_means_over_tokens(tmp_path, processor, vision_model):

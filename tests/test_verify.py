@@ -317,3 +317,7 @@ def test_unscorable_golds_are_logged_once_with_their_text(caplog):
     records = [r.getMessage() for r in caplog.records if repr(gold) in r.getMessage()]
     assert len(records) == 1
     assert "row 1" in records[0]
+
+
+def test_an_unusable_gold_does_not_pay_for_an_unfinished_sum():
+    assert verify.answer_reward(None, ["\\boxed{7+5}"] * 2, ["12", ["12", None]]) == [0.0, 0.0]

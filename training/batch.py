@@ -124,8 +124,8 @@ def join(first: Batch, second: Batch, pad_token_id: int) -> Batch:
 
 
 def cut_pass(union: Batch, rows: torch.Tensor, multiple_of: int | None = None) -> Batch:
-    """These rows as a batch of their own, without columns that are padding in every row, as far as prompts and
-    completions stay `multiple_of` so many tokens wide. Pixels stay shared."""
+    """These rows as a batch of their own, cut to the longest prompt and completion among them, both widths rounded up
+    to `multiple_of`. Pixels stay shared."""
     unit = multiple_of or 1
 
     def of(value):

@@ -195,15 +195,16 @@ def diagnose(history: list[dict[str, float]]) -> dict[str, str]:
             f"{unparsed:.0%} of the verdicts can't be read (judge/unparsed): look at completions/recycled_*.parquet "
             "(log_completions). They are \\boxed{Yes}, {No}, {A} or {B}; is max_completion_length long enough?"
         )
-    for task, name, verdicts in (
-        ("pointwise", "judge/pointwise/positive_rate", ("correct", "incorrect")),
-        ("pairwise", "judge/pairwise/first_rate", ("A", "B")),
+    balanced = "is recycle_matched or recycle_balance on, and "
+    for task, name, verdicts, check in (
+        ("pointwise", "judge/pointwise/positive_rate", ("correct", "incorrect"), balanced),
+        ("pairwise", "judge/pairwise/first_rate", ("A", "B"), ""),  # always balanced
     ):
         rate = mean(name)
         if max(rate, 1 - rate) > 0.95:
             found[task] = (
                 f"the {task} judge says {verdicts[rate < 0.5]} in {max(rate, 1 - rate):.0%} of its verdicts ({name}): "
-                "is recycle_balance on, and does the judge see enough of the rollout (recycle_source)?"
+                f"{check}does the judge see enough of the rollout (recycle_source)?"
             )
     return found
 

@@ -239,6 +239,10 @@ def where_to_start(args: Any) -> str | None:
     resume, folder = args.resume_from_checkpoint, args.output_dir
     if resume is not None:
         checkpoint = last_checkpoint(folder) if resume == "latest" else resume
+        if checkpoint is None and any(Path(folder).glob("*.safetensors")):
+            raise BadInput(
+                f"output_dir: {folder} has a model and no checkpoint to go on from; name another --output_dir"
+            )
         if checkpoint is not None and not is_whole(Path(checkpoint)):
             raise BadInput(
                 f"resume_from_checkpoint: expected a run's checkpoint-N, or latest, got {resume or 'nothing'}"

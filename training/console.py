@@ -42,7 +42,7 @@ def start(arguments: list[str], source: str) -> None:
 
 
 def silence() -> None:
-    """Nothing of `NOISE` is said."""
+    """Silence the messages in `NOISE`."""
     for name, beginnings in NOISE.items():
         logging.getLogger(name).addFilter(lambda record, starts=beginnings: not str(record.msg).startswith(starts))
 
@@ -105,17 +105,17 @@ def _entry(name: str, default: Any, about: str) -> str:
 
 def plan_lines(args, max_steps: int, done: int) -> list[str]:
     """What the steps after the first `done` will be."""
-    from recycle import most_items
+    from recycle import items_come_in, most_items
 
     prompts, size = args.generation_batch_size // args.num_generations, args.num_generations
-    generations = -(-(max_steps - done) * args.gradient_accumulation_steps // args.steps_per_generation)
-    generations = -(-generations // args.num_iterations)
-    recycled = most_items(prompts, args, args.world_size // math.gcd(args.world_size, size))
-    rounds = -(-generations // args.recycle_every)
+    micro_steps = (max_steps - done) * args.gradient_accumulation_steps
+    generations = math.ceil(micro_steps / (args.steps_per_generation * args.num_iterations))
+    recycled = most_items(prompts, args, items_come_in(args.world_size, size))
+    recycling = math.ceil(generations / args.recycle_every)
     steps = f"{max_steps:,} steps" if not done else f"steps {done + 1:,} to {max_steps:,}"
     line = f"{steps}: {generations * prompts * size:,} rollouts ({prompts:,} prompts x {size} each time)"
     if recycled:
-        line += f", at most {rounds * recycled * size:,} recycled ones ({recycled:,} x {size})"
+        line += f", at most {recycling * recycled * size:,} recycled ones ({recycled:,} x {size})"
     kept = "metrics.jsonl, completions/" if args.log_completions else "metrics.jsonl"
     also = f"; also logs to {', '.join(args.report_to)}" if args.report_to else ""
     return [line, f"logs: {args.output_dir}/{kept}{also}"]

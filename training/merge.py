@@ -37,7 +37,7 @@ def main() -> None:
     try:
         merge(args.adapter, output)
     except (OSError, ValueError) as error:
-        raise SystemExit(refuse("merge.py", error)) from None
+        raise SystemExit(refuse("training.merge", error)) from None
     print(f"saved {output}")
 
 

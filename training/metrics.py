@@ -52,7 +52,7 @@ def judge_metrics(
         items: (n*G,) the item that each rollout answers.
         texts: (n*G,) what was written.
         right: (n*G,) 0 or 1, None where the verifier has no opinion.
-        earlier: outcomes of rollouts that count as well; those of these are added to it.
+        earlier: values of earlier batches, by metric: these are appended to them in place, and the means are of all.
     """
     values = defaultdict(list) if earlier is None else earlier
     for item, text, correct in zip(items, texts, right, strict=True):
@@ -65,11 +65,13 @@ def judge_metrics(
         values["judge/unparsed"].append(not readable)
         values[f"judge/{item.task}/accuracy"].append(correct)
         if item.task == "pairwise":
-            values["judge/pairwise/first_rate"] += [verdict == "A"] * readable
+            if readable:
+                values["judge/pairwise/first_rate"].append(verdict == "A")
         else:
             shown_right = item.responses[0].correct
             values["judge/pointwise/label_rate"].append(shown_right)
-            values["judge/pointwise/positive_rate"] += [(verdict == item.label) == shown_right] * readable
+            if readable:
+                values["judge/pointwise/positive_rate"].append((verdict == item.label) == shown_right)
             values["on right" if shown_right else "on wrong"].append(correct)
     metrics = means(values)
     sides = [metrics.pop(side, None) for side in ("on right", "on wrong")]

@@ -23,11 +23,12 @@ TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # a sum over tokens, divided by those
 
 
 class InPasses:
-    """A mixin of GRPOTrainer."""
+    """A mixin of GRPOTrainer: each micro-step is a list of passes instead of one slice of the generation."""
 
     def _prepare_inputs(self, generation_batch):
-        """TRL cuts a generation into slices of one size. Here each micro-step is a list of passes: as many as hold all
-        of its rows, policy and recycled rows apart, and no more tokens than a slice of the policy's rows."""
+        """The passes of this micro-step. TRL cuts a generation into slices of one size; here each micro-step is a list
+        of passes that hold all of its rows, policy and recycled ones apart, each pass with no more padded tokens than a
+        slice of the policy's rows."""
         if not (self.model.training and (self.args.recycle_ratio > 0 or self._drop_rows)):
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation

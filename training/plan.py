@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.rows import NotLoaded
-from recycle import most_items
+from recycle import items_come_in, most_items
 from training.seconds import Card, average_lengths, generation_seconds
 
 Sharding = Literal["none", "zero2", "zero3", "fsdp2"]
@@ -33,7 +33,6 @@ ENGINE_OVERHEAD = 2 * GIB  # vLLM's own: CUDA graphs, the profiling run's activa
 HEAD_TILE = (4096, 32768)  # tokens and vocabulary that TRL's fused head holds logits of at once
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192, 288)  # GiB
 USABLE = 0.95
-TEMPLATE_TOKENS = 128  # of any template of prompts.py at most, responses not counted
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,13 +80,6 @@ class Run:
     rows: int | None  # of the data; None where it can't be read here
     images: bool  # in any of them
     max_pixels: int | None
-
-    @property
-    def longest_rows(self) -> tuple[int, int]:
-        """Tokens of a policy row and of a recycled row at most: the latter also quotes one rollout or two, and asks."""
-        policy = self.args.max_prompt_length + self.args.max_completion_length
-        quoted = 2 if "pairwise" in self.args.recycle_tasks else 1
-        return policy, policy + quoted * self.args.max_completion_length + TEMPLATE_TOKENS
 
     @property
     def micro_steps(self) -> int:
@@ -197,7 +189,7 @@ def architecture(config, peft_config=None) -> Architecture:
     )
 
 
-def settings(data, args, model, launch: Launch, config, rows: int | None, images: bool = False) -> Run:
+def run_of(data, args, model, launch: Launch, config, rows: int | None, images: bool = False) -> Run:
     """A Run of train_spark's parsed arguments and the model's config (None: unknown)."""
     import torch
 
@@ -215,8 +207,7 @@ def steps(run: Run) -> Steps:
     args, world = run.args, run.launch.processes
     rollouts = args.per_device_train_batch_size * args.steps_per_generation * world
     prompts = rollouts // args.num_generations
-    multiple = world // math.gcd(world, args.num_generations)  # so that recycled rollouts divide over the processes
-    recycled = most_items(prompts, args, multiple)
+    recycled = most_items(prompts, args, items_come_in(world, args.num_generations))
     optimizer_steps = Fraction(run.micro_steps, args.gradient_accumulation_steps)
     total = args.max_steps if args.max_steps > 0 else None
     if total is None and run.rows is not None:  # the last incomplete generation of an epoch is dropped
@@ -240,11 +231,11 @@ def steps(run: Run) -> Steps:
 def bytes_each(run: Run) -> tuple[int, int, int]:
     """Bytes of a weight, of a trained weight (and of its gradient), and of its optimizer state."""
     args, sharding = run.args, run.launch.sharding
-    deepspeed, half, lora = sharding in ("zero2", "zero3"), args.bf16 or args.fp16, run.model.use_peft
-    weight_bytes = 2 if deepspeed and half else run.weight_bytes
+    with_deepspeed, half, lora = sharding in ("zero2", "zero3"), args.bf16 or args.fp16, run.model.use_peft
+    weight_bytes = 2 if with_deepspeed and half else run.weight_bytes
     float32 = (lora and sharding != "zero3") or (half and sharding == "fsdp2")  # an adapter; what accelerate makes it
     trained_bytes = 4 if float32 else weight_bytes
-    return weight_bytes, trained_bytes, 12 if deepspeed and half else 2 * trained_bytes  # with its float32 weights
+    return weight_bytes, trained_bytes, 12 if with_deepspeed and half else 2 * trained_bytes  # with its float32 weights
 
 
 def memory(run: Run, model: Architecture) -> dict[str, float]:
@@ -269,7 +260,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
 
     per_device = args.per_device_train_batch_size
     rollouts = per_device * args.steps_per_generation  # of a process and a generation
-    policy_tokens, recycled_tokens = run.longest_rows
+    policy_tokens, recycled_tokens = run.args.longest_rows
     longest = recycled_tokens if args.recycle_ratio > 0 else policy_tokens
     tokens = max(per_device * policy_tokens, longest)
     visual = 0  # tokens of an image
@@ -364,15 +355,15 @@ def remarks(run: Run) -> list[str]:
     """What will run, but perhaps not as intended."""
     recycles = run.args.recycle_ratio > 0
     drops_rows = run.args.drop_zero_advantage is not False and not run.args.has_extra_terms
-    deepspeed = run.launch.sharding in ("zero2", "zero3")
+    with_deepspeed = run.launch.sharding in ("zero2", "zero3")
     found = []
     if run.engine_share is not None and not find_spec("vllm"):
         found.append("use_vllm: vLLM is not installed here")
-    if deepspeed and not find_spec("deepspeed"):
+    if with_deepspeed and not find_spec("deepspeed"):
         found.append("DeepSpeed is not installed here")
     if recycles and not drops_rows:
         found.append("drop_zero_advantage: off, rows without gradient are trained on (beta, an entropy bonus, ...)")
-    float32 = deepspeed or (run.launch.sharding == "fsdp2" and (run.args.bf16 or run.args.fp16))
+    float32 = with_deepspeed or (run.launch.sharding == "fsdp2" and (run.args.bf16 or run.args.fp16))
     if run.weight_bytes == 2 and not run.model.use_peft and not float32:
         found.append("dtype: in 2 bytes, without LoRA, most updates at a small learning rate are rounded away")
     return found
@@ -460,7 +451,7 @@ def show(data, args, model, launch: Launch) -> None:
     except (OSError, ValueError) as error:
         data_line, unusable = "none that can be used", [str(error)]
 
-    run = settings(data, args, model, launch, config, rows, images)
+    run = run_of(data, args, model, launch, config, rows, images)
     reasons = unusable + refusals(run, counted)
     estimates = ["memory     unknown, like the model"]
     if counted:
@@ -484,17 +475,19 @@ def show(data, args, model, launch: Launch) -> None:
 
 def _table(run: Run, counts: Steps) -> list[str]:
     """The counts of a generation and of the run."""
-    n, (policy, recycled) = counts.total_generations, run.longest_rows
-    all_rollouts = counts.rollouts + counts.recycled_rollouts
-    rows = {
-        "prompts": counts.prompts,
-        "rollouts": counts.rollouts,
-        "recycled prompts, at most": counts.recycled_prompts,
-        "recycled rollouts, at most": counts.recycled_rollouts,
-        "tokens generated, at most": all_rollouts * run.args.max_completion_length,
-        "tokens trained on, at most": counts.rollouts * policy + counts.recycled_rollouts * recycled,
+    policy, recycled = run.args.longest_rows
+    completion = run.args.max_completion_length
+    rows = {  # of a generation: policy's, recycled
+        "prompts": (counts.prompts, 0),
+        "rollouts": (counts.rollouts, 0),
+        "recycled prompts, at most": (0, counts.recycled_prompts),
+        "recycled rollouts, at most": (0, counts.recycled_rollouts),
+        "tokens generated, at most": (counts.rollouts * completion, counts.recycled_rollouts * completion),
+        "tokens trained on, at most": (counts.rollouts * policy, counts.recycled_rollouts * recycled),
     }
-    totals = [(name, each, None if n is None else n * each) for name, each in rows.items()]
+    n = counts.total_generations
+    recycling = None if n is None else math.ceil(n / run.args.recycle_every)
+    totals = [(name, p + r, None if n is None else n * p + recycling * r) for name, (p, r) in rows.items()]
     totals.append(("optimizer steps", counts.optimizer_steps, counts.total_optimizer_steps))
     return [f"{'':<30}{'a generation':>18}{'in total':>20}"] + [
         f"{name:<30}{float(each):>18,.10g}{'unknown' if total is None else f'{total:,}':>20}"

@@ -71,7 +71,7 @@ class JudgingRewards:
         return _named_after(function, reward)
 
     def _other(self, function: Callable) -> Callable:
-        """Judge rows, and rows of which the verifier has no opinion, get none from any other function either."""
+        """A further reward function: judge rows, and rows on which the verifier has no opinion, get nothing from it."""
 
         def reward(prompts, completions, **columns):
             values = self._answers(function, prompts, completions, columns)

@@ -72,17 +72,19 @@ def generation_seconds(
 
     policy_tokens = counts.rollouts * (lengths.prompt + lengths.completion)
     recycled_tokens = counts.recycled_rollouts * (lengths.recycled_prompt + lengths.completion)
-    tokens = (policy_tokens + recycled_tokens) / processes
+    tokens = (policy_tokens + recycled_tokens / args.recycle_every) / processes
     forward = 2 * model.parameters * tokens / (card.flops * card.training)
     links = card.links if processes <= card.per_node else card.network
     sharded = run.launch.sharding in ("zero3", "fsdp2")
     # Weights gathered forward and backward and gradients spread in each micro-step, or one exchange an optimizer step.
-    exchanges = 3 * run.micro_steps * (1 + args.recycle_ratio) if sharded else 2 * float(counts.optimizer_steps)
+    passes = run.micro_steps * (1 + args.recycle_ratio / args.recycle_every)
+    exchanges = 3 * passes if sharded else 2 * float(counts.optimizer_steps)
     compute = forward * (4 if args.gradient_checkpointing else 3) * args.num_iterations
     exchanged = exchanges * weights / links if processes > 1 else 0.0
+    recycled = generating(counts.recycled_prompts, counts.recycled_rollouts, lengths.recycled_prompt)
     return {
         "policy generation": generating(counts.prompts, counts.rollouts, lengths.prompt),
-        "recycled generation": generating(counts.recycled_prompts, counts.recycled_rollouts, lengths.recycled_prompt),
+        "recycled generation": recycled / args.recycle_every,
         "log-probs": forward * (run.scores + (args.beta != 0)),
         "forward, backward": max(compute, exchanged),  # they overlap
         "weight sync": weights / links * (processes > 1) + weights / card.memory,

@@ -28,7 +28,9 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "a
 def check_files(arguments: list[str]) -> None:
     """The settings files of a command line: --config, and --plan where it names one."""
     for flag, settings in (("--config", "a recipe"), ("--plan", "an accelerate config")):
-        value = next(iter(arguments[arguments.index(flag) + 1 :]), "") if flag in arguments else "--"
+        if flag not in arguments:
+            continue
+        value = "".join(arguments[arguments.index(flag) + 1 :][:1])
         if value.startswith("--") or (flag, value) == ("--plan", ""):
             continue
         try:
