@@ -154,7 +154,7 @@ def slim(small: bool, side: int, recycle_ratio: int) -> dict:
     run = trained(model, rows, coin, processor, small, recycle_ratio=recycle_ratio, **sizes)
     data = DataArguments(dataset="digits", max_pixels=side**2)
     launch = plan.Launch()
-    planned = plan.settings(data, run.pop("args"), ModelConfig(dtype="float32"), launch, config, len(rows), images=True)
+    planned = plan.run_of(data, run.pop("args"), ModelConfig(dtype="float32"), launch, config, len(rows), images=True)
     sized = plan.architecture(config)
     parts = plan.memory(planned, sized)
     run["planned_peaks"] = dict(zip(("generating", "training"), plan.peaks(planned, parts, 0), strict=True))

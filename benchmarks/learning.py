@@ -26,6 +26,7 @@ from pathlib import Path
 
 import recycle
 from benchmarks import record, trusting
+from benchmarks.intervals import half_width, spread, values_of
 from data.cli import Parser
 
 RUNS = Path("runs/learning")
@@ -192,6 +193,7 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             trained = {
                 "command": " && ".join(" ".join(["python", *command[1:]]) for command in commands),
                 "commit": record.commit(),
+                "versions": record.versions(),
                 "seconds": None if resumed else time.perf_counter() - begun,
                 "tokens": sum(max(row.get("num_tokens", 0) for row in phase) for phase in phases),
                 "rollouts": sum(row["recycle/rows"] for row in logs if "recycle/rows" in row),
@@ -251,41 +253,22 @@ def recorded_runs(path: Path) -> list[dict]:
 
 
 def table(runs: list[dict], than: str = "grpo") -> dict[str, dict[str, dict]]:
-    """variant -> measure -> mean over seeds with the half width of its 95 % interval (t), the same of its difference
-    from GRPO (or `than`) with the same seeds, and the seeds' values; greedy measures by that name."""
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    for run in runs:
-        row = values.setdefault(run["variant"], {})
-        for how, prefix in (("sampled", ""), ("greedy", "greedy: ")):
-            for name, measure in run[how]["measures"].items():
-                if measure["mean"] is not None:
-                    row.setdefault(prefix + name, {})[run["seed"]] = measure["mean"]
-        for name, tokens in run["sampled"]["price"].items():
-            row.setdefault(f"tokens: {name}", {})[run["seed"]] = tokens
-        for name in ("seconds", "tokens", "trained_rows"):
-            if run.get(name) is not None:
-                row.setdefault(name, {})[run["seed"]] = run[name]
-        if run.get("rollouts") is not None:
-            row.setdefault("recycled rollouts", {})[run["seed"]] = run["rollouts"]
+    """variant -> measure -> its mean over seeds with the half width of the 95 % interval, the same of its difference
+    from GRPO (or `than`), and the seeds' values (benchmarks/intervals.py)."""
+    values = values_of(runs)
+    deviations = spread(values)
     cells = {}
     for variant, row in values.items():
         cells[variant] = {}
         for name, seeds in row.items():
-            plain = values.get(than, {}).get(name, {}) if variant != than else {}
-            cells[variant][name] = mean_of(list(seeds.values())) | {
-                "over_grpo": mean_of([value - plain[seed] for seed, value in seeds.items() if seed in plain]),
-                "seeds": seeds,
-            }
+            known = deviations.get(name) if variant != "start" else None
+            cell = {"mean": statistics.fmean(seeds.values()), "half": half_width(known, len(seeds)), "seeds": seeds}
+            plain = values.get(than, {}).get(name)
+            if plain and variant != than:
+                difference = cell["mean"] - statistics.fmean(plain.values())
+                cell["over"] = {"mean": difference, "half": half_width(known, len(seeds), len(plain))}
+            cells[variant][name] = cell
     return cells
-
-
-def mean_of(values: list[float]) -> dict[str, float | None]:
-    from scipy.stats import t
-
-    half = None
-    if len(values) > 1:
-        half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": statistics.fmean(values) if values else None, "half": half}
 
 
 SHOWN = (
@@ -315,7 +298,7 @@ SHOWN = (
 
 def print_table(cells: dict[str, dict[str, dict]], than: str = "grpo") -> None:
     """As Markdown: means, and then the differences from GRPO (or `than`) with the same seeds."""
-    for of, variants in (("mean", list(cells)), ("over_grpo", [v for v in cells if v not in ("start", than)])):
+    for of, variants in (("mean", list(cells)), ("over", [v for v in cells if v not in ("start", than)])):
         if not variants:
             continue
         print("\n| " + " | ".join(["" if of == "mean" else f"minus {than}", *variants]) + " |")
@@ -326,13 +309,14 @@ def print_table(cells: dict[str, dict[str, dict]], than: str = "grpo") -> None:
 
 
 def written(cell: dict, of: str) -> str:
-    value = cell.get("over_grpo", {}) if of == "over_grpo" else cell
+    """A mean (of: mean), or a difference (of: over), and its half width."""
+    value = cell.get("over", {}) if of == "over" else cell
     if value.get("mean") is None:
         return ""
-    sign = "+" if of == "over_grpo" else ""
     places = 3 if abs(value["mean"]) < 2 else 1
+    mean = round(value["mean"], places) + 0.0  # no -0.000
     half = "" if value["half"] is None else f" ± {value['half']:.{places}f}"
-    return f"{value['mean']:{sign}.{places}f}{half}"
+    return f"{mean:{'+' if of == 'over' else ''}.{places}f}{half}"
 
 
 WAYS = {  # to a final answer, of `measures`, and their marks in the figure
@@ -349,22 +333,27 @@ ALIKE = 1.1  # a way of plain GRPO's that takes this many times the tokens still
 
 
 def at_equal_tokens(cells: dict[str, dict[str, dict]], variant: str, way: str) -> dict[str, dict]:
-    """A way's accuracy minus that of plain GRPO's majority of as many tokens (a line between the measured ones, over
-    the logarithm of tokens), and minus the best that plain GRPO reaches with as many (`ALIKE`) by majority or its own
-    judge: of runs of the same seed, as `mean_of`."""
-    import numpy as np
-
+    """A way's accuracy minus that of plain GRPO's smallest majority that takes as many written tokens or more (the
+    largest, where none does), and minus the best that plain GRPO reaches with it or with its own judge, for as many
+    (`ALIKE`): of runs of the same seed, as `mean_of`. A maximum over several ways is biased, in GRPO's favour."""
     cell, grpo = cells[variant], cells["grpo"]
     over = {"GRPO's majority": [], "GRPO's best": []}
     for seed in cell[way]["seeds"].keys() & grpo[way]["seeds"].keys():
         right, tokens = cell[way]["seeds"][seed], cell[f"tokens: {way}"]["seeds"][seed]
-        prices = [grpo[f"tokens: {name}"]["seeds"][seed] for name in MAJORITIES]
-        accuracies = [grpo[name]["seeds"][seed] for name in MAJORITIES]
-        majority = float(np.interp(np.log(tokens), np.log(prices), accuracies))
+        dear = [name for name in MAJORITIES if grpo[f"tokens: {name}"]["seeds"][seed] >= tokens / ALIKE]
+        majority = grpo[dear[0] if dear else MAJORITIES[-1]]["seeds"][seed]
         others = [grpo[w]["seeds"][seed] for w in WAYS if grpo[f"tokens: {w}"]["seeds"][seed] <= ALIKE * tokens]
         over["GRPO's majority"].append(right - majority)
         over["GRPO's best"].append(right - max([majority, *others]))
     return {name: mean_of(differences) for name, differences in over.items()}
+
+
+def mean_of(values: list[float]) -> dict[str, float | None]:
+    """Their mean, and the half width of its 95 % interval (t) by their own spread."""
+    if not values:
+        return {"mean": None, "half": None}
+    own = (statistics.stdev(values), len(values) - 1) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "half": half_width(own, len(values))}
 
 
 def print_at_equal_tokens(cells: dict[str, dict[str, dict]]) -> None:
@@ -374,7 +363,7 @@ def print_at_equal_tokens(cells: dict[str, dict[str, dict]]) -> None:
     for way in WAYS:
         rows = {variant: at_equal_tokens(cells, variant, way) for variant in variants}
         for than in ("GRPO's majority", "GRPO's best"):
-            written_rows = [written({"over_grpo": rows[variant][than]}, "over_grpo") for variant in variants]
+            written_rows = [written({"over": rows[variant][than]}, "over") for variant in variants]
             print("| " + " | ".join([than, way, *written_rows]) + " |")
 
 
@@ -436,7 +425,7 @@ def main() -> None:
     by_name = {**known, **{(run["variant"], run["seed"]): run for run in made}}
     runs = [by_name[name] for name in sorted(by_name)]
     if by_name != known:
-        record.write(path, indent=None, table=table(runs), runs=runs)
+        record.write(path, indent=None, runs=runs)
     cells = table(runs, args.minus)
     shown = {variant: cells[variant] for variant in ("start", *args.variants) if variant in cells}
     print_table(shown, args.minus)

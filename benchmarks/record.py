@@ -18,7 +18,7 @@ def write(path: Path, packages: tuple[str, ...] = PACKAGES, indent: int | None =
     record = {
         "command": " ".join([f"python -m benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
         "commit": commit(),
-        "versions": {name: installed for name in packages if (installed := version_of(name))},
+        "versions": versions(packages),
         "machine": machine(),
         **results,
     }
@@ -31,6 +31,11 @@ def commit() -> str | None:
     """The commit that is checked out; with "+" where tracked files differ from it."""
     command = ["git", "-C", str(RESULTS), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def versions(packages: tuple[str, ...] = PACKAGES) -> dict[str, str]:
+    """Of those that are installed."""
+    return {name: installed for name in packages if (installed := version_of(name))}
 
 
 def version_of(package: str) -> str | None:

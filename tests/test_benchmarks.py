@@ -9,7 +9,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 
-from benchmarks import gpu, gpu_smollm2, learning, noisy
+from benchmarks import gpu, gpu_smollm2, intervals, learning, noisy, pages
 from data.countdown import countdown_reward
 
 
@@ -107,13 +107,18 @@ def of_seed(variant, seed, first):
     return {"variant": variant, "seed": seed, "sampled": done, "greedy": {"measures": {}, "price": {}}}
 
 
-def test_differences_are_between_runs_of_the_same_seed():
-    runs = [of_seed("grpo", seed, value) for seed, value in enumerate((0.5, 0.6, 0.9))]
+def test_all_variants_tell_how_runs_of_one_differ():
+    runs = [of_seed("grpo", seed, value) for seed, value in enumerate((0.5, 0.6, 0.7))]
     runs += [of_seed("spark", seed, value) for seed, value in ((1, 0.61), (2, 0.93))]
-    cell = learning.table(runs)["spark"]["first answer"]
-    assert cell["mean"] == pytest.approx(0.77)
-    assert cell["over_grpo"]["mean"] == pytest.approx(0.02)
-    assert cell["over_grpo"]["half"] == pytest.approx(12.706 * 0.01, rel=1e-3)  # t with one degree of freedom
+    runs += [of_seed("start", 0, 0.1), of_seed("every_2", 7, 0.8)]
+    cells = {variant: row["first answer"] for variant, row in learning.table(runs).items()}
+    sd = ((0.01 + 0.01 + 2 * 0.16**2) / 3) ** 0.5  # 2 and 1 degrees of freedom
+    assert cells["spark"]["mean"] == pytest.approx(0.77)
+    assert cells["spark"]["half"] == pytest.approx(3.1824 * sd / 2**0.5, rel=1e-3)
+    assert cells["spark"]["over"]["mean"] == pytest.approx(0.17)
+    assert cells["spark"]["over"]["half"] == pytest.approx(3.1824 * sd * (1 / 2 + 1 / 3) ** 0.5, rel=1e-3)
+    assert cells["every_2"]["half"] == pytest.approx(3.1824 * sd, rel=1e-3)  # one run is enough
+    assert cells["start"]["half"] is None  # the same model for every seed
     assert "judge, own answers" not in learning.table(runs)["spark"]
 
 
@@ -128,7 +133,7 @@ def test_a_table_keeps_what_was_recorded_elsewhere(tmp_path, monkeypatch, capsys
     monkeypatch.setattr("sys.argv", "learning.py --task digits --table --variants grpo --minus spark".split())
     learning.main()
     assert path.read_bytes() == before
-    assert "| first answer | +0.000 ± 0.000 |" in capsys.readouterr().out
+    assert "| first answer | +0.000 ± 0.304 |" in capsys.readouterr().out
     folder = tmp_path / "runs" / "digits" / "spark_1"
     folder.mkdir(parents=True)
     sampled = of_seed("spark", 1, 0.9)
@@ -146,12 +151,16 @@ def test_a_way_is_compared_with_a_majority_of_as_many_tokens():
 
     majorities = [(10, 0.5), (40, 0.6), (160, 0.8)]
     runs = {"grpo": cells(majorities, (90, 0.65)), "spark": cells(majorities, (80, 0.75))}
-    over = learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")  # half-way between 40 and 160, as a ratio
-    assert over["GRPO's majority"]["mean"] == pytest.approx(0.75 - 0.7)
-    runs["spark"] |= {"tokens: best of 4 by pairs": {"seeds": {0: 20}}}  # too few for GRPO's own judge
-    assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's best"]["mean"] == pytest.approx(0.2)
-    runs["grpo"] = cells(majorities, (21, 0.65))  # one of a token more is no other price
+    over = learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")  # one of 40 is less than as many
+    assert over["GRPO's majority"]["mean"] == pytest.approx(0.75 - 0.8)
+    runs["spark"] |= {"tokens: best of 4 by pairs": {"seeds": {0: 42}}}  # too few for GRPO's own judge
+    assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's best"]["mean"] == pytest.approx(0.15)
+    runs["grpo"] = cells(majorities, (43, 0.65))  # one of a token more is no other price
     assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's best"]["mean"] == pytest.approx(0.1)
+    runs["spark"] |= {"tokens: best of 4 by pairs": {"seeds": {0: 900}}}  # there is none of so many
+    assert learning.at_equal_tokens(runs, "spark", "best of 4 by pairs")["GRPO's majority"]["mean"] == pytest.approx(
+        -0.05
+    )
 
 
 def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_path):
@@ -198,3 +207,34 @@ def test_seconds_of_a_run_that_was_resumed_are_not_those_of_its_last_piece(tmp_p
     assert [run["variant"] for run in learning.finished_runs("equations", "dev")] == ["spark"]
     with pytest.raises(learning.Failed, match="was trained for another number of steps"):  # a trial's is no result
         learning.one_run("digits", "spark", 0, Namespace(jobs=2, steps=3, split="dev", questions=4, vllm=False))
+
+
+def test_the_pages_say_what_the_rows_do():
+    """Each table of README.md, RESULTS.md and docs/ablations.md with a comment that names its columns."""
+    tables = 0
+    for page in pages.PAGES:
+        text = (pages.ROOT / page).read_text(encoding="utf-8")
+        assert pages.filled(text) == text, f"{page}: python -m benchmarks.pages writes its tables anew"
+        tables += text.count("<!-- ")
+    assert tables >= 15
+    stale = text.replace("| first answer | 0.6", "| first answer | 0.7")
+    assert stale != text and pages.filled(stale) == text
+
+
+def test_measures_are_what_their_rows_come_to_and_questions_count():
+    """Of every run with rows; a question on which two models differ makes their difference less sure."""
+    runs = pages.runs_of("countdown_test")
+    for run in runs:
+        for how, prefix in (("sampled", ""), ("greedy", "greedy: ")):
+            for name, measure in run[how]["measures"].items():
+                ratios = intervals.by_question(run, prefix + name)
+                if ratios is not None:
+                    assert sum(n.sum() / d.sum() for n, d in ratios) / len(ratios) == pytest.approx(measure["mean"])
+    assert intervals.by_question(runs[0], "vote of 8") is None
+    rows = {"right": [[1, 1], [0, 0], [1, 0]], "judged": [[1, 1]] * 3, "reflected": [[1, 1]] * 3}
+    one = {"sampled": {"rows": rows}}
+    other = {"sampled": {"rows": {**rows, "right": [[0, 0], [0, 0], [1, 0]]}}}
+    assert intervals.question_variance([one], [one, one], "first answer") == 0
+    left_out = [0, 1 / 2, 1 / 2]  # the difference without each question
+    expected = 2 / 3 * sum((d - 1 / 3) ** 2 for d in left_out)
+    assert intervals.question_variance([one], [other], "first answer") == pytest.approx(expected)

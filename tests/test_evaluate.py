@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from helpers import png, write
@@ -619,9 +620,11 @@ def test_results_of_a_model_whose_later_weights_changed_are_not_its_own(tmp_path
     (tmp_path / "model").mkdir()
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(bytes(3 << 20))
-    how = settings("answer", model=str(tmp_path / "model"))
-    part_file(ROWS, how, tmp_path / "r.json").close()
-    part_file(ROWS, how, tmp_path / "r.json").close()
+    how = replace(settings("answer"), model=str(tmp_path / "model"))
+    part = part_file(ROWS, how, tmp_path / "r.json")
+    part.add({0: {"error": None}})
+    part.close()
+    assert list(part_file(ROWS, how, tmp_path / "r.json").done) == [0]
     weights.write_bytes(bytes(2 << 20) + b"\1" * (1 << 20))
     with pytest.raises(BadInput, match="model contents"):
         part_file(ROWS, how, tmp_path / "r.json")
