@@ -19,9 +19,11 @@ import os
 import queue
 import random
 import re
+import sys
 import threading
 import time
 from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -334,27 +336,29 @@ class VLLMEngine:
 # Servers
 
 FILL_IN = {"vllm", "sglang"}  # these take what a request leaves open from the model's generation_config.json
-RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}
+RETRIED = {408, 409, 425}  # and 429, and all from 500 on but 501
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
-    403: "the key in OPENAI_API_KEY has no access to this",  # or the one request, if others are answered
+    403: "the key in OPENAI_API_KEY has no access to this",
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
 REFUSED = {"max_tokens": "max_completion_tokens", "seed": None, "logprobs": None}  # by some -> what they take instead
+OF_A_REQUEST = {403, 404}  # may mean one request alone, once others are answered
 FORBIDDEN = 16  # requests that may be answered 403 before any is answered otherwise
 BROKEN_OFF = {"abort", "error"}  # the server's reasons to finish, not the model's
-SET_ASIDE = 30.0  # seconds for which a server that could not be reached is asked last
+PATIENCE = 600.0  # seconds without an answer for which a request waits for a server that restarts, or for its quota
 
 
 class ServerEngine:
     """OpenAI-compatible servers, called over aiohttp by a thread with its own event loop, so also from a notebook.
 
-    A request goes to the least busy server. A transient failure (429, 5xx, a broken connection, half an answer) is
-    retried with backoff and jitter, on another server where there are several. What still fails is that request's
-    error. What no request can survive (401, 404, 403 for all) raises BadInput. A field that a server does not know
-    (REFUSED) is left out or renamed. Once every try of a request has failed to reach a server, other requests try once
-    each until a server answers.
+    A request goes to the least busy server. A transient failure (5xx, a broken connection, half an answer) is retried
+    with backoff and jitter, on another server where there are several; one that came too late, once. Servers that
+    refuse connections, or more requests for now (429, Retry-After), rest, and requests wait for them (PATIENCE). What
+    still fails is that request's error. What no request can survive (401, no credit left, 403 or 404 for all) raises
+    BadInput. A field that a server does not know (REFUSED) is left out or renamed. Once every try of a request has
+    failed to reach a server, other requests try once each until a server answers.
 
     Args:
         urls: as `http://host:8000` or `http://host:8000/v1`.
@@ -367,7 +371,10 @@ class ServerEngine:
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
         self.capacity = 2 * concurrency  # as many again are ready to go, images loaded
         self._busy = {api_url(url): 0 for url in urls}  # server -> requests under way
-        self._set_aside = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is asked last
+        self._rests = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is not asked
+        self._strikes = dict.fromkeys(self._busy, 0)  # server -> times that it was sent to rest since it last served
+        self._gone: set[str] = set()  # servers that could not be reached when last asked
+        self._heard = self._served = 0.0  # when (monotonic) any server last answered, and answered a request
         self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
         self._fill_in = False  # a server is one of FILL_IN
         self._refused: frozenset[str] = frozenset()  # fields of REFUSED without which a request was answered
@@ -442,20 +449,23 @@ class ServerEngine:
 
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=self.concurrency))
+        connector = aiohttp.TCPConnector(limit=self.concurrency)
+        self._session = aiohttp.ClientSession(headers=headers, connector=connector, trust_env=True)  # HTTPS_PROXY
         self._failures = (aiohttp.ClientError, OSError)  # no answer; TimeoutError is an OSError
+        self._not_there = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
         for server in self._busy:
             try:
-                status, answer = await self._exchange("GET", f"{server}/models", timeout=10)
+                status, answer, _ = await self._exchange("GET", f"{server}/models", timeout=10)
             except self._failures as error:
                 raise BadInput(f"{server}: no server answers there ({_reason(error)})") from None
             if status in FATAL and status != 404:  # not every server lists its models
-                raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
+                raise BadInput(f"{server}: answered {status}: {FATAL[status]}{_quoted(answer)}")
             served = read_models(answer) if status == 200 else {}
             if served and self.model not in served:
-                raise BadInput(
-                    f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one with --served_model"
-                )
+                words = f"{server}: serves {', '.join(served)[:300]}, not {self.model}; name one with --served_model"
+                if not FILL_IN.isdisjoint(served.values()):
+                    raise BadInput(words)
+                print(f"warning: {words}, unless it has more than it lists", file=sys.stderr)  # as gateways do
             self._fill_in |= not FILL_IN.isdisjoint(served.values())
         self._tasks = [asyncio.create_task(self._answer()) for _ in range(self.concurrency)]
 
@@ -465,12 +475,12 @@ class ServerEngine:
         await asyncio.gather(*self._tasks, self._session.close(), return_exceptions=True)
 
     async def _exchange(self, method: str, url: str, body: bytes | None = None, timeout: float | None = None):
-        """(status, body) of the answer."""
+        """(status, body of the answer, seconds to wait for where it says so)."""
         import aiohttp
 
-        limit = aiohttp.ClientTimeout(total=timeout or self.timeout)
+        limit = aiohttp.ClientTimeout(total=timeout or self.timeout, sock_connect=10)
         async with self._session.request(method, url, data=body, timeout=limit, allow_redirects=False) as response:
-            return response.status, await response.read()
+            return response.status, await response.read(), read_pause(response.headers.get("Retry-After"))
 
     async def _answer(self) -> None:
         while True:
@@ -484,40 +494,81 @@ class ServerEngine:
     async def _complete(self, body: bytes) -> Output:
         error, tries, left_out = "", dict.fromkeys(self._busy, 0), self._refused
         body = without(body, left_out)
-        for attempt in range(1 if self._unreachable else self.retries + 1):
-            if attempt:
-                await asyncio.sleep(min(30.0, 0.25 * 2**attempt) * random.uniform(0.5, 1.0))
-            now = time.monotonic()
-            server = min(tries, key=lambda s: (tries[s], self._set_aside[s] > now, self._busy[s]))
-            tries[server] += 1
-            self._busy[server] += 1
+        begun, failed, late = time.monotonic(), 0, False
+        while failed <= self.retries:
+            server = await self._next(tries)
             try:
-                status, answer = await self._exchange("POST", f"{server}/chat/completions", body)
+                status, answer, pause = await self._exchange("POST", f"{server}/chat/completions", body)
             except self._failures as failure:
-                self._set_aside[server] = time.monotonic() + SET_ASIDE
                 error = f"{server}: {_reason(failure)}"
+                not_there = isinstance(failure, self._not_there)
+                too_late = isinstance(failure, TimeoutError) and not not_there
+                if not too_late:
+                    self._gone.add(server)
+                    self._rest(server, f"can't be reached ({_reason(failure)})")
+                if self._unreachable or (late and too_late):
+                    break
+                if not_there and time.monotonic() - max(begun, self._heard) < PATIENCE:
+                    continue
+                failed, late = self.retries + 1 if not_there else failed + 1, late or too_late
+                await self._back_off(failed)
                 continue
             finally:
                 self._busy[server] -= 1
-            self._set_aside[server], self._unreachable = 0.0, False
-            self._answered |= status == 200
+            self._heard, self._unreachable = time.monotonic(), False
+            self._gone.discard(server)
             if status == 200 and (output := read_completion(answer)) is not None:
+                self._served, self._answered, self._strikes[server] = self._heard, True, 0
                 self._refused = self._refused | left_out
                 return output
-            error = f"{server}: answered {status}: {answer[:200].decode(errors='replace')}"
+            error = f"{server}: answered {status}{_quoted(answer)}"
             if status in (400, 403, 422) and (name := refused_field(answer, body)):
                 left_out = left_out | {name}
                 body = without(body, frozenset({name}))
                 continue
-            self._forbidden += status == 403
-            this_one = status == 403 and (self._answered or self._forbidden < FORBIDDEN)
-            if status in FATAL and not this_one:
-                raise BadInput(f"{server}: answered {status}: {FATAL[status]}")
-            if status not in RETRIED and status != 200:
+            if status == 429:
+                if b"insufficient_quota" in answer:
+                    raise BadInput(error)
+                self._rest(server, f"takes no more requests for now{_quoted(answer)}", pause)
+                if (pause or 0.0) < PATIENCE and self._heard - max(begun, self._served) < PATIENCE:
+                    continue
                 break
-        else:
-            self._unreachable = all(until > 0 for until in self._set_aside.values())
+            self._forbidden += status == 403
+            fatal_for_all = status not in OF_A_REQUEST or not self._answered
+            if status in FATAL and fatal_for_all and (status != 403 or self._forbidden >= FORBIDDEN):
+                raise BadInput(f"{server}: answered {status}: {FATAL[status]}{_quoted(answer)}")
+            if status != 200 and status not in RETRIED and (status < 500 or status == 501):
+                break
+            failed += 1
+            await self._back_off(failed)
+        self._unreachable = len(self._gone) == len(self._busy)
         return Output(error=" ".join(error.split()))
+
+    async def _next(self, tries: dict[str, int]) -> str:
+        """The server to ask: one that does not rest, where this request was tried least, and that is least busy."""
+        now = time.monotonic()
+        server = min(tries, key=lambda s: (self._rests[s] > now, tries[s], self._busy[s]))
+        if (pause := self._rests[server] - now) > 0 and not self._unreachable:
+            await asyncio.sleep(pause * random.uniform(1.0, 1.1))
+        tries[server] += 1
+        self._busy[server] += 1
+        return server
+
+    def _rest(self, server: str, why: str, pause: float | None = None) -> None:
+        """Let a server rest as long as it asks for, or longer each time; said where that is long."""
+        now, rests = time.monotonic(), self._rests[server]
+        if pause is None:
+            if rests > now:
+                return  # another request has found the same
+            self._strikes[server] += 1
+            pause = min(30.0, 0.25 * 2 ** self._strikes[server])
+        if pause >= 5.0 and rests <= now:
+            print(f"{server}: {why}; waiting {pause:.0f} seconds", file=sys.stderr)
+        self._rests[server] = max(rests, now + pause)
+
+    async def _back_off(self, failed: int) -> None:
+        if failed <= self.retries:
+            await asyncio.sleep(min(30.0, 0.25 * 2**failed) * random.uniform(0.5, 1.0))
 
 
 def api_url(url: str) -> str:
@@ -541,10 +592,36 @@ def read_models(answer: bytes) -> dict[str, str | None]:
         return {}
 
 
+_UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra|not allowed")
+
+
 def refused_field(answer: bytes, body: bytes) -> str | None:
-    """The field of a request that a server refuses by name, if it can be done without."""
+    """The field of a request that a server refuses by its name, not by its value, if it can be done without."""
     words, request = answer.decode(errors="replace").lower(), json.loads(body)
-    return next((name for name in REFUSED if name in request and name.removesuffix("s") in words), None)
+    try:
+        detail = json.loads(words)["detail"]
+        named = {problem["loc"][-1] for problem in detail if problem["type"] == "extra_forbidden"}
+    except (ValueError, LookupError, TypeError):  # not FastAPI's
+        named = {name for name in REFUSED if _UNKNOWN.search(words) and re.search(rf"\b{name.rstrip('s')}s?\b", words)}
+    renamed = {name for name, other in REFUSED.items() if other and other not in words}
+    return next((name for name in REFUSED if name in request and name in named - renamed), None)
+
+
+def read_pause(header: str | None) -> float | None:
+    """The seconds that a Retry-After header asks for, if there is one that can be read."""
+    try:
+        return max(0.0, float(header or ""))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None
+
+
+def _quoted(answer: bytes) -> str:
+    words = " ".join(answer[:200].decode(errors="replace").split())
+    return f": {words}" if words else ""
 
 
 def without(body: bytes, fields: frozenset[str]) -> bytes:
@@ -566,7 +643,10 @@ def read_completion(answer: bytes) -> Output | None:
         reason = completion["choices"][0].get("finish_reason")
         if reason in BROKEN_OFF:
             return None
-        text = completion["choices"][0]["message"].get("content") or ""
+        message = completion["choices"][0]["message"]
+        text = message.get("content") or ""
+        if isinstance(text, list):  # parts, of which some may be thoughts
+            text = "".join(part["text"] for part in text if part["type"] == "text")
         usage = completion.get("usage") or {}
         tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
         text.encode()  # half a surrogate pair can't be written anywhere
@@ -577,6 +657,9 @@ def read_completion(answer: bytes) -> Output | None:
     if not all(isinstance(n, int) for n in tokens):
         return None
     error = "the server's content filter" if reason == "content_filter" else None
+    elsewhere = next((name for name in ("reasoning_content", "reasoning", "tool_calls") if message.get(name)), None)
+    if not text and elsewhere and reason != "length":
+        error = f"the server put the whole answer into {elsewhere}; start it without a parser for that"
     return Output(text, *tokens, error, logprobs=logprobs or None, cut_off=reason == "length")
 
 

@@ -39,7 +39,7 @@ class Faulty(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self):
-        self.reply(*self.server.models)
+        self.reply(*self.server.models, {"Connection": "close"})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -47,16 +47,18 @@ class Faulty(BaseHTTPRequestHandler):
         content = body["messages"][-1]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
         tries = self.server.plan.get(text.split("\n")[0], [])
-        status, answer = tries.pop(0) if tries else (200, completion("\\boxed{2}"))
+        status, answer, *more = tries.pop(0) if tries else (200, completion("\\boxed{2}"))
         if status is None:  # nothing at all
             self.close_connection = True
             return
         if status == "late":
             time.sleep(1)
-        self.reply(status, answer)
+        self.reply(status, answer, *more)
 
-    def reply(self, status, body):
+    def reply(self, status, body, headers=None):
         self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -100,6 +102,7 @@ SETTINGS = Settings("small", "answer", (), "server")
         (429, b"slow down"),
         (500, b"oops"),
         (503, b""),
+        (529, b"overloaded"),
         (200, b'{"choices": [{"mess'),
         (200, b"[]"),
         (200, b'{"choices": []}'),
@@ -127,14 +130,21 @@ def test_a_failure_that_may_pass_is_tried_again(fault, server):
         ((400, b'{"error": "the prompt is too long"}'), 1, "answered 400: .*too long"),
         ((403, b'{"error": "your input was flagged"}'), 1, "answered 403: .*flagged"),
         ((200, b'{"choices": [{"message": {"content": null}, "finish_reason": "content_filter"}]}'), 1, "filter"),
-        ((429, b"slow down"), 3, "answered 429: slow down"),
+        ((500, b"slow down"), 3, "answered 500: slow down"),
+        ((501, b""), 1, "answered 501"),
+        ((404, b"no endpoint takes images"), 1, "answered 404: no endpoint takes images"),
+        (
+            (200, b'{"choices": [{"message": {"content": null, "reasoning": "so"}, "finish_reason": "stop"}]}'),
+            1,
+            "whole answer into reasoning",
+        ),
         ((200, b"half a js"), 3, "answered 200: half a js"),
         ((None, b""), 3, "ServerDisconnectedError"),
     ],
 )
 def test_a_failure_that_stays_is_recorded_in_its_row(fault, tries, expected, server):
     server.plan["What is 1+1?"] = [fault] * 9
-    engine = ServerEngine([server.url], "small", retries=2)
+    engine = ServerEngine([server.url], "small", concurrency=1, retries=2)
     rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
     engine.close()
     assert [r["error"] is None for r in rows] == [True, False, True, True]
@@ -146,9 +156,9 @@ def test_a_failure_that_stays_is_recorded_in_its_row(fault, tries, expected, ser
 @pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")])
 def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
     rows = evaluate.read_benchmark(Source(ROWS), "answer")
-    server.plan["What is 2+1?"] = [(status, b"")]
+    server.plan["What is 0+1?"] = [(status, b"in its words")]
     engine = ServerEngine([server.url], "small", concurrency=1)
-    with pytest.raises(BadInput, match=f"answered {status}: .*{expected}"):
+    with pytest.raises(BadInput, match=f"answered {status}: .*{expected}.*: in its words"):
         run_to_file(rows, engine, SETTINGS, tmp_path / "r.json")
     engine.close()
     engine = ServerEngine([server.url], "small")
@@ -166,6 +176,63 @@ def test_a_key_that_may_not_use_the_model_ends_the_run_before_every_question_has
         run_to_file(evaluate.read_benchmark(Source(many), "answer"), engine, SETTINGS, tmp_path / "r.json")
     engine.close()
     assert 16 <= len(server.seen) <= 18
+
+
+def test_a_quota_is_waited_for_and_costs_no_tries(server, monkeypatch, capsys):
+    """Three requests in each 0.6 seconds, and a server that says how long to wait."""
+    monkeypatch.setattr(asyncio, "sleep", _sleep)
+    begun, served, early = time.monotonic(), {}, []
+
+    def answer(_):
+        now = time.monotonic() - begun
+        served.setdefault(window := int(now / 0.6), 0)
+        served[window] += 1
+        if served[window] <= 3:
+            return []
+        early.append(now)
+        return [(429, b"slow down", {"Retry-After": f"{(window + 1) * 0.6 - now:.3f}"})]
+
+    monkeypatch.setattr(server, "plan", type("Plan", (), {"get": lambda self, question, _: answer(question)})())
+    engine = ServerEngine([server.url], "small", concurrency=6, retries=1)
+    rows = [{**ROWS[0], "problem": f"{i}?"} for i in range(12)]
+    assert [row["error"] for row in evaluate.evaluate_records(rows, engine, SETTINGS)] == [None] * 12
+    engine.close()
+    assert 3 <= len(early) <= 6 * 4  # each waiting request once a window, at most
+
+
+def test_a_quota_that_does_not_come_back_is_an_error(server, monkeypatch):
+    server.plan["What is 1+1?"] = [(429, b"come tomorrow", {"Retry-After": "86400"})]
+    server.plan["What is 3+1?"] = [(429, b'{"error": {"code": "insufficient_quota"}}')]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    rows = evaluate.evaluate_records(ROWS[:2], engine, SETTINGS)
+    assert rows[0]["error"] is None and "answered 429: come tomorrow" in rows[1]["error"]
+    with pytest.raises(BadInput, match="insufficient_quota"):
+        evaluate.evaluate_records(ROWS[3:], engine, SETTINGS)
+    engine.close()
+
+
+def test_a_server_that_restarts_is_waited_for(server, monkeypatch):
+    """However often it is asked meanwhile."""
+    monkeypatch.setattr(asyncio, "sleep", _sleep)
+    engine = ServerEngine([server.url], "small", concurrency=2, retries=0)
+    server.shutdown()
+    server.server_close()
+    threading.Timer(1.2, lambda: restart(server)).start()
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
+    assert [row["error"] for row in rows] == [None] * 4
+    monkeypatch.setattr("engines.PATIENCE", 0.0)
+    server.again.shutdown()
+    server.again.server_close()
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
+    assert all("ClientConnectorError" in row["error"] for row in rows)
+    engine.close()
+
+
+def restart(server):
+    closing = type("Closing", (Faulty,), {"protocol_version": "HTTP/1.0"})  # no connection outlives it
+    server.again = ThreadingHTTPServer(("127.0.0.1", server.server_port), closing)
+    server.again.plan, server.again.seen = {}, []
+    server.again.serve_forever()
 
 
 def test_an_answer_that_comes_too_late_is_an_error_and_the_next_request_gets_its_own(server):
@@ -202,7 +269,10 @@ def test_a_question_that_is_not_unicode_is_that_request_s_error(server):
     assert found[1].error is None
 
 
-def test_a_server_is_checked_before_the_first_question(server, monkeypatch):
+def test_a_server_is_checked_before_the_first_question(server, monkeypatch, capsys):
+    ServerEngine([server.url], "large").close()
+    assert "warning: " in (said := capsys.readouterr().err) and "serves small, not large" in said  # a gateway may
+    server.models = 200, json.dumps({"data": [{"id": "small", "owned_by": "vllm"}]}).encode()
     with pytest.raises(BadInput, match="serves small, not large"):
         ServerEngine([server.url], "large")
     server.models = 401, b""
@@ -286,6 +356,33 @@ def test_fields_that_a_server_refuses_are_left_out_or_renamed_from_then_on(serve
     assert asked[:2] == [{"max_tokens", "seed"}, {"max_completion_tokens", "seed"}]
     assert asked[2:] == [{"max_completion_tokens"}] * 4
     assert server.seen[-1][1]["max_completion_tokens"] == 77
+
+
+def test_a_value_that_is_refused_is_not_a_name_that_is(server):
+    """The limit on tokens stays, and the row is an error; what the server echoes refuses nothing."""
+    wrong = b"{'error': 'Invalid max_tokens value, the valid range of max_tokens is [1, 8192]'}"
+    echo = {"detail": [{"type": "extra_forbidden", "loc": ["body", "seed"], "input": {"max_tokens": 77}}]}
+    server.plan["What is 0+1?"] = [(400, wrong)]
+    server.plan["What is 1+1?"] = [(422, json.dumps(echo).encode())]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    rows = evaluate.evaluate_records(ROWS, engine, replace(SETTINGS, temperature=1.0, max_tokens=77))
+    engine.close()
+    assert "valid range" in rows[0]["error"] and [row["error"] for row in rows[1:]] == [None] * 3
+    assert {body.get("max_tokens") for _, body in server.seen} == {77}
+    assert "seed" not in server.seen[-1][1]
+
+
+def test_an_answer_in_parts_is_one_text(server):
+    parts = [
+        {"type": "thinking", "thinking": "?"},
+        {"type": "text", "text": "\\boxed"},
+        {"type": "text", "text": "{2}"},
+    ]
+    server.plan["What is 1+1?"] = [(200, json.dumps({"choices": [{"message": {"content": parts}}]}).encode())]
+    engine = ServerEngine([server.url], "small")
+    (row,) = evaluate.evaluate_records(ROWS[1:2], engine, SETTINGS)
+    engine.close()
+    assert (row["vlm_output"], row["is_correct"]) == ("\\boxed{2}", True)
 
 
 @pytest.mark.parametrize(
