@@ -32,7 +32,18 @@ from typing import Any
 import verify
 from data.cli import Parser, refuse
 from data.rows import BadInput, Source
-from engines import Output, Request, Sampling, ServerEngine, TransformersEngine, api_url, complete
+from engines import (
+    BROKEN_OFF,
+    ELSEWHERE,
+    Output,
+    Request,
+    Sampling,
+    ServerEngine,
+    TransformersEngine,
+    api_url,
+    complete,
+    no_answer,
+)
 from evaluate import Settings, read_benchmark, reflect_row, same_answers, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
 from report import TASK_TITLES, image, read_table, visible
@@ -113,7 +124,7 @@ class Remote:
 
     def __init__(self, url: str, model: str):
         self.address = f"{api_url(url)}/chat/completions"
-        self.connect = partial(ServerEngine, [url], model, retries=2)
+        self.connect = partial(ServerEngine, [url], model, retries=2, patience=15.0)
         self.engine = self.connect()
 
     def write(self, requests: list[Request], sampling: Sampling) -> list[Output]:
@@ -126,28 +137,40 @@ class Remote:
         body = self.engine._body(request, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        text, tokens, usage, shown = "", [], {}, 0.0
+        text, thoughts, tokens, usage, reason, shown = "", "", [], {}, None, 0.0
         with httpx.stream("POST", self.address, json=body, headers=headers, timeout=600) as response:
-            if response.status_code in (400, 422):  # perhaps for a field, which the engine knows to leave out
+            status = response.status_code
+            if status in (400, 422, 429) or status >= 500:  # for a field, or for now: the engine knows what to do
                 yield from self.write([request], sampling)
                 return
-            if response.status_code != 200:
-                raise BadInput(f"the server answered {response.status_code}: {response.read()[:300].decode()}")
+            if status != 200:
+                raise BadInput(f"the server answered {status}: {response.read()[:300].decode(errors='replace')}")
             for line in response.iter_lines():
-                if not line.startswith("data:") or line.endswith("[DONE]"):
+                data = line.removeprefix("data:").strip()
+                if not line.startswith("data:") or not data:
                     continue
-                event = json.loads(line[5:])
-                if "choices" not in event:
-                    raise BadInput(f"the server answered: {line[5:300]}")
+                if data == "[DONE]":
+                    reason = reason or "stop"
+                    break
+                event = json.loads(data)
+                if "error" in event or "choices" not in event:
+                    raise BadInput(f"the server answered: {data[:300]}")
                 usage = event.get("usage") or usage
-                for choice in event["choices"]:
-                    text += choice["delta"].get("content") or ""
+                for choice in event["choices"] or []:
+                    delta = choice.get("delta") or {}
+                    text += delta.get("content") or ""
+                    thoughts += next((delta[name] for name in ELSEWHERE[:2] if delta.get(name)), "")
                     tokens += (choice.get("logprobs") or {}).get("content") or []
+                    reason = choice.get("finish_reason") or reason
                 if time.monotonic() - shown > REFRESH:
                     shown = time.monotonic()
-                    yield text
+                    yield text or thoughts
+        if reason is None or reason in BROKEN_OFF:
+            raise BadInput("the server broke off its answer")
         counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
-        yield Output(text, *counts, logprobs=tuple((each["token"], each["logprob"]) for each in tokens) or None)
+        logprobs = tuple((each["token"], each["logprob"]) for each in tokens) or None
+        error = no_answer(text, reason, "reasoning" if thoughts else None)
+        yield Output(text, *counts, error, logprobs, cut_off=reason == "length")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,6 +238,8 @@ class Page:
                     raise BadInput(state.error)
                 heading = f"### {name}{told_verdict(state) if judging else correctness(state.text, gold)}"
                 counts = f"{state.completion_tokens} tokens, {time.monotonic() - start:.1f} s"
+                if state.cut_off:
+                    counts += f", cut off at {length} tokens"
                 parts.append(f"{heading}\n\n{inert(state.text)}\n\n<small>{counts}</small>")
                 yield "\n\n".join(parts)
                 judging = not judging and verify.extract_boxed(state.text) is not None
@@ -498,6 +523,7 @@ def main() -> int:
             )  # fmt: skip
             print(f"{args.model}: {blocks.share_url or blocks.local_url}   (Ctrl-C ends)", flush=True)
             blocks.block_thread()
+            backend.engine.close()
     except (BadInput, OSError, ValueError) as error:
         return refuse("app.py", error)
     return 0

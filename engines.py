@@ -346,8 +346,8 @@ FATAL = {
 REFUSED = {"max_tokens": "max_completion_tokens", "seed": None, "logprobs": None}  # by some -> what they take instead
 OF_A_REQUEST = {403, 404}  # may mean one request alone, once others are answered
 FORBIDDEN = 16  # requests that may be answered 403 before any is answered otherwise
+ELSEWHERE = ("reasoning_content", "reasoning", "tool_calls")  # where a server's parser may put an answer
 BROKEN_OFF = {"abort", "error"}  # the server's reasons to finish, not the model's
-PATIENCE = 600.0  # seconds without an answer for which a request waits for a server that restarts, or for its quota
 
 
 class ServerEngine:
@@ -355,7 +355,7 @@ class ServerEngine:
 
     A request goes to the least busy server. A transient failure (5xx, a broken connection, half an answer) is retried
     with backoff and jitter, on another server where there are several; one that came too late, once. Servers that
-    refuse connections, or more requests for now (429, Retry-After), rest, and requests wait for them (PATIENCE). What
+    refuse connections, or more requests for now (429, Retry-After), rest, and requests wait for them (`patience`). What
     still fails is that request's error. What no request can survive (401, no credit left, 403 or 404 for all) raises
     BadInput. A field that a server does not know (REFUSED) is left out or renamed. Once every try of a request has
     failed to reach a server, other requests try once each until a server answers.
@@ -365,10 +365,22 @@ class ServerEngine:
         model: the name the servers know it by.
         concurrency: requests under way at once, over all servers.
         timeout: seconds for one try; retries: tries after the first.
+        extra: what the body of every request also has.
+        patience: seconds without any answer for which a request waits for a server that restarts, or for its quota.
     """
 
-    def __init__(self, urls: list[str], model: str, concurrency: int = 64, timeout: float = 600.0, retries: int = 8):
+    def __init__(
+        self,
+        urls: list[str],
+        model: str,
+        concurrency: int = 64,
+        timeout: float = 600.0,
+        retries: int = 8,
+        patience: float = 600.0,
+        extra: dict[str, Any] | None = None,
+    ):
         self.model, self.concurrency, self.timeout, self.retries = model, concurrency, timeout, retries
+        self.patience, self.extra = patience, extra or {}
         self.capacity = 2 * concurrency  # as many again are ready to go, images loaded
         self._busy = {api_url(url): 0 for url in urls}  # server -> requests under way
         self._rests = dict.fromkeys(self._busy, 0.0)  # server -> until when (monotonic) it is not asked
@@ -439,7 +451,7 @@ class ServerEngine:
             body["seed"] = request.seed
         if request.with_logprobs:
             body["logprobs"] = True
-        return body
+        return body | self.extra
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
@@ -508,7 +520,7 @@ class ServerEngine:
                     self._rest(server, f"can't be reached ({_reason(failure)})")
                 if self._unreachable or (late and too_late):
                     break
-                if not_there and time.monotonic() - max(begun, self._heard) < PATIENCE:
+                if not_there and time.monotonic() - max(begun, self._heard) < self.patience:
                     continue
                 failed, late = self.retries + 1 if not_there else failed + 1, late or too_late
                 await self._back_off(failed)
@@ -530,7 +542,7 @@ class ServerEngine:
                 if b"insufficient_quota" in answer:
                     raise BadInput(error)
                 self._rest(server, f"takes no more requests for now{_quoted(answer)}", pause)
-                if (pause or 0.0) < PATIENCE and self._heard - max(begun, self._served) < PATIENCE:
+                if (pause or 0.0) < self.patience and self._heard - max(begun, self._served) < self.patience:
                     continue
                 break
             self._forbidden += status == 403
@@ -603,8 +615,9 @@ def refused_field(answer: bytes, body: bytes) -> str | None:
         named = {problem["loc"][-1] for problem in detail if problem["type"] == "extra_forbidden"}
     except (ValueError, LookupError, TypeError):  # not FastAPI's
         named = {name for name in REFUSED if _UNKNOWN.search(words) and re.search(rf"\b{name.rstrip('s')}s?\b", words)}
-    renamed = {name for name, other in REFUSED.items() if other and other not in words}
-    return next((name for name in REFUSED if name in request and name in named - renamed), None)
+    if "unsupported parameter" not in words:  # else it may be a value that is not supported
+        named -= {name for name, other in REFUSED.items() if other and other not in words}
+    return next((name for name in REFUSED if name in request and name in named), None)
 
 
 def read_pause(header: str | None) -> float | None:
@@ -656,11 +669,18 @@ def read_completion(answer: bytes) -> Output | None:
         return None
     if not all(isinstance(n, int) for n in tokens):
         return None
-    error = "the server's content filter" if reason == "content_filter" else None
-    elsewhere = next((name for name in ("reasoning_content", "reasoning", "tool_calls") if message.get(name)), None)
-    if not text and elsewhere and reason != "length":
-        error = f"the server put the whole answer into {elsewhere}; start it without a parser for that"
+    elsewhere = next((name for name in ELSEWHERE if message.get(name)), None)
+    error = no_answer(text, reason, elsewhere)
     return Output(text, *tokens, error, logprobs=logprobs or None, cut_off=reason == "length")
+
+
+def no_answer(text: str, reason: str | None, elsewhere: str | None) -> str | None:
+    """Why a completion is none, if so; `elsewhere`: the field of it (ELSEWHERE) that has text."""
+    if reason == "content_filter":
+        return "the server's content filter"
+    if not text and elsewhere and reason != "length":
+        return f"the server put the whole answer into {elsewhere}; start it without a parser for that"
+    return None
 
 
 def _reason(error: Exception) -> str:

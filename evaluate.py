@@ -96,6 +96,19 @@ class Settings:
     reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")
     correct_at: float | None = flag(None, "least reward of that verifier that is right (default: it gives 0 or 1)")
     seed: int = flag(0)
+    served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
+    extra_body: str | None = flag(None, 'server: what every request also has, as {"top_k": 20} in JSON')
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """`extra_body`, read. Raises BadInput."""
+        try:
+            found = json.loads(self.extra_body or "{}")
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise BadInput(f"--extra_body: expected a JSON object, got {self.extra_body!r:.80}")
+        return found
 
     @property
     def sampling(self) -> Sampling:
@@ -145,7 +158,6 @@ class EngineSettings:
     gpu_memory_utilization: float | None = flag(None, "vllm: share of the GPU's memory (default: vLLM's)", least=0)
     tensor_parallel_size: int = flag(1, "vllm: GPUs that the model is split over", least=1)
     server: tuple[str, ...] = flag((), "server: URLs; the key is read from OPENAI_API_KEY")
-    served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
     concurrency: int = flag(64, "server: concurrent requests, over all URLs", least=1)
     timeout: float = flag(600.0, "server: seconds for one try", least=0.1)
 
@@ -718,8 +730,8 @@ def make_engine(settings: Settings, engine: EngineSettings):
 
     try:
         if settings.engine == "server":
-            model = engine.served_model or settings.model
-            return ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout)
+            model = settings.served_model or settings.model
+            return ServerEngine(list(engine.server), model, engine.concurrency, engine.timeout, extra=settings.extra)
         if settings.engine == "vllm":
             share = engine.gpu_memory_utilization
             return VLLMEngine(
@@ -777,6 +789,10 @@ def main() -> int:
             for name in names:
                 if settings.mode != mode and getattr(settings, name) != getattr(Settings, name):
                     raise BadInput(f"--{name}: expected --mode {mode} beside it, got {settings.mode}")
+        for name in ("served_model", "extra_body"):
+            if settings.engine != "server" and getattr(settings, name) is not None:
+                raise BadInput(f"--{name}: expected --server URL beside it")
+        _ = settings.extra
         if settings.mode == "tts" and settings.tts != "reflect" and settings.temperature == 0:
             raise BadInput(f"--tts {settings.tts}: expected a --temperature above 0, or all answers are the same")
         judging_at = settings.temperature if settings.judge_temperature is None else settings.judge_temperature

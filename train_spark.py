@@ -35,6 +35,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoConfig, AutoProcessor
@@ -160,6 +161,14 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         if self.vllm_max_model_length is not None:
             return self.vllm_max_model_length
         return min(max(self.longest_rows), config.get_text_config().max_position_embeddings)
+
+    def longest_prompt(self, config) -> tuple[int, str]:
+        """(most tokens of a policy prompt, the setting that says so): it needs room for a completion after it."""
+        room = self.longest_sequence(config) - self.max_completion_length
+        if room >= self.max_prompt_length:
+            return self.max_prompt_length, "max_prompt_length"
+        of = "the model's context" if self.vllm_max_model_length is None else "vllm_max_model_length"
+        return room, f"{of} less max_completion_length"
 
 
 class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelCard, GRPOTrainer):
@@ -310,9 +319,11 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         self._begin_evaluation()
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)
-        device = self.accelerator.device
+        device, state = self.accelerator.device, np.random.get_state()  # vLLM draws its seeds from numpy's
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return super().evaluate(*args, **kwargs)
+            metrics = super().evaluate(*args, **kwargs)
+        np.random.set_state(state)
+        return metrics
 
     def _begin_evaluation(self) -> None:
         self._evaluated = 0  # batches
@@ -429,13 +440,10 @@ def main() -> None:
                 copy_result(resume, args.output_dir)
                 print(f"{args.output_dir}: finished before ({resume}); more --max_steps go on from there", flush=True)
             return
-        processor = AutoProcessor.from_pretrained(
-            model.model_name_or_path,
-            revision=model.model_revision,
-            trust_remote_code=args.trust_remote_code,
-            padding_side="left",
-        )
-        train, evaluation = data.read(args, processor)
+        loading = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+        processor = AutoProcessor.from_pretrained(model.model_name_or_path, padding_side="left", **loading)
+        longest = args.longest_prompt(AutoConfig.from_pretrained(model.model_name_or_path, **loading))
+        train, evaluation = data.read(args, processor, *longest)
         verify.warm_up()
         args.model_init_kwargs = {
             "revision": model.model_revision,
@@ -467,6 +475,8 @@ def main() -> None:
     trainer.save_model(args.output_dir)
     trainer.save_state()
     console.show_result(args, trainer.state, model.use_peft)
+    if trainer.use_vllm and args.vllm_mode == "colocate":
+        trainer.vllm_generation.llm.llm_engine.engine_core.shutdown()  # while its process groups are still there
     trainer.accelerator.end_training()  # process groups left to the interpreter's end can abort it
 
 

@@ -58,16 +58,21 @@ class DataArguments(DataSettings):
         if self.keep_solution and not self.reward_funcs:
             raise ValueError("keep_solution: expected reward_funcs beside it: verify.py wants the answer alone")
 
-    def read(self, args: Any, processor: Any) -> tuple[Any, Any]:
-        """The training set and the evaluation set (None without one). Raises BadInput."""
+    def read(self, args: Any, processor: Any, longest: int, setting: str) -> tuple[Any, Any]:
+        """The training set and the evaluation set (None without one), without prompts of more than `longest` tokens, as
+        `setting` wants it. Raises BadInput."""
+        from data.lengths import too_long
         from data.rows import BadInput
 
         if self.eval_dataset and args.eval_strategy == "no" and not args.eval_on_start:
             raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it, or it is never used")
-        train = self.read_one(self.dataset, self.dataset_split, args, processor)
+        reject = too_long(longest, processor, setting)
+        train = self.read_one(self.dataset, self.dataset_split, args, processor, reject)
         evaluation = None
         if self.eval_dataset:
-            evaluation = self.read_one(self.eval_dataset, self.eval_split, args, processor, columns_optional=True)
+            evaluation = self.read_one(
+                self.eval_dataset, self.eval_split, args, processor, reject, columns_optional=True
+            )
         prompts = args.generation_batch_size // args.num_generations
         if len(train) < prompts:  # TRL would train on nothing, and say nothing
             raise BadInput(
@@ -76,9 +81,9 @@ class DataArguments(DataSettings):
             )
         return train, evaluation
 
-    def read_one(self, source: str, split: str, args: Any, processor: Any, columns_optional: bool = False):
-        """One data set; prompts may be of any length where there is no processor to measure them."""
-        from data.lengths import image_factor, too_long
+    def read_one(self, source: str, split: str, args: Any, processor: Any, reject: Any, columns_optional: bool = False):
+        """One data set, without the rows that `reject` gives a reason for."""
+        from data.lengths import image_factor
         from data.read import read_dataset, reading_summary
 
         bad_rows = None if self.strict else []
@@ -88,7 +93,7 @@ class DataArguments(DataSettings):
             suffix=args.prompt_suffix,
             image_factor=image_factor(processor),
             columns_optional=columns_optional,
-            reject=too_long(args.max_prompt_length, processor) if processor else None,
+            reject=reject,
             bad_rows=bad_rows,
         )
         if args.process_index == 0:

@@ -256,7 +256,7 @@ def test_a_field_that_a_server_does_not_know_is_left_out(server):
 def test_a_server_that_refuses_or_dies_is_a_line(server):
     backend = Remote(f"http://127.0.0.1:{server.server_port}", "m")
     server.status, server.lines = 500, ["<b>no"]
-    assert "the server answered 500" in said(backend)[-1] and "<b>" not in said(backend)[-1]
+    assert "answered 500" in said(backend)[-1] and "<b>" not in said(backend)[-1]
     server.status, server.lines = 200, ['{"error": {"message": "too long"}}']
     assert "too long" in said(backend)[-1]
     server.shutdown()
@@ -265,6 +265,38 @@ def test_a_server_that_refuses_or_dies_is_a_line(server):
     assert [*Page(backend, "").vote("1?", None, "", 2, 1.0, 64)][-1].startswith("**Not answered:** ")
     with pytest.raises(BadInput, match="no server answers there"):
         Remote(f"http://127.0.0.1:{server.server_port}", "m")
+
+
+def delta(text=None, reason=None, **more):
+    return json.dumps({"choices": [{"delta": {"content": text, **more}, "finish_reason": reason}]})
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([delta("\\boxed{5}")], "broke off"),  # the connection was closed
+        ([delta("5"), delta(reason="abort")], "broke off"),
+        ([delta("5", error=None), '{"error": "out of memory", "choices": []}'], "out of memory"),
+        ([delta("5"), delta(reason="content_filter"), "[DONE]"], "content filter"),
+        ([delta(reasoning="so 5"), delta(reason="stop")], "whole answer into reasoning"),
+    ],
+)
+def test_what_a_server_breaks_off_is_no_answer(lines, expected, server):
+    server.lines = lines
+    shown = said(Remote(f"http://127.0.0.1:{server.server_port}", "m"))[-1]
+    assert expected in shown and "Final answer" not in shown
+
+
+def test_what_servers_leave_out_of_a_stream_is_no_failure(server):
+    backend = Remote(f"http://127.0.0.1:{server.server_port}", "m")
+    server.lines = ['{"choices": [{"delta": null}]}', '{"choices": [{}]}', delta("\\boxed{2}"), '{"choices": null}',
+                    " [DONE] "]  # fmt: skip
+    *_, output = backend.stream(Request([{"role": "user", "content": "1+1?"}]), Sampling())
+    assert output == Output("\\boxed{2}")
+    server.lines = [delta("so"), delta(reason="length")]
+    *_, output = backend.stream(Request([{"role": "user", "content": "1+1?"}]), Sampling())
+    assert output.cut_off
+    assert "cut off at 64 tokens" in said(backend, rounds=0)[-1]
 
 
 # ---- a training run --------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_a_server_that_restarts_is_waited_for(server, monkeypatch):
     threading.Timer(1.2, lambda: restart(server)).start()
     rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
     assert [row["error"] for row in rows] == [None] * 4
-    monkeypatch.setattr("engines.PATIENCE", 0.0)
+    engine.patience = 0.0
     server.again.shutdown()
     server.again.server_close()
     rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
@@ -370,6 +370,13 @@ def test_a_value_that_is_refused_is_not_a_name_that_is(server):
     assert "valid range" in rows[0]["error"] and [row["error"] for row in rows[1:]] == [None] * 3
     assert {body.get("max_tokens") for _, body in server.seen} == {77}
     assert "seed" not in server.seen[-1][1]
+
+
+def test_every_request_has_what_the_user_adds(server):
+    engine = ServerEngine([server.url], "small", extra={"chat_template_kwargs": {"enable_thinking": False}})
+    evaluate.evaluate_records(ROWS[:1], engine, SETTINGS)
+    engine.close()
+    assert server.seen[0][1]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
 def test_an_answer_in_parts_is_one_text(server):

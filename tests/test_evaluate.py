@@ -603,6 +603,8 @@ def test_images_stay_within_the_image_root(tmp_path):
         ("--timeout 0", "--timeout: expected a number from 0.1 on"),
         ("--engine server", "--engine server: expected --server URL"),
         ("--engine transformers --server http://x", "--server: expected --engine server beside it"),
+        ("--engine transformers --served_model m", "--served_model: expected --server URL beside it"),
+        ("--server http://x --extra_body [1]", "--extra_body: expected a JSON object, got '[1]'"),
         ("--n 16", "--n: expected --mode tts beside it, got answer"),
         ("--tts vote", "--tts: expected --mode tts beside it, got answer"),
         ("--judge_samples 3", "--judge_samples: expected --mode judge beside it, got answer"),

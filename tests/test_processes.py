@@ -289,3 +289,23 @@ def test_a_process_that_fails_alone_ends_the_run(tmp_path):
     assert run.returncode != 0
     assert time.monotonic() - start < 120
     assert rest.count("row 2: field image") == 0  # one line, by the process that met it
+
+
+def test_two_processes_that_share_an_engine_sample_the_same_tokens(tmp_path):
+    """The real command: dropout draws another number on each process, and each samples its half of the layers' tokens.
+    Of other tokens than the engine's, the log-probabilities would differ by 10."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_spark.py"]
+    engine = ["--use_vllm", "true", "--vllm_tensor_parallel_size", "2", "--vllm_gpu_memory_utilization", "0.3"]
+    adapter = ["--use_peft", "true", "--lora_target_modules", "all-linear", "--lora_dropout", "0.05"]
+    run = ["--config", "recipes/demo.yaml", "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    sizes = ["--per_device_train_batch_size", "16", "--log_completions", "false", "--save_strategy", "no"]
+    env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [*command, *run, *engine, *adapter, *sizes], env=os.environ | env, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Traceback" not in done.stderr  # the engine ends before its process groups do
+    logs = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    name = "sampling/sampling_logp_difference/max"
+    differences = [row[part + name] for row in logs if "loss" in row for part in ("", "recycle/")]
+    assert len(differences) == 4 and max(differences) < 1  # of float32 and bfloat16

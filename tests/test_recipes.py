@@ -526,3 +526,16 @@ def test_the_plan_knows_that_not_every_generation_recycles(capsys, monkeypatch, 
     assert args.longest_rows[1] > args.longest_rows[0]
     args.recycle_ratio = 0
     assert args.longest_rows[1] == args.longest_rows[0]  # plain GRPO asks an engine for no more
+
+
+def test_a_prompt_has_room_for_its_completion_in_the_model_and_in_the_engine():
+    from transformers import AutoConfig
+
+    flags = ["--config", "recipes/demo.yaml", "--max_prompt_length", "280", "--max_completion_length", "48"]
+    _, args, model = parse(flags, plan.Launch(1))
+    config = AutoConfig.from_pretrained(model.model_name_or_path)
+    assert args.longest_prompt(config) == (280, "max_prompt_length")
+    config.get_text_config().max_position_embeddings = 300
+    assert args.longest_prompt(config) == (252, "the model's context less max_completion_length")
+    args.vllm_max_model_length = 290
+    assert args.longest_prompt(config) == (242, "vllm_max_model_length less max_completion_length")

@@ -1235,6 +1235,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path, processor, vision_model):
     trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_score": next(scores)}
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+    assert trainer._last_loaded_step != trainer.state.global_step  # an engine has the last weights, and gets these
     saved = {step: type(vision_model).from_pretrained(tmp_path / f"checkpoint-{step}") for step in (1, 2)}
     best, last = (dict(saved[step].named_parameters()) for step in (1, 2))
     assert any(not torch.equal(best[name], last[name]) for name in best)

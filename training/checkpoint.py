@@ -114,6 +114,7 @@ class SafeCheckpoints:
     def _load_best_model(self):
         super()._load_best_model()
         self._load_by_name(self.state.best_model_checkpoint, self.model)
+        self._last_loaded_step = -1  # TRL's: the engine still has the last weights
 
     def _load_by_name(self, folder: str, model) -> None:
         """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not

@@ -424,6 +424,8 @@ def show(data, args, model, launch: Launch) -> None:
     from transformers import AutoConfig, AutoProcessor
     from trl import get_peft_config
 
+    from data.lengths import too_long
+
     def unknown(error: Exception) -> str:
         return f"unknown ({' '.join(str(error).split())[:160]})"
 
@@ -443,7 +445,11 @@ def show(data, args, model, launch: Launch) -> None:
     rows, images = None, counted is not None and counted.sees  # a model that sees is given images, for all we know
     unusable = []
     try:
-        dataset = data.read_one(data.dataset, data.dataset_split, args, processor)
+        reject = None
+        if processor is not None and config is not None:
+            longest, setting = args.longest_prompt(config)
+            reject = too_long(longest, processor, setting)
+        dataset = data.read_one(data.dataset, data.dataset_split, args, processor, reject)
         rows, images = len(dataset), "images" in dataset.column_names
         data_line = f"{rows:,} rows of {data.dataset}"
     except NotLoaded as error:

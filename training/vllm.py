@@ -11,6 +11,7 @@ What differs from TRL's VLLMGeneration:
     - An adapter is merged into a layer only to be copied from there, and the layer's weights are put back. TRL takes it
       out of them again, which rounds: the base drifts from the one that the saved adapter belongs to.
     - New weights also drop the engine's cache of encoded images, which would be the old vision tower's.
+    - Processes that share an engine (vllm_tensor_parallel_size) draw the same random numbers.
     - On the CPU the weights go through vLLM's layer-wise reload, because it repacks linear layers after loading.
 """
 
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from transformers import ProcessorMixin
@@ -30,8 +32,13 @@ from data.rows import BadInput
 def adopt_engine(trainer, longest: int) -> None:
     """Turn the trainer's VLLMGeneration into a SparkGeneration (TRL offers no other way).
 
-    Raises ValueError where a vLLM server takes fewer tokens than `longest`, the longest prompt with its completion.
+    Raises ValueError where a vLLM server takes fewer tokens than `longest`, the longest prompt with its completion, and
+    for a model whose weights vLLM 0.31 can't be sent.
     """
+    if (kind := trainer.model.config.model_type) == "qwen3_vl_moe":
+        raise ValueError(
+            f"use_vllm: expected false for {kind}: transformers and vLLM lay its experts' weights out apart"
+        )
     generation = trainer.vllm_generation
     generation.__class__ = SparkGeneration
     if isinstance(trainer.processing_class, ProcessorMixin):
@@ -65,7 +72,10 @@ class SparkGeneration(VLLMGeneration):
     def sync_weights(self) -> None:
         """The trainer's weights into the engine, woken if it sleeps; what the old ones cached is dropped."""
         if self.mode == "server":
-            return super().sync_weights()
+            super().sync_weights()
+            if self.accelerator.is_main_process:
+                self.vllm_client._post(f"{self.vllm_client.base_url}/reset_encoder_cache")
+            return
         if self.asleep:
             empty_cache()
             self.llm.wake_up(tags=["weights"])
@@ -134,11 +144,12 @@ class SparkGeneration(VLLMGeneration):
         kwargs = self.generation_kwargs
         self.generation_kwargs = {**kwargs, "n": n}  # TRL asks for one rollout a row; these win
         try:
-            read, *rollouts = super().generate(requests[::n], images and images[::n], num_generations, profiler)
+            with self._sampling_alike():
+                read, *rollouts = super().generate(requests[::n], images and images[::n], num_generations, profiler)
         finally:
             self.generation_kwargs = kwargs
         read = [ids for ids in read for _ in range(n)]
-        if requests is not prompts and read != prompts:
+        if images and read != prompts:
             n_read, n_prompt = (sum(map(len, ids)) for ids in (read, prompts))
             raise BadInput(
                 f"vLLM read {n_read} prompt tokens where the trainer has {n_prompt}: it expands the images of "
@@ -148,6 +159,24 @@ class SparkGeneration(VLLMGeneration):
         if not self.stay_awake:
             self.sleep()
         return read, *rollouts
+
+    @contextmanager
+    def _sampling_alike(self) -> Iterator[None]:
+        """Processes that share an engine draw the same tokens. Each samples for itself, from torch's or numpy's global
+        generator, and these differ once one process has drawn alone (dropout, a verifier)."""
+        if self.tensor_parallel_size == 1:
+            yield
+            return
+        seeds = [0] * self.tensor_parallel_size
+        torch.distributed.all_gather_object(seeds, int(torch.randint(2**31, ())), group=self.tp_group)
+        device, state = self.accelerator.device, np.random.get_state()
+        try:
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                torch.manual_seed(seeds[0])
+                np.random.seed(seeds[0])
+                yield
+        finally:
+            np.random.set_state(state)
 
 
 @contextmanager
