@@ -43,6 +43,7 @@ from engines import (
     api_url,
     complete,
     no_answer,
+    text_of,
 )
 from evaluate import Settings, read_benchmark, reflect_row, same_answers, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
@@ -137,7 +138,8 @@ class Remote:
         body = self.engine._body(request, sampling) | {"stream": True, "stream_options": {"include_usage": True}}
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        text, thoughts, tokens, usage, reason, shown = "", "", [], {}, None, 0.0
+        text, thoughts, tokens, usage, shown = "", "", [], {}, 0.0
+        reason = elsewhere = None
         with httpx.stream("POST", self.address, json=body, headers=headers, timeout=600) as response:
             status = response.status_code
             if status in (400, 422, 429) or status >= 500:  # for a field, or for now: the engine knows what to do
@@ -153,13 +155,14 @@ class Remote:
                     reason = reason or "stop"
                     break
                 event = json.loads(data)
-                if "error" in event or "choices" not in event:
+                if not isinstance(event, dict) or event.get("error") or "choices" not in event:
                     raise BadInput(f"the server answered: {data[:300]}")
                 usage = event.get("usage") or usage
                 for choice in event["choices"] or []:
                     delta = choice.get("delta") or {}
-                    text += delta.get("content") or ""
-                    thoughts += next((delta[name] for name in ELSEWHERE[:2] if delta.get(name)), "")
+                    text += text_of(delta.get("content"))
+                    elsewhere = next((name for name in ELSEWHERE if delta.get(name)), elsewhere)
+                    thoughts += delta.get("reasoning_content") or delta.get("reasoning") or ""
                     tokens += (choice.get("logprobs") or {}).get("content") or []
                     reason = choice.get("finish_reason") or reason
                 if time.monotonic() - shown > REFRESH:
@@ -167,10 +170,9 @@ class Remote:
                     yield text or thoughts
         if reason is None or reason in BROKEN_OFF:
             raise BadInput("the server broke off its answer")
-        counts = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+        counts = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         logprobs = tuple((each["token"], each["logprob"]) for each in tokens) or None
-        error = no_answer(text, reason, "reasoning" if thoughts else None)
-        yield Output(text, *counts, error, logprobs, cut_off=reason == "length")
+        yield Output(text, *counts, no_answer(text, reason, elsewhere), logprobs, cut_off=reason == "length")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

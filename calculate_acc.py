@@ -238,8 +238,9 @@ def compare(base: Tally, other: Tally) -> list[Row]:
     if len(rows) > 1:
         k = len(rows)
         means = {name: sum(r[name] for r in rows) / k for name in ("base_accuracy", "accuracy", "difference")}
-        middles, variances = zip(*(paired(r["gained"], r["lost"], r["rows"]) for r in rows), strict=True)
-        total = {"rows": len(pairs), "interval": interval_of(sum(middles) / k, sum(variances) / k**2, -1.0, 1.0)}
+        # Around the difference itself: what keeps one interval from being zero wide would add up over benchmarks.
+        variance = sum(paired(r["gained"], r["lost"], r["rows"])[1] for r in rows) / k**2
+        total = {"rows": len(pairs), "interval": interval_of(means["difference"], variance, -1.0, 1.0)}
         rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
         rows.append(difference("all rows", pairs))
     return [{"base": base.path, "path": other.path, **row} for row in rows]

@@ -15,6 +15,7 @@ import asyncio
 import base64
 import heapq
 import json
+import math
 import os
 import queue
 import random
@@ -26,6 +27,7 @@ from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from data.images import BadImage, as_file, loaded
 from data.rows import BadInput, in_parts
@@ -339,13 +341,14 @@ FILL_IN = {"vllm", "sglang"}  # these take what a request leaves open from the m
 RETRIED = {408, 409, 425}  # and 429, and all from 500 on but 501
 FATAL = {
     401: "the key in OPENAI_API_KEY is missing or wrong",
+    402: "there is no credit left",
     403: "the key in OPENAI_API_KEY has no access to this",
     404: "no such model or path there",
     **dict.fromkeys((301, 302, 307, 308), "it has moved; give the address that it redirects to"),
 }
 REFUSED = {"max_tokens": "max_completion_tokens", "seed": None, "logprobs": None}  # by some -> what they take instead
-OF_A_REQUEST = {403, 404}  # may mean one request alone, once others are answered
-FORBIDDEN = 16  # requests that may be answered 403 before any is answered otherwise
+OF_A_REQUEST = {402, 403, 404}  # may mean one request alone, if others are answered
+FORBIDDEN = 16  # requests that may be answered so before any is answered otherwise
 ELSEWHERE = ("reasoning_content", "reasoning", "tool_calls")  # where a server's parser may put an answer
 BROKEN_OFF = {"abort", "error"}  # the server's reasons to finish, not the model's
 
@@ -390,7 +393,8 @@ class ServerEngine:
         self._unreachable = False  # all tries of a request have failed to reach a server, and no answer came since
         self._fill_in = False  # a server is one of FILL_IN
         self._refused: frozenset[str] = frozenset()  # fields of REFUSED without which a request was answered
-        self._answered, self._forbidden = False, 0  # whether there was any answer; how many of 403
+        self._answered, self._forbidden = False, 0  # whether there was any answer; how many of OF_A_REQUEST
+        self._said = dict.fromkeys(self._busy, -math.inf)  # server -> when (monotonic) its rest was last spoken of
         self._waiting: asyncio.Queue[tuple[int, bytes]] = asyncio.Queue()
         self._tasks: list[asyncio.Task] = []  # each takes one waiting request at a time
         self._done: queue.SimpleQueue[tuple[int, Output | Exception]] = queue.SimpleQueue()
@@ -461,8 +465,7 @@ class ServerEngine:
 
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-        connector = aiohttp.TCPConnector(limit=self.concurrency)
-        self._session = aiohttp.ClientSession(headers=headers, connector=connector, trust_env=True)  # HTTPS_PROXY
+        self._session = aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=self.concurrency))
         self._failures = (aiohttp.ClientError, OSError)  # no answer; TimeoutError is an OSError
         self._not_there = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
         for server in self._busy:
@@ -491,7 +494,8 @@ class ServerEngine:
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=timeout or self.timeout, sock_connect=10)
-        async with self._session.request(method, url, data=body, timeout=limit, allow_redirects=False) as response:
+        options = {"timeout": limit, "allow_redirects": False, "proxy": proxy_of(url)}
+        async with self._session.request(method, url, data=body, **options) as response:
             return response.status, await response.read(), read_pause(response.headers.get("Retry-After"))
 
     async def _answer(self) -> None:
@@ -508,7 +512,9 @@ class ServerEngine:
         body = without(body, left_out)
         begun, failed, late = time.monotonic(), 0, False
         while failed <= self.retries:
-            server = await self._next(tries)
+            if (server := await self._next(tries)) is None:
+                error = error or "every server has asked to be left alone for longer"
+                break
             try:
                 status, answer, pause = await self._exchange("POST", f"{server}/chat/completions", body)
             except self._failures as failure:
@@ -541,13 +547,15 @@ class ServerEngine:
             if status == 429:
                 if b"insufficient_quota" in answer:
                     raise BadInput(error)
+                if b"too large" in answer.lower():  # for any minute's quota
+                    break
                 self._rest(server, f"takes no more requests for now{_quoted(answer)}", pause)
-                if (pause or 0.0) < self.patience and self._heard - max(begun, self._served) < self.patience:
+                if self._heard - max(begun, self._served) < self.patience:
                     continue
                 break
-            self._forbidden += status == 403
-            fatal_for_all = status not in OF_A_REQUEST or not self._answered
-            if status in FATAL and fatal_for_all and (status != 403 or self._forbidden >= FORBIDDEN):
+            self._forbidden += status in OF_A_REQUEST
+            this_one = status in OF_A_REQUEST and (self._answered or self._forbidden < FORBIDDEN)
+            if status in FATAL and not this_one:
                 raise BadInput(f"{server}: answered {status}: {FATAL[status]}{_quoted(answer)}")
             if status != 200 and status not in RETRIED and (status < 500 or status == 501):
                 break
@@ -556,25 +564,31 @@ class ServerEngine:
         self._unreachable = len(self._gone) == len(self._busy)
         return Output(error=" ".join(error.split()))
 
-    async def _next(self, tries: dict[str, int]) -> str:
-        """The server to ask: one that does not rest, where this request was tried least, and that is least busy."""
-        now = time.monotonic()
-        server = min(tries, key=lambda s: (self._rests[s] > now, tries[s], self._busy[s]))
-        if (pause := self._rests[server] - now) > 0 and not self._unreachable:
-            await asyncio.sleep(pause * random.uniform(1.0, 1.1))
-        tries[server] += 1
-        self._busy[server] += 1
-        return server
+    async def _next(self, tries: dict[str, int]) -> str | None:
+        """The server to ask: one that does not rest, where this request was tried least, and that is least busy; None
+        where all of them rest for longer than `patience`."""
+        while True:
+            now = time.monotonic()
+            server = min(tries, key=lambda s: (self._rests[s] > now, tries[s], self._busy[s]))
+            wait = min(self._rests.values()) - now
+            if wait <= 0 or self._unreachable:
+                tries[server] += 1
+                self._busy[server] += 1
+                return server
+            if wait >= self.patience:
+                return None
+            await asyncio.sleep(wait * random.uniform(1.0, 1.1) + 0.01)
 
     def _rest(self, server: str, why: str, pause: float | None = None) -> None:
-        """Let a server rest as long as it asks for, or longer each time; said where that is long."""
+        """Let a server rest as long as it asks for, or longer each time; said now and then where that is long."""
         now, rests = time.monotonic(), self._rests[server]
         if pause is None:
             if rests > now:
                 return  # another request has found the same
             self._strikes[server] += 1
-            pause = min(30.0, 0.25 * 2 ** self._strikes[server])
-        if pause >= 5.0 and rests <= now:
+            pause = min(30.0, 0.25 * 2 ** min(self._strikes[server], 7))
+        if pause >= 5.0 and now - self._said[server] > 600.0:
+            self._said[server] = now
             print(f"{server}: {why}; waiting {pause:.0f} seconds", file=sys.stderr)
         self._rests[server] = max(rests, now + pause)
 
@@ -594,6 +608,13 @@ def api_url(url: str) -> str:
         raise BadInput(f"{url}: expected http://host:port or https://host")
     url = url.rstrip("/")
     return url if re.search(r"/v\d\w*(/|$)", parts.path) else f"{url}/v1"  # also .../v1beta/openai, .../api/v3
+
+
+def proxy_of(url: str) -> str | None:
+    """The proxy that the environment names for an address, but never for this machine."""
+    parts = urlsplit(url)
+    near = parts.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(parts.hostname)
+    return None if near else getproxies().get(parts.scheme)
 
 
 def read_models(answer: bytes) -> dict[str, str | None]:
@@ -657,9 +678,7 @@ def read_completion(answer: bytes) -> Output | None:
         if reason in BROKEN_OFF:
             return None
         message = completion["choices"][0]["message"]
-        text = message.get("content") or ""
-        if isinstance(text, list):  # parts, of which some may be thoughts
-            text = "".join(part["text"] for part in text if part["type"] == "text")
+        text = text_of(message.get("content"))
         usage = completion.get("usage") or {}
         tokens = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
         text.encode()  # half a surrogate pair can't be written anywhere
@@ -672,6 +691,13 @@ def read_completion(answer: bytes) -> Output | None:
     elsewhere = next((name for name in ELSEWHERE if message.get(name)), None)
     error = no_answer(text, reason, elsewhere)
     return Output(text, *tokens, error, logprobs=logprobs or None, cut_off=reason == "length")
+
+
+def text_of(content: str | list[dict[str, Any]] | None) -> str:
+    """The text of a message's content, which may come in parts, some of them thoughts."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    return content or ""
 
 
 def no_answer(text: str, reason: str | None, elsewhere: str | None) -> str | None:

@@ -65,6 +65,7 @@ from training.settings import (
     check_engine,
     check_files,
     check_installation,
+    check_model,
     check_weights,
     refusing,
     under_fsdp,
@@ -226,6 +227,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
             "trust_remote_code": args.trust_remote_code,
         }
         config = AutoConfig.from_pretrained(model, **loading) if isinstance(model, str) else model.config
+        check_model(args, config)
         longest = args.longest_sequence(config)
         if args.use_vllm and args.vllm_max_model_length is None:
             args.vllm_max_model_length = longest

@@ -297,7 +297,7 @@ SHOWN = (
 
 
 def print_table(cells: dict[str, dict[str, dict]], than: str = "grpo") -> None:
-    """As Markdown: means, and then the differences from GRPO (or `than`) with the same seeds."""
+    """As Markdown: means, and then the differences from GRPO (or `than`)."""
     for of, variants in (("mean", list(cells)), ("over", [v for v in cells if v not in ("start", than)])):
         if not variants:
             continue

@@ -4,7 +4,8 @@
 
 Above each table a comment says what its columns hold: the results file (without `learning_`), then a variant for its
 mean over seeds, or `one-other` for a difference. A difference with `~` counts other questions as well as other seeds
-(benchmarks/intervals.py). The names of the rows are LABELS. `--check` changes nothing, and its exit status is 1 if a
+(benchmarks/intervals.py). The names of the rows are
+LABELS; an unknown one is a KeyError. `--check` changes nothing, and its exit status is 1 if a
 table does not say what the rows do.
 
     <!-- digits_unseen: start grpo ratio_0.25 ratio_0.25-grpo~ -->
@@ -45,6 +46,7 @@ LABELS = {
     "four, weighed by verdicts at temperature 0": "vote of 4 weighed by greedy verdicts",
     "best of four by pairs": "best of 4 by pairs",
 }
+OTHERS = ("questions x 8 rollouts a step, recycled prompts x 8", "rollouts a step")  # rows that are written by hand
 _COLUMNS = re.compile(r"<!-- (\w+): (.+) -->\n")
 
 
@@ -93,7 +95,7 @@ def filled(text: str) -> str:
                 header -= 1
             else:
                 label, *old = (part.strip() for part in line.strip("|\n").split("|"))
-                if label in LABELS:
+                if label not in OTHERS:
                     new = [cell(file, column, LABELS[label]) for column in columns]
                     bold = [f"**{value}**" if "**" in was else value for value, was in zip(new, old, strict=True)]
                     line = f"| {' | '.join([label, *bold])} |\n"

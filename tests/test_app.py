@@ -279,6 +279,8 @@ def delta(text=None, reason=None, **more):
         ([delta("5", error=None), '{"error": "out of memory", "choices": []}'], "out of memory"),
         ([delta("5"), delta(reason="content_filter"), "[DONE]"], "content filter"),
         ([delta(reasoning="so 5"), delta(reason="stop")], "whole answer into reasoning"),
+        ([delta(tool_calls=[{"id": "1"}]), delta(reason="tool_calls")], "whole answer into tool"),
+        (["null"], "Not answered"),
     ],
 )
 def test_what_a_server_breaks_off_is_no_answer(lines, expected, server):
@@ -289,8 +291,9 @@ def test_what_a_server_breaks_off_is_no_answer(lines, expected, server):
 
 def test_what_servers_leave_out_of_a_stream_is_no_failure(server):
     backend = Remote(f"http://127.0.0.1:{server.server_port}", "m")
-    server.lines = ['{"choices": [{"delta": null}]}', '{"choices": [{}]}', delta("\\boxed{2}"), '{"choices": null}',
-                    " [DONE] "]  # fmt: skip
+    server.lines = ['{"choices": [{"delta": null}], "error": null}', '{"choices": [{}]}', delta("\\boxed"),
+                    delta([{"type": "text", "text": "{2}"}]),
+                    '{"choices": null, "usage": {"prompt_tokens": null}}', " [DONE] "]  # fmt: skip
     *_, output = backend.stream(Request([{"role": "user", "content": "1+1?"}]), Sampling())
     assert output == Output("\\boxed{2}")
     server.lines = [delta("so"), delta(reason="length")]

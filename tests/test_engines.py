@@ -24,7 +24,7 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from engines import Output, Request, Sampling, ServerEngine, api_url, complete, data_url
+from engines import Output, Request, Sampling, ServerEngine, api_url, complete, data_url, proxy_of
 from evaluate import BadInput, Settings, run_to_file
 from models.make_digits import OUTPUT
 from tests.test_images import png_of
@@ -153,7 +153,7 @@ def test_a_failure_that_stays_is_recorded_in_its_row(fault, tries, expected, ser
     assert len(server.seen) == 3 + tries
 
 
-@pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (404, "no such"), (307, "moved")])
+@pytest.mark.parametrize(("status", "expected"), [(401, "OPENAI_API_KEY"), (307, "moved")])
 def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, expected, server, tmp_path):
     rows = evaluate.read_benchmark(Source(ROWS), "answer")
     server.plan["What is 0+1?"] = [(status, b"in its words")]
@@ -168,11 +168,12 @@ def test_a_failure_that_no_request_survives_ends_the_run_in_one_line(status, exp
     assert all(r["error"] is None for r in again)
 
 
-def test_a_key_that_may_not_use_the_model_ends_the_run_before_every_question_has_failed(server, tmp_path):
+@pytest.mark.parametrize(("status", "expected"), [(402, "no credit"), (403, "OPENAI_API_KEY"), (404, "no such")])
+def test_what_may_mean_one_request_ends_the_run_before_every_question_has_failed(status, expected, server, tmp_path):
     many = [{**ROWS[0], "problem": f"{i}?"} for i in range(100)]
-    server.plan = {row["problem"]: [(403, b"not yours")] for row in many}
+    server.plan = {row["problem"]: [(status, b"not yours")] for row in many}
     engine = ServerEngine([server.url], "small", concurrency=1)
-    with pytest.raises(BadInput, match=r"answered 403: .*OPENAI_API_KEY"):
+    with pytest.raises(BadInput, match=rf"answered {status}: .*{expected}.*: not yours"):
         run_to_file(evaluate.read_benchmark(Source(many), "answer"), engine, SETTINGS, tmp_path / "r.json")
     engine.close()
     assert 16 <= len(server.seen) <= 18
@@ -200,15 +201,44 @@ def test_a_quota_is_waited_for_and_costs_no_tries(server, monkeypatch, capsys):
     assert 3 <= len(early) <= 6 * 4  # each waiting request once a window, at most
 
 
-def test_a_quota_that_does_not_come_back_is_an_error(server, monkeypatch):
-    server.plan["What is 1+1?"] = [(429, b"come tomorrow", {"Retry-After": "86400"})]
+def test_a_quota_that_does_not_come_back_is_an_error_of_all_rows_at_once(server, monkeypatch):
+    """The account's day is over: nobody waits until tomorrow. What is too large for any quota is that row's error."""
+    monkeypatch.setattr(asyncio, "sleep", _sleep)
+    server.plan["What is 0+1?"] = [(429, b'{"error": "Request too large"}')]
+    server.plan["What is 2+1?"] = [(429, b"come tomorrow", {"Retry-After": "86400"})]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    rows = evaluate.evaluate_records(ROWS, engine, SETTINGS)
+    engine.close()
+    assert "too large" in rows[0]["error"] and rows[1]["error"] is None
+    assert "answered 429: come tomorrow" in rows[2]["error"] and "left alone" in rows[3]["error"]
     server.plan["What is 3+1?"] = [(429, b'{"error": {"code": "insufficient_quota"}}')]
     engine = ServerEngine([server.url], "small", concurrency=1)
-    rows = evaluate.evaluate_records(ROWS[:2], engine, SETTINGS)
-    assert rows[0]["error"] is None and "answered 429: come tomorrow" in rows[1]["error"]
     with pytest.raises(BadInput, match="insufficient_quota"):
         evaluate.evaluate_records(ROWS[3:], engine, SETTINGS)
     engine.close()
+
+
+def test_another_server_answers_what_one_has_no_quota_for(server, monkeypatch):
+    monkeypatch.setattr(asyncio, "sleep", _sleep)
+    second = ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    second.seen, second.models = [], server.models
+    second.plan = {row["problem"]: [(429, b"", {"Retry-After": "86400"})] for row in ROWS}
+    threading.Thread(target=second.serve_forever, daemon=True).start()
+    engine = ServerEngine([f"http://127.0.0.1:{second.server_port}", server.url], "small", concurrency=4)
+    assert [row["error"] for row in evaluate.evaluate_records(ROWS, engine, SETTINGS)] == [None] * 4
+    engine._strikes[api_url(server.url)] = 5000  # of weeks: the pause stays what it is
+    engine._rest(api_url(server.url), "")
+    assert engine._rests[api_url(server.url)] - time.monotonic() <= 30
+    engine.close()
+    second.shutdown()
+
+
+def test_a_proxy_is_for_other_machines_alone(monkeypatch):
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "inside.example")
+    assert proxy_of("https://api.example/v1") == "http://proxy:3128"
+    assert [proxy_of(f"http://{host}:8000/v1") for host in ("localhost", "127.0.0.1", "inside.example")] == [None] * 3
 
 
 def test_a_server_that_restarts_is_waited_for(server, monkeypatch):

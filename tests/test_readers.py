@@ -1129,7 +1129,7 @@ def test_records_of_a_data_frame(tmp_path):
 @pytest.mark.parametrize("name", ["digits", "arithmetic"])
 def test_embedded_data_have_your_suffix_and_no_other_split(name):
     row = read_dataset(name, suffix="\nSay it.")[0]
-    assert row["prompt"][-1]["content"].count("Say it.") == 1 or name == "arithmetic"
+    assert row["prompt"][-1]["content"].count("Say it.") == 1
     assert PROMPT_SUFFIX not in row["prompt"][-1]["content"]
     with pytest.raises(BadInput, match=f"{name}: no split 'validation'; expected train or test"):
         read_dataset(name, DataSettings(dataset_split="validation"))

@@ -2,6 +2,8 @@
 
 import copy
 import functools
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from datasets import concatenate_datasets
 from helpers import coin, config, digits, history
 from peft import LoraConfig, get_peft_model
 from test_families import TEXT, idefics3
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import selective_log_softmax
 
 import train_spark
@@ -256,3 +259,22 @@ def test_another_family(tmp_path, processor, engine):
         # Image tokens are never sampled; random weights give one as much as any other of the 980 tokens.
         assert h["sampling/sampling_logp_difference/max"] < 0.003
         assert h["recycle/sampling/sampling_logp_difference/max"] < 0.003
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_server_drops_the_images_that_the_old_weights_encoded(status, processor, monkeypatch):
+    """vLLM answers that with an empty body."""
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", lambda self: asked.append("weights"))
+    asked = []
+    generation = object.__new__(SparkGeneration)
+    generation.mode, generation.processing_class = "server", processor
+    generation.accelerator = SimpleNamespace(is_main_process=True)
+    answer = SimpleNamespace(status_code=status, text="")
+    session = SimpleNamespace(post=lambda url: asked.append(url) or answer)
+    generation.vllm_client = SimpleNamespace(base_url="http://x", session=session)
+    with nullcontext() if status == 200 else pytest.raises(RuntimeError, match="reset_encoder_cache: answered 404"):
+        generation.sync_weights()
+    assert asked == ["weights", "http://x/reset_encoder_cache"]
+    generation.processing_class = processor.tokenizer  # a text model has none
+    generation.sync_weights()
+    assert asked[2:] == ["weights"]

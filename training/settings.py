@@ -75,6 +75,12 @@ def check_engine(args: Any, model: Any) -> None:
             raise ValueError(f"{name}: expected use_vllm false beside it: vLLM can't load a bitsandbytes model")
 
 
+def check_model(args: Any, config: Any) -> None:
+    """vLLM 0.31 wants the weights of some models in another layout than transformers has them."""
+    if args.use_vllm and config.model_type == "qwen3_vl_moe":
+        raise ValueError("use_vllm: expected false for qwen3_vl_moe: vLLM can't be sent its experts' weights")
+
+
 def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
     """A local folder has weights, and whole ones; a hub name is no folder."""
     if not Path(folder).is_dir():

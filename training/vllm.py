@@ -32,13 +32,8 @@ from data.rows import BadInput
 def adopt_engine(trainer, longest: int) -> None:
     """Turn the trainer's VLLMGeneration into a SparkGeneration (TRL offers no other way).
 
-    Raises ValueError where a vLLM server takes fewer tokens than `longest`, the longest prompt with its completion, and
-    for a model whose weights vLLM 0.31 can't be sent.
+    Raises ValueError where a vLLM server takes fewer tokens than `longest`, the longest prompt with its completion.
     """
-    if (kind := trainer.model.config.model_type) == "qwen3_vl_moe":
-        raise ValueError(
-            f"use_vllm: expected false for {kind}: transformers and vLLM lay its experts' weights out apart"
-        )
     generation = trainer.vllm_generation
     generation.__class__ = SparkGeneration
     if isinstance(trainer.processing_class, ProcessorMixin):
@@ -73,8 +68,11 @@ class SparkGeneration(VLLMGeneration):
         """The trainer's weights into the engine, woken if it sleeps; what the old ones cached is dropped."""
         if self.mode == "server":
             super().sync_weights()
-            if self.accelerator.is_main_process:
-                self.vllm_client._post(f"{self.vllm_client.base_url}/reset_encoder_cache")
+            if self.accelerator.is_main_process and isinstance(self.processing_class, ProcessorMixin):
+                url = f"{self.vllm_client.base_url}/reset_encoder_cache"
+                answer = self.vllm_client.session.post(url)  # an empty one
+                if answer.status_code != 200:
+                    raise RuntimeError(f"{url}: answered {answer.status_code}: {answer.text}")
             return
         if self.asleep:
             empty_cache()
