@@ -192,7 +192,8 @@ def by_category(values: dict[str, Counter]) -> Row:
     mean = sum(row["accuracy"] for row in rows.values()) / len(rows)
     shares = {value: (n["right"] + 2) / (n["answered"] + 4) for value, n in values.items()}
     variance = sum(share * (1 - share) / (values[value]["answered"] + 4) for value, share in shares.items())
-    return {"values": rows, "mean": mean, "interval": tuple(interval_of(mean, variance / len(rows) ** 2, 0.0, 1.0))}
+    low, high = interval_of(sum(shares.values()) / len(rows), variance / len(rows) ** 2, 0.0, 1.0)
+    return {"values": rows, "mean": mean, "interval": (min(mean, low), max(mean, high))}
 
 
 def group_scores(groups: dict[str, dict[str, bool]]) -> dict[str, Row]:
