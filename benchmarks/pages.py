@@ -4,9 +4,8 @@
 
 Above each table a comment says what its columns hold: the results file (without `learning_`), then a variant for its
 mean over seeds, or `one-other` for a difference. A difference with `~` counts other questions as well as other seeds
-(benchmarks/intervals.py). The names of the rows are
-LABELS; an unknown one is a KeyError. `--check` changes nothing, and its exit status is 1 if a
-table does not say what the rows do.
+(benchmarks/intervals.py). The names of the rows are LABELS; an unknown one is a KeyError. `--check` changes nothing,
+and its exit status is 1 if a table does not say what the rows do.
 
     <!-- digits_unseen: start grpo ratio_0.25 ratio_0.25-grpo~ -->
 """

@@ -91,11 +91,11 @@ class Sampler:
     """vLLM with the model's own chat template: n answers a question."""
 
     def __init__(self, settings: SamplingSettings, engine: dict[str, Any]):
-        from transformers import AutoProcessor
+        from transformers import AutoProcessor, ProcessorMixin
         from vllm import LLM, SamplingParams
 
         self.processor = AutoProcessor.from_pretrained(settings.model)
-        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.tokenizer = self.processor.tokenizer if isinstance(self.processor, ProcessorMixin) else self.processor
         self.llm = LLM(settings.model, seed=settings.seed, **whole_prompts(engine))
         drawn = {
             name: value for name, value in asdict(settings).items() if name not in ("model", "dataset", "prompt_suffix")
