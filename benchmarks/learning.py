@@ -1,7 +1,7 @@
 """What judging buys, and what each part of it is worth: SPARK and GRPO at equal rollouts, with seeds, on two tasks, one
-of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py), and
-with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, half of the rollouts in 4 micro-steps, on
-equations as well; the task equations measures these runs there).
+of them from two starts (trusting: Countdown by a model that rarely checks what it judges, benchmarks/trusting.py) and
+three times as long (longer), and with a real model (smollm2: arithmetic by SmolLM2-135M, models/smollm2.py, half of the
+rollouts in 4 micro-steps, on equations as well; the task equations measures these runs there).
 
     python -m benchmarks.learning --task digits --variants grpo spark --seeds 0 1 2 [--jobs 2] [--split dev]
     python -m benchmarks.learning --task digits --table [--minus spark] [--figure FILE.png]
@@ -71,6 +71,7 @@ SMOLLM2 = Task(
 TASKS = {
     "digits": Task(start="models/digits", recipe="recipes/demo.yaml", steps=42, measures="digits"),
     "countdown": COUNTDOWN,
+    "longer": replace(COUNTDOWN, steps=180),
     "trusting": replace(COUNTDOWN, start=TRUSTING, made=COUNTDOWN.made | {TRUSTING: "benchmarks.trusting"}),
     "smollm2": SMOLLM2,
     "equations": replace(SMOLLM2, measures="equations", trained_as="smollm2"),
