@@ -32,22 +32,14 @@ from typing import Any
 import verify
 from data.cli import Parser, refuse
 from data.rows import BadInput, Source
-from engines import (
-    BROKEN_OFF,
-    ELSEWHERE,
-    Output,
-    Request,
-    Sampling,
-    ServerEngine,
-    TransformersEngine,
-    api_url,
-    complete,
-    no_answer,
-    text_of,
-)
-from evaluate import Settings, read_benchmark, reflect_row, same_answers, sampled_row, verdict_probability
+from engines import Output, Request, Sampling, TransformersEngine, complete
+from evaluate import read_benchmark
+from evaluation.server import BROKEN_OFF, ELSEWHERE, ServerEngine, api_url, no_answer, text_of
+from evaluation.settings import Settings
+from evaluation.solvers import reflect_row, same_answers, sampled_row, verdict_probability
 from prompts import PROMPT_SUFFIX, strip_suffix
-from report import TASK_TITLES, image, read_table, visible
+from reporting.hostile import image, visible
+from reporting.runs import TASK_TITLES, read_table
 from training.merge import merged
 
 DEMO, START = "runs/demo/spark", "models/digits"

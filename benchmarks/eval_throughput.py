@@ -100,8 +100,8 @@ def benchmark_rows(folder: Path, n: int) -> list[dict]:
 
 def evaluation(rows: list[dict], port: int, folder: Path) -> float:
     from data.rows import Source
-    from engines import ServerEngine
     from evaluate import Settings, read_benchmark, run_to_file
+    from evaluation.server import ServerEngine
 
     rows = read_benchmark(Source(rows), "answer")
     engine = ServerEngine([f"http://127.0.0.1:{port}"], "stub", concurrency=ROOM)
@@ -120,7 +120,7 @@ def openai_client(rows: list[dict], port: int, folder: Path) -> float:
     import httpx2
     import openai
 
-    from engines import data_url
+    from evaluation.server import data_url
 
     async def run() -> float:
         slots = asyncio.Semaphore(ROOM)

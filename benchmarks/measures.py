@@ -19,7 +19,7 @@ import verify
 from data.cli import Parser
 from demo import balanced, mean
 from engines import Output, Request, Sampling, TransformersEngine, VLLMEngine, complete
-from evaluate import same_answers, verdict_probability
+from evaluation.solvers import same_answers, verdict_probability
 from prompts import (
     PAIRWISE,
     POINTWISE_A_B,

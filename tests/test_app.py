@@ -21,7 +21,7 @@ import verify
 from app import Local, Page, Remote, by_question, family, inert
 from data.rows import BadInput
 from engines import Output, Request, Sampling
-from evaluate import verdict_probability
+from evaluation.solvers import verdict_probability
 from models.make_digits import OUTPUT
 from prompts import PROMPT_SUFFIX, pointwise_instruction
 

@@ -26,8 +26,9 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from engines import Output, Request, Sampling, ServerEngine, api_url, complete, data_url, proxy_of
+from engines import Output, Request, Sampling, complete
 from evaluate import BadInput, Settings, run_to_file
+from evaluation.server import ServerEngine, api_url, data_url, proxy_of
 from models.make_digits import OUTPUT
 from tests.test_images import png_of
 
@@ -541,7 +542,7 @@ import sys, json
 sys.path.insert(0, {root!r})
 from data.rows import Source
 from evaluate import Settings, read_benchmark, run_to_file
-from engines import ServerEngine
+from evaluation.server import ServerEngine
 from pathlib import Path
 url, rows, output = sys.argv[1:]
 engine = ServerEngine([url], "stub", concurrency=4)

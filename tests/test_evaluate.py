@@ -21,8 +21,9 @@ from data.arguments import DataSettings
 from data.digits import digit_rows
 from data.read import read_dataset
 from data.rows import Source
-from engines import BatchEngine, Output, Request, TransformersEngine
+from engines import BatchEngine, Output, Request, Sampling, TransformersEngine
 from evaluate import BadInput, Settings, part_file, read_benchmark, run_to_file
+from evaluation.solvers import verdict_probability
 from prompts import PROMPT_SUFFIX
 
 
@@ -511,7 +512,7 @@ def test_evaluation_reads_what_training_reads(way, tmp_path, processor):
 
 def test_a_row_s_own_pixel_budget_holds_in_evaluation_too(tmp_path, processor, vision_model):
     from data.images import loaded
-    from engines import data_url
+    from evaluation.server import data_url
 
     Image.new("RGB", (560, 280), "red").save(tmp_path / "large.png")
     record = {"problem": "a", "answer": "1", "image": str(tmp_path / "large.png"), "max_pixels": 28 * 28 * 8}
@@ -861,7 +862,7 @@ def spelled(*tokens):
     ],
 )
 def test_the_probability_of_a_verdict_is_that_of_the_tokens_that_spell_it(output, verdict, probability):
-    assert evaluate.verdict_probability(output, verdict) == (probability and pytest.approx(probability))
+    assert verdict_probability(output, verdict) == (probability and pytest.approx(probability))
 
 
 def test_several_verdicts_on_a_question_are_one_majority(tmp_path, monkeypatch, capsys):
@@ -928,11 +929,11 @@ def test_the_log_probabilities_of_transformers_are_those_of_its_model(processor,
     engine = TransformersEngine(vision_model, processor)
     texts = ("What is 1+1?", "What is 2+3? Think.")
     requests = [Request([{"role": "user", "content": text}], with_logprobs=True) for text in texts]
-    outputs = engine.batch(requests, evaluate.Sampling(max_tokens=16))
+    outputs = engine.batch(requests, Sampling(max_tokens=16))
     for request, output in zip(requests, outputs, strict=True):
         prompt = processor.apply_chat_template(request.messages, add_generation_prompt=True, tokenize=False)
         start = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        (alone,) = engine.batch([request], evaluate.Sampling(max_tokens=16))
+        (alone,) = engine.batch([request], Sampling(max_tokens=16))
         assert [token for token, _ in output.logprobs] == [token for token, _ in alone.logprobs]
         assert len(output.logprobs) == output.completion_tokens
         greedy = []
@@ -941,9 +942,7 @@ def test_the_log_probabilities_of_transformers_are_those_of_its_model(processor,
                 logits = vision_model(input_ids=torch.tensor([start + [t for t, _ in greedy]])).logits[0, -1].float()
                 greedy.append((int(logits.argmax()), float(logits.log_softmax(0).max())))
         assert [p for _, p in output.logprobs] == pytest.approx([p for _, p in greedy], abs=1e-4)
-    assert (
-        engine.batch([requests[0]._replace(with_logprobs=False)], evaluate.Sampling(max_tokens=2))[0].logprobs is None
-    )
+    assert engine.batch([requests[0]._replace(with_logprobs=False)], Sampling(max_tokens=2))[0].logprobs is None
 
 
 def test_ways_of_test_time_scaling_are_compared_from_one_set_of_samples(tmp_path):

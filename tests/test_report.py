@@ -19,7 +19,11 @@ from PIL import Image
 
 import report
 from recycle import pairwise_instruction, pointwise_instruction, reflection_instruction
-from report import BadInput, by_seed, co_evolution, draw_rollouts, read_runs, smooth, write_report
+from report import BadInput, write_report
+from reporting import curves
+from reporting.curves import co_evolution, smooth
+from reporting.hostile import image
+from reporting.runs import TASK_TITLES, Run, by_seed, draw_rollouts, read_runs, read_table
 
 HOSTILE = (
     "<script>document.title='PWNED'</script></style></title></div><img src=x onerror=\"document.title='PWNED'\">"
@@ -109,13 +113,13 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-PANELS = report.PANELS
+PANELS = curves.PANELS
 
 
 @pytest.fixture(autouse=True)
 def few_panels(monkeypatch):
     """Drawing takes most of a page's time; all of it is drawn where `whole` is asked for."""
-    monkeypatch.setattr(report, "PANELS", report.PANELS[:1])
+    monkeypatch.setattr(curves, "PANELS", curves.PANELS[:1])
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +202,7 @@ def test_cards_are_spread_over_tasks_late_and_early(whole):
     assert len(late) + len(early) == len(found)
     assert all("step 20" in card or "step 1<" in card for card in late)
     assert all("step 1<" in card or "step 20" in card for card in early)
-    for kind, task in report.TASK_TITLES.items():
+    for kind, task in TASK_TITLES.items():
         for cards_then, count in ((late, report.LATE), (early, report.EARLY)):
             there = [card for card in cards_then if f"<b>{task}</b>" in card]
             assert len(there) == min(count, 6) and all(f'class="card {kind} ' in card for card in there)
@@ -224,7 +228,7 @@ def test_images_go_to_every_rollout_of_their_item_and_to_no_other(tmp_path):
     text_only = table.iloc[:3].assign(prompt="no image", images=[[], [], []])
     path = tmp_path / "t.parquet"
     pd.concat([table, text_only]).to_parquet(path)
-    rows = report.read_table(path, None, [])
+    rows = read_table(path, None, [])
     assert [row["images"] == [] for row in rows] == [False] * 18 + [True] * 3
     for start in range(0, 18, 3):
         assert len({row["images"][0] for row in rows[start : start + 3]}) == 1
@@ -309,12 +313,12 @@ def test_broken_tables_and_images_are_notes(tmp_path):
 
 def test_images_are_encoded_anew():
     hidden = png() + b"<script>alert(1)</script>"
-    kind, content = report.image(hidden)["source"].split(",")
+    kind, content = image(hidden)["source"].split(",")
     assert kind == "data:image/png;base64" and b"script" not in base64.b64decode(content)
     gif = io.BytesIO()
     Image.new("RGB", (2, 2)).save(gif, "GIF")
-    assert report.image(gif.getvalue()) == {"error": "UnidentifiedImageError"}
-    assert report.image(None) == {"error": "TypeError"}
+    assert image(gif.getvalue()) == {"error": "UnidentifiedImageError"}
+    assert image(None) == {"error": "TypeError"}
 
 
 def test_smoothing_keeps_a_constant_and_the_ends():
@@ -406,7 +410,7 @@ def test_runs_that_differ_in_seeds_alone_are_a_band(tmp_path):
 
 
 def test_co_evolution_goes_through_the_steps_that_both_have():
-    run = report.Run("x")
+    run = Run("x")
     run.series = {"policy/accuracy": ([1, 2, 3], [0.5] * 3), "j": ([2, 3, 4], [0.7] * 3)}
     assert co_evolution(run, "j") == [pytest.approx((0.5, 0.7))] * 2
     assert co_evolution(run, "not logged") == []
@@ -415,17 +419,17 @@ def test_co_evolution_goes_through_the_steps_that_both_have():
 def test_what_a_judge_could_get_by_the_question_alone_is_drawn_beside_its_accuracy():
     (panel,) = (panel for panel in PANELS if panel.title == "Judging one answer")
     metrics = ["judge/pointwise/balanced_accuracy", "judge/pointwise/question_only"]
-    run = report.Run("x", series={name: ([1, 2], [0.5, 0.75 + i / 4]) for i, name in enumerate(metrics)})
-    _, (ax,) = report.grid_of_axes(1, 0, "light")
-    report.draw_panel(ax, panel, [run], "light")
+    run = Run("x", series={name: ([1, 2], [0.5, 0.75 + i / 4]) for i, name in enumerate(metrics)})
+    _, (ax,) = curves.grid_of_axes(1, 0, "light")
+    curves.draw_panel(ax, panel, [run], "light")
     drawn = [list(line.get_ydata()) for line in ax.get_lines()]
     assert [0.5, 0.75] in drawn and [0.5, 1.0] in drawn
 
 
 def test_steps_are_whole_numbers_on_the_axis_of_a_short_run(tmp_path):
-    figure, (ax,) = report.grid_of_axes(1, 0, "light")
-    run = report.Run("x", series={"policy/accuracy": ([1, 2, 3], [0.1, 0.2, 0.3])})
-    report.draw_panel(ax, report.PANELS[0], [run], "light")
+    figure, (ax,) = curves.grid_of_axes(1, 0, "light")
+    run = Run("x", series={"policy/accuracy": ([1, 2, 3], [0.1, 0.2, 0.3])})
+    curves.draw_panel(ax, curves.PANELS[0], [run], "light")
     figure.canvas.draw()
     assert [tick for tick in ax.get_xticks() if tick % 1] == []
 
@@ -437,7 +441,7 @@ def test_results_show_calibration_and_what_accuracy_costs(tmp_path):
     rows = [{**judged, "verdict": v, "is_correct": v == "Yes", "verdict_probability": p}
             for v, p in (("Yes", 0.9), ("Yes", 0.8), ("No", 0.6), ("Yes", 0.55))]  # fmt: skip
     (tmp_path / "judged.json").write_text(json.dumps(rows))
-    shown = report.results_pictures([tmp_path / "judged.json"])
+    shown = curves.results_pictures([tmp_path / "judged.json"])
     assert [picture["title"] for picture in shown] == ["Calibration of the judge"]
     assert "judged: d: Brier score 0.15" in shown[0]["words"] and "4 verdicts" in shown[0]["words"]
     page = Page(
@@ -446,7 +450,7 @@ def test_results_show_calibration_and_what_accuracy_costs(tmp_path):
     assert "Evaluation Calibration of the judge" in page.text
     (tmp_path / "other.json").write_text(json.dumps([{**row, "ground_truth": "1", "is_correct": False}]))
     with pytest.raises(BadInput, match="expected results of --mode judge"):
-        report.results_pictures([tmp_path / "other.json"])
+        curves.results_pictures([tmp_path / "other.json"])
 
 
 def test_accuracy_against_tokens_is_drawn_from_a_price_table(monkeypatch):
@@ -455,7 +459,7 @@ def test_accuracy_against_tokens_is_drawn_from_a_price_table(monkeypatch):
     file = {"path": "x.json", "benchmarks": [{"dataset": "d", "price": price}]}
     monkeypatch.setattr("calculate_acc.tally", lambda path: None)
     monkeypatch.setattr("calculate_acc.summarise", lambda tallies: {"files": [file]})
-    (picture,) = report.results_pictures(["x.json"])
+    (picture,) = curves.results_pictures(["x.json"])
     assert (
         picture["title"] == "Accuracy against tokens" and "x: d, knock-out, n = 2: 0.50, 20 tokens" in picture["words"]
     )
