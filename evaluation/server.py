@@ -51,7 +51,7 @@ class ServerEngine:
         model: the name the servers know it by.
         concurrency: requests under way at once, over all servers.
         timeout: seconds for one try; retries: tries after the first.
-        extra: what the body of every request also has.
+        extra: what the body of every request also has; None leaves a field out.
         patience: seconds without any answer for which a request waits for a server that restarts, or for its quota.
     """
 
@@ -138,7 +138,7 @@ class ServerEngine:
             body["seed"] = request.seed
         if request.with_logprobs:
             body["logprobs"] = True
-        return body | self.extra
+        return {name: value for name, value in (body | self.extra).items() if value is not None}
 
     # ---- in the thread ----------------------------------------------------------------------------------------------
 
@@ -227,6 +227,8 @@ class ServerEngine:
                 left_out = left_out | {name}
                 body = without(body, frozenset({name}))
                 continue
+            if status in (400, 422) and _TEMPERATURE.search(answer):
+                raise BadInput(f"{error}; give the --temperature that it takes, or --extra_body '{NO_TEMPERATURE}'")
             if status == 429:
                 if b"insufficient_quota" in answer:
                     raise BadInput(error)
@@ -308,6 +310,8 @@ def read_models(answer: bytes) -> dict[str, str | None]:
         return {}
 
 
+_TEMPERATURE = re.compile(rb"(?i)unsupported [^.]{0,20}temperature")  # OpenAI's, of models that reason
+NO_TEMPERATURE = '{"temperature": null}'
 _UNKNOWN = re.compile(r"unsupported|not supported|unrecognized|unknown|unexpected|not permitted|extra|not allowed")
 
 

@@ -41,7 +41,9 @@ class Settings:
     correct_at: float | None = flag(None, "least reward of that verifier that is right (default: it gives 0 or 1)")
     seed: int = flag(0)
     served_model: str | None = flag(None, "server: the name the model has there (default: --model)")
-    extra_body: str | None = flag(None, 'server: what every request also has, as {"top_k": 20} in JSON')
+    extra_body: str | None = flag(
+        None, 'server: what every request also has, as {"top_k": 20} in JSON; null: leave it out'
+    )
 
     @property
     def extra(self) -> dict[str, Any]:

@@ -402,6 +402,23 @@ def test_a_value_that_is_refused_is_not_a_name_that_is(server):
     assert "seed" not in server.seen[-1][1]
 
 
+@pytest.mark.parametrize("words", [
+    "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported.",
+    "Unsupported parameter: 'temperature' is not supported with this model.",
+])  # fmt: skip
+def test_a_model_without_that_temperature_ends_the_run_at_once(server, words):
+    server.plan["What is 0+1?"] = [(400, json.dumps({"error": {"message": words, "param": "temperature"}}).encode())]
+    engine = ServerEngine([server.url], "small", concurrency=1)
+    with pytest.raises(BadInput, match=r"answered 400: .*give the --temperature that it takes, or --extra_body"):
+        evaluate.evaluate_records(ROWS[:1], engine, SETTINGS)
+    engine.close()
+    server.seen.clear()
+    engine = ServerEngine([server.url], "small", extra={"temperature": None})
+    assert [row["error"] for row in evaluate.evaluate_records(ROWS, engine, SETTINGS)] == [None] * 4
+    engine.close()
+    assert all("temperature" not in body for _, body in server.seen)
+
+
 def test_every_request_has_what_the_user_adds(server):
     engine = ServerEngine([server.url], "small", extra={"chat_template_kwargs": {"enable_thinking": False}})
     evaluate.evaluate_records(ROWS[:1], engine, SETTINGS)
