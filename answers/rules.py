@@ -346,7 +346,7 @@ def _same_equation(p_sign: str, pred: list[str], g_sign: str, gold: list[str]) -
 
 # --------------------------------------------------------------------------- answers of one part
 
-_YES_NO = ("yes", "no", "true", "false")
+_YES_NO = {"yes": {"yes"}, "no": {"no"}, "true": {"true", "yes"}, "false": {"false", "no"}}  # gold -> its answers
 _EMPTY = {"none", "nosolution", "nosolutions", "norealsolution", "norealsolutions", "emptyset"}
 _RATIO = re.compile(r"(\d+(?:\.\d+)?(?:\s*:\s*\d+(?:\.\d+)?)+)(.*)")
 
@@ -368,7 +368,7 @@ def _same_scalar(pred: str, gold: str, digits: int) -> bool | None:
     if words[0] and words[0] == words[1] and _symbols(pred) == _symbols(gold):
         return True
     if words[1] in _YES_NO:
-        return words[0] == words[1]
+        return words[0] in _YES_NO[words[1]]
     if _says_empty(gold):
         return _says_empty(pred)
     return _same_quantity(pred, gold, digits)

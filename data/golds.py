@@ -4,6 +4,7 @@ import json
 import math
 import re
 import reprlib
+from datetime import datetime, time
 from typing import Any
 
 from data.rows import RowError, literal, unicode_text
@@ -21,6 +22,12 @@ _COMMA_SURELY = re.compile(
     rf"^[-+]?\d+,\d\d?\s*{_CURRENCY}"
 )
 
+# A last line that says what the answer is, or the whole text where that says it alone.
+_ANSWER_LINE = re.compile(
+    r"(?:\n[#*\s]*(?:final )?answer|^ans|\n[#*\s]*ans|(?:^|\n)答案)\s*[:：]\s*(\S[^\n]*)$"
+    r"|(?:^|[\n，,。；])\s*故选[:：]?\s*([A-Z])[.。]?$",
+    re.IGNORECASE,
+)
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 
 _WORD = re.compile(r"[\u3040-\u9fff]{2}|(?<![\\A-Za-z])[^\W\d_]{2,}")  # no LaTeX command
@@ -83,11 +90,17 @@ def extracted(value: Any) -> str:
     value = _from_text(value)
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
+    if isinstance(value, dict) and value.get("role") == "assistant":  # TRL's `completion`
+        value = value.get("content")
+    if isinstance(value, datetime) and value.time() == time():
+        value = value.date()
     if isinstance(value, (dict, list, tuple, bytes)):
         raise RowError("solution", f"expected one gold answer, got {reprlib.repr(value)}")
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     text = str(value).strip()
+    if said := _ANSWER_LINE.search(text):
+        text = (said[1] or said[2]).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
         if "\n" in text:

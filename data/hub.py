@@ -7,17 +7,20 @@
 Code that comes with a dataset is never run (datasets 5 has no `trust_remote_code` any more), and nothing is unpickled.
 """
 
+import itertools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data.rows import BadInput, NotLoaded
+from data.table import SUFFIXES, as_written, short_floats
+from data.table import records as read
 
 
 def records(source: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
     """The records of one split, images as their bytes or paths. Raises BadInput, NotLoaded."""
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
     from datasets.exceptions import DatasetsError
 
     if not sys.stderr.isatty():
@@ -25,24 +28,43 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded = load_from_disk(source)
+        elif Path(source).is_dir() and (files := text_files(load_dataset_builder(source, config).config.data_files)):
+            entries = itertools.chain.from_iterable(map(read, files[split_of(source, files, split)]))
+            return (record for _, _, record in entries)
         else:
             loaded = load_dataset(source, config)
     except (OSError, ValueError, DatasetsError) as error:
+        if isinstance(error, BadInput):
+            raise
         kind = BadInput if Path(source).exists() else NotLoaded
         raise kind(
             f"{source}: expected a file (json, jsonl, csv, tsv, parquet), a folder or a hub name; "
             f"{type(error).__name__}: {' '.join(str(error.__cause__ or error).split())[:300]}"
         ) from None
     if isinstance(loaded, DatasetDict):
-        if split not in loaded and (len(loaded) > 1 or split not in ("train", "test")):  # the commands' defaults
-            raise BadInput(f"{source}: no split {split!r}; name one with --dataset_split: {', '.join(loaded)}")
-        loaded = loaded[split if split in loaded else next(iter(loaded))]
+        loaded = loaded[split_of(source, loaded, split)]
     return as_stored(loaded)
 
 
+def text_files(files: dict[str, list[str]] | None) -> dict[str, list[str]]:
+    """The files of each split, where all of them are CSV or JSON: `datasets` guesses the types of what they hold, so
+    that 0.50 would be 0.5 and NA nothing."""
+    files = {str(split): [str(path) for path in paths] for split, paths in (files or {}).items()}
+    text = set(SUFFIXES) - {".parquet"}
+    return files if all(Path(path).suffix.lower() in text for paths in files.values() for path in paths) else {}
+
+
+def split_of(source: str, splits: Mapping[str, Any], split: str) -> str:
+    """The split that is meant. Raises BadInput."""
+    if split not in splits and (len(splits) > 1 or split not in ("train", "test")):  # the commands' defaults
+        raise BadInput(f"{source}: no split {split!r}; name one with --dataset_split: {', '.join(splits)}")
+    return split if split in splits else next(iter(splits))
+
+
 def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
-    """The records of a datasets.Dataset, images left as they are stored; those of a list, without pandas' arrays."""
-    from datasets import Dataset, Image, IterableDataset, LargeList, List
+    """The records of a datasets.Dataset, images left as they are stored and classes by their names; those of a list,
+    without pandas' arrays."""
+    from datasets import ClassLabel, Dataset, Image, IterableDataset, LargeList, List
 
     if not isinstance(dataset, (Dataset, IterableDataset)):
         return map(_without_arrays, dataset)
@@ -54,17 +76,33 @@ def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
             return type(feature)(stored(feature.feature))
         return feature
 
-    plain = dataset.with_format(None)
-    for name, feature in (dataset.features or {}).items():  # None: a stream that has not said yet
+    plain, features = dataset.with_format(None), dataset.features or {}  # None: a stream that has not said yet
+    for name, feature in features.items():
         if stored(feature) != feature:
             plain = plain.cast_column(name, stored(feature))
-    return plain
+    classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    short = short_floats(features.arrow_schema) if features else {}
+
+    def written(record: dict[str, Any]) -> dict[str, Any]:
+        for name, names in classes.items():
+            record[name] = _class(record[name], names)
+        return record | {name: as_written(record[name], dtype) for name, dtype in short.items()}
+
+    return map(written, plain) if classes or short else plain
+
+
+def _class(value: int | None, names: list[str]) -> int | str | None:
+    """The name of a class. One that ends in a number, as choice1 does, says no more than its place."""
+    named = value is not None and 0 <= value < len(names) and not any(name[-1:].isdigit() for name in names)
+    return names[value] if named else value
 
 
 def _without_arrays(value: Any) -> Any:
     """Lists and numbers of Python where `DataFrame.to_dict` gives numpy's."""
     import numpy as np
 
+    if isinstance(value, np.ndarray | np.generic) and value.dtype in ("float32", "float16"):
+        return as_written(value.tolist(), str(value.dtype))
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 1):
         value = value.tolist()
     if isinstance(value, dict):

@@ -16,6 +16,7 @@ import binascii
 import hashlib
 import math
 import os
+import re
 import reprlib
 import shutil
 import stat
@@ -73,7 +74,7 @@ def reference(
     max_pixels: int | None = None,
 ) -> Reference:
     """The reference of `value`: a path, `file://` or `data:` URI, URL, base64 text, bytes, PIL image, or a dict of
-    `bytes` and `path` as datasets.Image stores it. Of the image itself nothing is read.
+    `bytes` and `path` as datasets.Image stores it (or `image`, `url`). Of the image itself nothing is read.
 
     Args:
         folder: what relative paths are relative to.
@@ -86,7 +87,7 @@ def reference(
     if isinstance(value, dict):
         min_pixels = narrower(max, pixels(value.get("min_pixels"), "min_pixels"), min_pixels)
         max_pixels = narrower(min, pixels(value.get("max_pixels"), "max_pixels"), max_pixels)
-        value = value.get("bytes") or value.get("path")
+        value = next((value[name] for name in ("bytes", "path", "image", "url") if value.get(name)), None)
     if min_pixels and max_pixels and min_pixels > max_pixels:
         raise BadImage(f"expected min_pixels up to max_pixels, got {min_pixels} and {max_pixels}")
     content = path = None
@@ -191,6 +192,8 @@ def locate(text: str, folder: str, root: str | None = None) -> str:
             path = unquote(path)
     if root is not None and path.startswith("/") and not _exists(path, root):
         path = _under(path, root) or path
+    if "\\" in path and not _exists(path, folder):  # Windows'
+        return locate(re.sub("^[A-Za-z]:", "", path).replace("\\", "/"), folder, root)
     path = os.path.join(folder, path)
     if ".." in path or not path.startswith("/"):
         path = os.path.abspath(path)

@@ -11,6 +11,7 @@ The answer is a letter, an option's text, or a number that counts options from 0
 rows of a set decide together. A row that they leave open, so that it could be another option, is refused.
 """
 
+import itertools
 import re
 from collections.abc import Iterable
 from functools import lru_cache
@@ -28,20 +29,23 @@ KINDS = {
 }
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+_LABEL_NAMES, _TEXT_NAMES = ("label", "key", "letter"), ("text", "value", "content")  # of one option in a list of them
 _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
-_MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
+_MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op|answer|sol|ending)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
+_MAYBE = re.compile(r"[a-z]|(?:answer|sol|ending).*", re.IGNORECASE)  # options if the answer is one of their labels
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _MAY_BE_OPTIONS = re.compile(
     r"opts|candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
 )
 _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
 _MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
-    re.compile(r"^[ \t]*\(?([A-Z])[.):]\)?", re.MULTILINE),
-    re.compile(r"\(([A-Z])\)"),
-    re.compile(r"(?:^|(?<=\s))([A-Z])[.:](?=\s)"),
+    re.compile(r"^[ \t]*[(（]?([A-Z])[.):．：、）][)）]?", re.MULTILINE),
+    re.compile(r"[(（]([A-Z])[)）]"),
+    re.compile(r"(?:^|(?<=\s))([A-Z])(?:[.:](?=\s)|[．：、])"),
 ]
 _LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
 _TRAILING = re.compile(r"(?:,? (?:or|and)| ?\( ?\)| ?\?)+$")  # (A) 1 or (B) 2?
+_WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # to ASCII
 LONGEST = 300  # characters of an option that may be answered by its text
 _INTEGER = re.compile(r"(\d{1,2})(?:\.0)?")  # 2.0 is what is left of an integer in a column with gaps
 
@@ -75,7 +79,8 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
 def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
     """The options of a record; None for an open question. Raises RowError.
 
-    Columns a, b, c may be anything: they are options where `answer` is one of these letters.
+    Columns a, b, c may be anything, and answer1, answer2 several golds: they are options where `answer` is one of
+    their labels, or counts them.
     """
     lists, members, suspects = _columns(tuple(name for name in raw if isinstance(name, str)))
     for name in suspects:
@@ -84,17 +89,28 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
             raise RowError(
                 name, "looks like options and is not used; expected a column options or choices, or columns A, B, ..."
             )
-    if members.keys() == {name for name in members.values() if name.islower()} and _bare(answer) not in members:
+    if members and not _are_options(members, _bare(answer)):
         members = {}
     nothing = (None, "", [], {}, ())
     sources = [(name, _listed(name, raw[name])) for name in lists if literal(raw[name]) not in nothing]
     if cells := {label.upper(): raw[name] for label, name in members.items() if not is_none(raw[name])}:
         name = next(iter(members.values()))
-        sources.append((name, Options(_texts(name, cells), True)))
+        numbered = name[-1].isdigit()  # the columns are; answers may count otherwise
+        sources.append((name, Options(_texts(name, cells), not numbered)))
     others = [name for name, options in sources if [*options.texts.values()] != [*sources[0][1].texts.values()]]
     if others:
         raise RowError(others[0], f"expected the options once, got others in {sources[0][0]}")
     return sources[0][1] if sources else None
+
+
+def _are_options(members: dict[str, str], answer: str) -> bool:
+    """Whether columns, by their labels, are options: by their names, or by what the answer is."""
+    names = [name for name in members.values() if not name.isupper()]  # A, B, ... are
+    if not names or not all(map(_MAYBE.fullmatch, names)):
+        return True
+    if {len(name) for name in names} == {1}:
+        return answer in members
+    return answer.upper() in map(str.upper, members) or bool(answer.isdecimal() and int(answer) <= len(members))
 
 
 def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
@@ -125,6 +141,7 @@ def _listed(name: str, value: Any) -> Options:
     value, labels = literal(value), None
     if isinstance(value, str):
         value = _lettered(value) or value
+    value = _labelled(value)
     if isinstance(value, dict):
         arc = {"label", "text"} <= value.keys()
         labels, value = (value["label"], value["text"]) if arc else (list(value), list(value.values()))
@@ -136,6 +153,20 @@ def _listed(name: str, value: Any) -> Options:
     if "".join(map(str, names)) == LETTERS[: len(value)].lower():
         names = LETTERS[: len(value)]
     return Options(_texts(name, dict(zip(map(str, names), value, strict=True))), labels is not None)
+
+
+def _labelled(value: Any) -> Any:
+    """label -> text of what other files have as pairs (a Parquet map) or objects with a label and a text; without the
+    letters that are left open, as in a Parquet column of objects some must be."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, tuple) and len(each) == 2 for each in value):
+        value = dict(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(each, dict) for each in value):
+        names = [(usual(_LABEL_NAMES, each), usual(_TEXT_NAMES, each)) for each in value]
+        if None not in itertools.chain(*names):
+            value = {str(each[label]): each[text] for each, (label, text) in zip(value, names, strict=True)}
+    if isinstance(value, dict) and sum(text is not None for text in value.values()) > 1:
+        value = {label: text for label, text in value.items() if text is not None}
+    return value
 
 
 def _lettered(text: str) -> list[str] | None:
@@ -150,11 +181,16 @@ def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:
     if any(not isinstance(o, (str, int, float)) or not str(o).strip() for o in options.values()) or len(options) < 2:
         raise RowError(name, f"expected two or more options as text, got {list(options.values())!r:.60}")
     texts = {plain_text(label, name): plain_text(" ".join(str(o).split()), name) for label, o in options.items()}
-    bare = {
-        label: re.sub(rf"^\(?{re.escape(label)}(?:\)|[.:])\)?\s*", "", text, flags=re.IGNORECASE)
-        for label, text in texts.items()
-    }
+    bare = {label: _without_label(text, label) for label, text in texts.items()}
     return bare if all(bare[label] and bare[label] != text for label, text in texts.items()) else texts
+
+
+def _without_label(text: str, label: str) -> str:
+    """The text of `B. 7`, `(B) 7`, `B - 7`, also where letters and punctuation are wide, as in Chinese."""
+    mark = r"[.:、。,](?!\d)" if label.isdigit() else "[.:、。,]"
+    begins = rf"\(?{re.escape(label)}(?:\)|{mark}|\s+[-–]\s)\)?\s*"
+    found = re.match(begins, text.translate(_WIDE), re.IGNORECASE)
+    return text[found.end() :] if found else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,17 +210,28 @@ def _readings(answer: str, options: Options) -> dict[str, list[str]]:
         labels_by_kind |= {"from_0": labels[n : n + 1], "from_1": labels[n - 1 : n] if n else []}
     if options.has_labels and labels_by_kind["letter"]:
         return {"letter": labels_by_kind["letter"]}
+    if labels[0].isdigit() and not options.has_labels:
+        del labels_by_kind["letter"]
     return {kind: named for kind, named in labels_by_kind.items() if named}
 
 
 def _bare(answer: str) -> str:
-    return answer.strip("()[]. ")
+    """The letter of `(B)`, `B.`, `\\text{B}`, `Option B`, `The answer is B`; another answer is left nearly as it is."""
+    answer = answer.translate(_WIDE).strip("()[].。$ ")
+    answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([A-Za-z])\}", r"\1", answer)
+    said = re.fullmatch(
+        r"(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?\(?([A-Z])\)?", answer, re.IGNORECASE
+    )
+    return said[1] if said else answer
 
 
 def _same(answer: str, text: str, label: str) -> bool:
     """Whether this is the option's text, with its label or without."""
-    written = (text, f"{label}. {text}", f"{label}: {text}", f"({label}) {text}")
-    return " ".join(answer.split()).casefold() in (way.casefold() for way in written)
+
+    def plain(words: str) -> str:
+        return " ".join(words.split()).strip("$").casefold()
+
+    return plain(text) in (plain(answer), plain(_without_label(" ".join(answer.split()), label)))
 
 
 def listed_in(question: str) -> Options | None:
@@ -228,8 +275,8 @@ def right_label(answer: str, options: Options, letter: Any, kind: str | None, co
         kind: what answers are, where that was said; else `common` is what the set's first ones may all be.
     """
     possible = _readings(answer, options)
-    several = {part.strip() for part in answer.split(",")}
-    if not possible and len(several) > 1 and several <= options.texts.keys():  # LogicVista: "A, C"
+    several = list(answer) if re.fullmatch("[A-Z]+", answer) else re.split(r"\s*[,;、]\s*", answer)  # AC, or A, C
+    if not possible and len(several) == len(set(several)) > 1 and options.texts.keys() >= set(several):
         return ", ".join(sorted(several))
     if letter not in (None, ""):
         letter = str(letter).strip()

@@ -26,6 +26,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,19 @@ from data.formats import FORMATS, GOLD_ALONE, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, kept, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
-from data.rows import BadInput, BadRow, Record, RowError, Source, build_row, image_list, question_of, unicode_text
+from data.rows import (
+    BadInput,
+    BadRow,
+    Record,
+    RowError,
+    Source,
+    build_row,
+    image_list,
+    may_be_messages,
+    question_of,
+    shows_images,
+    unicode_text,
+)
 from prompts import PROMPT_SUFFIX
 
 EMBEDDED_ROWS = 8000
@@ -277,10 +290,10 @@ class Reader:
         elif self.source.settings.keep_solution:
             record.solution = kept(record.solution)
         elif record.options:
-            answer = extracted(record.solution)
-            kind = self.source.settings.answer_kind
-            label = right_label(answer, record.options, record.letter, kind, self.layout.common)
-            record.solution = gold_of(label, record.options)
+            kind, common = self.source.settings.answer_kind, self.layout.common
+            answers = [extracted(answer) for answer in several(record.solution) or [record.solution]]
+            labels = {right_label(answer, record.options, record.letter, kind, common) for answer in answers}
+            record.solution = gold_of(", ".join(sorted(labels)), record.options)
         elif several_golds and (golds := several(record.solution)):
             record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:
@@ -356,7 +369,9 @@ def raw_records(source: Source, decode_first: float = math.inf) -> Iterable[tabl
         raise BadInput(f"{name}: expected one of {' '.join(table.SUFFIXES)}; a spreadsheet can be exported as CSV")
     else:
         found = hub.records(name, settings.dataset_config, settings.dataset_split)
-    return ((i, None, record) for i, record in enumerate(found))
+    return (
+        (i, None, replace(record, row=i) if isinstance(record, BadRow) else record) for i, record in enumerate(found)
+    )
 
 
 class Layout:
@@ -377,6 +392,7 @@ class Layout:
         if named and not source.columns_optional:
             raise self._unknown(named[0], names[named[0]])
         self.image_column = None if "image" in missing else settings.image_column
+        self.chosen = {settings.prompt_column} - {"prompt"} if "prompt" not in missing else set()  # by name
         self.format = self.question = None
         given = {what: names[what] for what in ("prompt", "solution") if what not in missing and names[what] != what}
 
@@ -417,9 +433,10 @@ class Layout:
     def _unknown(self, what: str, name: str) -> BadInput:
         flags = {"prompt": "the question", "solution": "the answer", "image": "images"}
         others = ", ".join(f"{words} with --{flag}_column" for flag, words in flags.items() if flag != what)
+        there = ", ".join(sorted(map(str, self.columns)))
         return BadInput(
             f"{self.source}: no column {name!r} for {flags[what]}; name it with --{what}_column ({others}), one of: "
-            f"{', '.join(sorted(map(str, self.columns)))}"
+            f"{there[:500]}{' ...' * (len(there) > 500)}"
         )
 
     def _with_options(self, head: list[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
@@ -442,16 +459,24 @@ class Layout:
         else:
             question = raw.get(self.question)  # which MathVerse leaves to the image in some rows
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
-        if plain := isinstance(record.prompt, str) and not record.prompt.startswith("[{"):
+        plain, shown = isinstance(record.prompt, str) and not may_be_messages(record.prompt), record.prompt
+        columns.refuse_unused(raw, plain)
+        if plain:
+            if self.question not in self.chosen:
+                columns.refuse_another(raw, self.question, record.prompt)
+            if self.question == "instruction":
+                record.prompt = columns.with_input(record.prompt, raw)
             record.prompt = columns.with_passage(record.prompt, raw)
-        answer = record.solution if isinstance(record.solution, str) else ""
+        answer = str(record.solution) if isinstance(record.solution, (str, int)) else ""
         record.options = record.options or options_of(raw, answer)
         # ScienceQA's hint is part of the question; that of an open one may be about its solution.
         if record.options and plain and not self.format:
             record.prompt = columns.with_hint(record.prompt, raw.get("hint"))
+        record.prompt = columns.with_system(record.prompt, raw)
         record.judged = record.judged or columns.judged_fields(raw)
         if self.image_column or not record.images:
-            images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, plain)[1]
+            strict = plain or not shows_images(shown)
+            images = raw.get(self.image_column) if self.image_column else columns.image_of(raw, strict)[1]
             record.images = image_list(images)
         kind = self.format.NAME if self.format else "multiple_choice" if record.options else "question"
         record.task = record.task or next((raw[name] for name in columns.TASK_COLUMNS if raw.get(name)), kind)

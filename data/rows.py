@@ -29,12 +29,18 @@ from prompts import PROMPT_SUFFIX
 ROLES = ("system", "user", "assistant", "tool")
 
 _FLAT_LIST = re.compile(r"\[\s*(?:(['\"])[^'\"\\\[\]]*\1\s*,?\s*)*\]")  # of texts, as long as they like
-_TURNS = re.compile(r"""\s*\[\{\s*['"](?:role|content|from|value)['"]\s*:""")
-_IMAGE_MARK = re.compile(r"<image ?(\d*)>")  # <image>, or <image 1>, <image 2>, ... in that order
+_OBJECTS = re.compile(r"\s*(?:\[\s*\{|\{\s*['\"](?:messages|conversations)['\"]\s*:)")  # how messages begin as text
+_TURN_KEYS = {"role", "content", "from", "value"}
+_TURNS = re.compile(r"""\s*(?:\[\s*)?\{\s*['"](?:role|content|from|value|messages|conversations)['"]\s*:""")
+# <image>, or <image 1>, <image 2>, ... (also <image_1>, <|image_1|>) in that order
+_IMAGE_MARK = re.compile(r"<\|?image[ _]?(\d*)\|?>")
 
-# Tokens of the Qwen family that are structure, not text: in a question they would forge a turn, or announce an image
-# that is not there.
-_STRUCTURE = re.compile(r"<\|(?:im_start|im_end|image_pad|video_pad|vision_start|vision_end)\|>")
+# Tokens that are structure, not text: in a question they would forge a turn, or announce an image that is not there.
+_STRUCTURE = re.compile(
+    r"<\|(?:im_start|im_end|image_pad|video_pad|vision_start|vision_end|vision_pad|endoftext|eot_id|start_header_id"
+    r"|end_header_id|begin_of_text|end_of_text)\|>|<(?:start_of_turn|end_of_turn|IMG_CONTEXT|image_soft_token"
+    r"|fake_token_around_image|end_of_utterance|start_of_image|end_of_image)>"
+)
 
 
 class BadInput(ValueError):
@@ -232,14 +238,30 @@ def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
 def _from_text(text: str) -> list | None:
     """Messages that a text stands for, as JSON or as Python writes them (pandas, in a CSV file); None for any other
     text. Raises RowError for turns that are no messages, or no longer whole: as a question they would be nonsense."""
-    if not text.lstrip().startswith("[{"):
+    if not may_be_messages(text):
         return None
     messages = literal(text)
-    if isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
-        return messages
-    if _TURNS.match(text):
+    objects = messages if isinstance(messages, list) and all(isinstance(m, dict) for m in messages) else []
+    if objects and all({"role", "content"} <= message.keys() for message in objects):
+        return objects
+    if _TURNS.match(text) or any(len(_TURN_KEYS & message.keys()) > 1 for message in objects):
         raise RowError("prompt", f"expected text or messages with role and content, got {text:.60}")
     return None
+
+
+def may_be_messages(text: str) -> bool:
+    """Whether a text begins as messages in JSON do."""
+    return bool(_OBJECTS.match(text))
+
+
+def shows_images(prompt: Any) -> bool:
+    """Whether messages, or text that stands for them, have images among their parts."""
+    if isinstance(prompt, str):
+        return may_be_messages(prompt) and bool(re.search(r"""['"]type['"]\s*:\s*['"]image""", prompt))
+    messages = prompt if isinstance(prompt, (list, tuple)) else ()
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+    return any(isinstance(part, dict) and str(part.get("type")).startswith("image") for part in parts)
 
 
 def _message(message: Any, images: list) -> dict[str, Any]:

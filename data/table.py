@@ -177,8 +177,12 @@ def _csv(path: str) -> Iterator[Entry]:
             for fields in reader:
                 if fields and not names:
                     names = [name.strip() for name in fields]
+                    if any("\0" in name for name in names):
+                        raise BadInput(
+                            f"{path}: expected text in UTF-8, got another encoding (UTF-16 without its mark?)"
+                        )
                     _unique(path, [name for name in names if name])
-                elif fields:
+                elif any(fields):  # a spreadsheet's empty rows have commas
                     record = {name: value or None for name, value in itertools.zip_longest(names, fields) if name}
                     if any(fields[len(names) :]):
                         record = BadRow(row, line, "row", f"expected {len(names)} fields, as in the header, got more")
@@ -187,6 +191,23 @@ def _csv(path: str) -> Iterator[Entry]:
                 line = reader.line_num + 1 + skipped
         except csv.Error as error:
             raise BadInput(f"{path}: line {line}: expected delimited text: {error}") from None
+
+
+def short_floats(schema) -> dict[str, str]:
+    """The columns of an Arrow schema with numbers of 32 or 16 bits: name -> the type that they have in numpy."""
+    types = {field.name: re.search(r"\b(half)?float\b", str(field.type)) for field in schema}
+    return {name: "float16" if found[1] else "float32" for name, found in types.items() if found}
+
+
+def as_written(value: Any, dtype: str) -> Any:
+    """Such numbers as they were written: 0.1, where the same in 64 bits is 0.10000000149."""
+    import numpy as np
+
+    if isinstance(value, (list, tuple)):
+        return [as_written(part, dtype) for part in value]
+    if isinstance(value, dict):
+        return {name: as_written(part, dtype) for name, part in value.items()}
+    return float(str(np.dtype(dtype).type(value))) if isinstance(value, float) else value
 
 
 def _unique(path: str, names: list[str]) -> None:
@@ -201,10 +222,11 @@ def _parquet(path: str) -> Iterator[Entry]:
     try:
         with pq.ParquetFile(path, pre_buffer=False) as file:
             _unique(path, file.schema_arrow.names)
+            short = short_floats(file.schema_arrow)
             row = 0
             for batch in file.iter_batches(batch_size=256):
                 for record in batch.to_pylist():
-                    yield row, None, record
+                    yield row, None, record | {name: as_written(record[name], of) for name, of in short.items()}
                     row += 1
     except BadInput:
         raise

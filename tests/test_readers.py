@@ -490,7 +490,7 @@ def test_spark_data_with_turns_budgets_and_places(folder):
 def test_the_examples_of_the_documentation_are_read(folder):
     text = (Path(__file__).parent.parent / "data" / "README.md").read_text(encoding="utf-8")
     examples = [block.split("\npython")[0] for block in re.findall(r"```\n([\[{].*?)```", text, re.DOTALL)]
-    assert len(examples) == 10
+    assert len(examples) == 11
     for example in examples:
         (folder / "x.json").write_text(example.replace("file:///data", f"file://{folder}"))
         found = read(folder / "x.json")
@@ -852,7 +852,7 @@ def test_a_path_and_a_stream(folder):
 
 def test_a_folder_whose_file_is_broken_says_why(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "solution": "1"}\n{"prompt"')
-    with pytest.raises(BadInput, match="JSON parse error"):
+    with pytest.raises(BadInput, match="row 1: field row: expected a JSON object"):
         read_dataset(str(tmp_path))
 
 

@@ -14,6 +14,7 @@ from data.formats import (
     judgebench,
     llava,
     math_boxed,
+    messages,
     processbench,
     spark_data,
     verl,
@@ -23,4 +24,14 @@ from data.formats import (
 
 JUDGED = (vl_rewardbench, judgebench, processbench)  # their rows are for a judge alone
 GOLD_ALONE = (gsm8k, math_boxed)  # only say where in its column a gold is
-FORMATS = (spark_data, llava, verl, *JUDGED, vlmevalkit, gpqa, gsm8k, math_boxed)  # the first that matches is taken
+FORMATS = (
+    spark_data,
+    llava,
+    messages,
+    verl,
+    *JUDGED,
+    vlmevalkit,
+    gpqa,
+    gsm8k,
+    math_boxed,
+)  # the first that matches is taken

@@ -11,19 +11,21 @@ For judging, a pair or one response with its label:
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
 from PIL import Image
 
-from data.rows import RowError, literal, replace_surrogates, unicode_text
+from data.rows import RowError, image_list, literal, replace_surrogates, unicode_text
 
 ROTATION = 1_000_000  # MMBench: what is added to a question's index for each rotation of its options
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
 PASSAGES = ("passage", "context", "article", "body", "paragraph", "story")  # BoolQ, SQuAD, RACE, SVAMP
+BESIDE = ("history", "table", "premise")  # parts of a question that is text
+NEVER_USED = ("video", "videos", "audio", "audios", "tools")
 TASK_COLUMNS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
 LABELS = {"yes": "Yes", "true": "Yes", "1": "Yes", "no": "No", "false": "No", "0": "No"}
@@ -34,6 +36,9 @@ CATEGORIES = (
 
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
+_IMAGE_URL = re.compile(r"(?:image|img|photo|picture|figure)s?[_ ]?(?:url|uri|link|src)s?", re.IGNORECASE)
+_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)\S{56}")  # the same, in text
 # May be an image's where there is no column for images.
 _FILE_NAME = re.compile(r"file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE)
 _IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -58,6 +63,9 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
     for name in usual_names:
         if not is_none(raw[name]):
             more = [other for other in numbered if not is_none(raw[other])]
+            if not more and {"image", "images"} <= set(map(str.lower, usual_names)):  # the same, as text or as a list
+                sides = {each: image_list(raw[each]) for each in usual_names if each.lower() in ("image", "images")}
+                more = [each for each, images in sides.items() if each != name and not _alike(images, sides.get(name))]
             if more and strict:
                 raise RowError(more[0], f"expected the images once, got others in {name}; name one as --image_column")
             return name, raw[name]
@@ -69,6 +77,14 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
                 name, f"holds an image and is not used; expected {', '.join(IMAGES)}, or its name as --image_column"
             )
     return "", None
+
+
+def _alike(images: Sequence, others: Sequence | None) -> bool:
+    """Whether these may be the same images. There may be none in one of the two columns."""
+    if others is None or all(map(is_none, images)):
+        return True
+    told_apart = isinstance(images[0], str) and isinstance(others[0], str)
+    return len(images) == len(others) and not (told_apart and list(images) != list(others))
 
 
 def is_none(value: Any) -> bool:
@@ -89,14 +105,21 @@ def _holds_image(name: str, value: Any) -> bool:
     if isinstance(value, (list, tuple)) and value:
         value = value[0]
     if isinstance(value, dict):
-        return isinstance(value.get("bytes"), bytes)
+        path = value.get("path") or value.get("image") or value.get("images") or value.get("url")
+        return isinstance(value.get("bytes"), bytes) or (path is not None and _holds_image("image", path))
     if isinstance(value, str):
-        return value.startswith("data:image/") or _names_image(name, value, _IMAGE_NAME)
-    return isinstance(value, Image.Image)
+        at = value.startswith(("http://", "https://")) and _IMAGE_URL.fullmatch(name)
+        return bool(
+            at or value.startswith("data:image/") or _BASE64.match(value) or _names_image(name, value, _IMAGE_NAME)
+        )
+    return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_SIGNATURES))
 
 
 def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
-    return isinstance(value, str) and value[-5:].lower().endswith(_IMAGE_FILE) and bool(column.search(name))
+    if not isinstance(value, str) or not column.search(name):
+        return False
+    path = value.partition("?")[0] if value.startswith(("http://", "https://")) else value
+    return path[-5:].lower().endswith(_IMAGE_FILE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,6 +135,48 @@ def with_passage(question: str, raw: dict[str, Any]) -> str:
     if not isinstance(passage, str):
         raise RowError(name, f"expected the question's text, or no such column, got {passage!r:.60}")
     return question if passage.strip() in question else f"{passage.strip()}\n\n{question}"
+
+
+def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
+    """The prompt after the system prompt that is in a column of its own. Raises RowError where it has another."""
+    name = usual(("system", "system_prompt"), raw)
+    system = None if name is None else raw[name]
+    if is_none(system):
+        return prompt
+    if not isinstance(system, str):
+        raise RowError(name, f"expected the system prompt as text, or no such column, got {system!r:.60}")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
+    if isinstance(first, dict) and first.get("role") == "system":
+        if first.get("content") != system:
+            raise RowError(name, "expected one system prompt, got another than that of the messages")
+        return prompt
+    return [{"role": "system", "content": system}, *messages] if first else prompt
+
+
+def refuse_unused(raw: dict[str, Any], plain: bool) -> None:
+    """Raises RowError for a column that holds a part of the question and is not used; `plain`: the question is text."""
+    for name in (*NEVER_USED, *BESIDE) if plain else NEVER_USED:
+        column = usual((name,), raw)
+        if column and not is_none(literal(raw[column])):
+            raise RowError(
+                column, "holds a part of the question and is not used; expected it in the prompt, or nothing"
+            )
+
+
+def refuse_another(raw: dict[str, Any], question: str, prompt: str) -> None:
+    """Raises RowError where another column holds another question."""
+    other = usual(tuple(name for name in QUESTIONS if name != question.lower()), raw)
+    if other and isinstance(raw[other], str):
+        here, there = ("".join(text.split()) for text in (prompt, raw[other]))
+        if here and there and here not in there and there not in here:
+            raise RowError(other, f"expected one question, got another in {question}; name one as --prompt_column")
+
+
+def with_input(prompt: str, raw: dict[str, Any]) -> str:
+    """Alpaca's instruction, and what it is about."""
+    given = raw.get("input")
+    return f"{prompt}\n{given}" if isinstance(given, str) and given.strip() else prompt
 
 
 def with_hint(question: str, hint: Any) -> str:

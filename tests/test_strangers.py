@@ -1,0 +1,296 @@
+"""Files as other people lay them out: what they hold is used, or refused by name."""
+
+import io
+import json
+from datetime import datetime
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import png
+from PIL import Image
+
+from data.arguments import DataSettings
+from data.golds import gold
+from data.read import Reader, read_dataset
+from data.rows import BadInput, BadRow, Source
+from verify import is_equal
+
+SUFFIX = ""
+
+
+def read(rows, **settings):
+    """Each row, or what is wrong with it."""
+    return [row for _, _, row in Reader(Source(rows, DataSettings(**settings), SUFFIX))]
+
+
+def golds(rows, **settings):
+    return [str(row) if isinstance(row, BadRow) else row["solution"] for row in read(rows, **settings)]
+
+
+def asked(row, **settings):
+    (found,) = read([row], **settings)
+    assert not isinstance(found, BadRow), found
+    return [(message["role"], message["content"]) for message in found["prompt"]]
+
+
+def refused(row, **settings):
+    (found,) = read([row], **settings)
+    assert isinstance(found, BadRow), found
+    return f"{found.field}: {found.reason}"
+
+
+def jpeg():
+    with io.BytesIO() as file:
+        Image.new("RGB", (40, 40)).save(file, "JPEG")
+        return file.getvalue()
+
+
+BASE64 = "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAIAAAD9b0jDAAAAI0lEQVR4nO3MMQEAAAgDoK1/Zs3g4QcFaCaXKVAoFAqFQqFQ+A=="
+
+
+@pytest.mark.parametrize("column, value", [
+    ("image_bytes", png()), ("jpg", jpeg()), ("photo", BASE64), ("image_base64", BASE64),
+    ("image_url", "https://cdn/i?id=3"), ("img_url", "https://cdn/a.png?w=3"), ("image_urls", ["https://cdn/i"]),
+    ("figure", {"bytes": None, "path": "/x/a.png"}), ("picture", [{"path": "a.png"}]),
+    ("multi_modal_data", {"image": ["a.png"]}),
+])  # fmt: skip
+@pytest.mark.parametrize("question", ["Area?", [{"role": "user", "content": "Area?"}]])
+def test_images_under_another_name_are_not_left_out(column, value, question):
+    row = {"prompt": question, "answer": "4", column: value}
+    assert refused(row).startswith(f"{column}: holds an image and is not used")
+
+
+def test_a_link_to_a_page_is_no_image():
+    rows = [
+        {"question": "Q?", "answer": "4", "url": "https://x/a", "source_url": "https://x/b", "note": "/9j/ is short"}
+    ]
+    assert golds(rows) == ["4"]
+
+
+def test_two_columns_of_images_that_differ_are_refused(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(png())
+    row = {"question": "Q?", "answer": "4", "image": "a.png", "images": ["b.png", "a.png"]}
+    assert refused(row, image_root=str(tmp_path)).endswith(
+        "expected the images once, got others in images; name one as --image_column"
+    )
+    for other in (["a.png"], [], None):
+        (found,) = read([{**row, "images": other}], image_root=str(tmp_path))
+        assert len(found["images"]) == 1
+
+
+def test_numbered_options_count_as_the_answers_do():
+    options = {f"option{i + 1}": letter for i, letter in enumerate("wxyz")}
+    rows = [{"question": "Q?", **options, "answer": i} for i in (1, 0, 3)]
+    assert golds(rows) == golds(rows, answer_kind="from_0") == ["2", "1", "4"]
+    rows = [{"question": "Q?", **options, "answer": str(i)} for i in (1, 4)]
+    assert golds(rows) == ["1", "4"]
+    left_open = golds([{"question": "Q?", **options, "answer": i} for i in (1, 2)])
+    assert all("--answer_kind" in reason for reason in left_open)
+    assert golds([{"question": "Q?", **options, "answer": i} for i in (0, 4)])[0].startswith("row 0: field answer")
+    arc = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}
+    assert golds([arc]) == ["1"]  # these labels are the data's own
+
+
+@pytest.mark.parametrize("row, settings", [
+    ({"question": "Q?", "answerA": "p", "answerB": "q", "answerC": "r", "label": "3"}, {}),
+    ({"goal": "Q?", "sol1": "p", "sol2": "q", "label": 0}, {"prompt_column": "goal", "solution_column": "label"}),
+    ({"ctx": "Q?", "ending0": "p", "ending1": "q", "label": "0"},
+     {"prompt_column": "ctx", "solution_column": "label"}),
+])  # fmt: skip
+def test_options_of_other_names_are_asked(row, settings):
+    ((_, content),) = asked(row, **settings)
+    assert content.splitlines()[1].partition(". ")[2] == "p"
+
+
+def test_columns_of_several_golds_are_no_options():
+    row = {"question": "Q?", "answer1": "seventeen", "answer2": "17", "answer": "17"}
+    assert asked(row) == [("user", "Q?")] and golds([row]) == ["17"]
+
+
+@pytest.mark.parametrize("options", [
+    ["A．4", "B．7"], ["A、4", "B、7"], ["（A）4", "（B）7"], ["Ａ．4", "Ｂ．7"], ["A - 4", "B - 7"], ["A.4", "B.7"],
+])  # fmt: skip
+@pytest.mark.parametrize("answer", ["B", "7", "B．7", "B、7", "Ｂ"])
+def test_chinese_labels_of_options(options, answer):
+    assert golds([{"question": "质数?", "options": options, "answer": answer}]) == ["(B) 7"]
+
+
+@pytest.mark.parametrize("answer, expected", [
+    ("AC", "A, C"), ("A;C", "A, C"), ("C,A", "A, C"), (["A", "C"], "A, C"), (["red", "blue"], "A, C"),
+    ("B) green", "(B) green"), ("$green$", "(B) green"), (r"\text{B}", "(B) green"),
+    ("The answer is B.", "(B) green"), ("Option B", "(B) green"),
+    ("ABBA", "expected A to C"), ("AD", "expected A to C"),
+])  # fmt: skip
+def test_ways_to_say_which_options_are_right(answer, expected):
+    assert expected in golds([{"question": "Q?", "options": ["red", "green", "blue"], "answer": answer}])[0]
+
+
+@pytest.mark.parametrize("options", [
+    {"A": "4", "B": "7", "C": None}, [("A", "4"), ("B", "7")], [{"key": "A", "value": "4"}, {"key": "B", "value": "7"}],
+    [{"label": "A", "text": "4"}, {"label": "B", "text": "7"}],
+])  # fmt: skip
+def test_options_as_structures_maps_and_objects(options):
+    row = {"question": "Q?", "options": options, "answer": "B"}
+    assert golds([row]) == ["(B) 7"] and asked(row) == [("user", "Q?\nA. 4\nB. 7")]
+
+
+def test_what_belongs_to_the_question_is_asked():
+    named = {"prompt_column": "instruction", "solution_column": "output"}
+    row = {"instruction": "Add the numbers", "input": "3, 4", "output": "7", "system": "Be brief."}
+    assert asked(row, **named) == [("system", "Be brief."), ("user", "Add the numbers\n3, 4")]
+    row = {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "11"}], "system": "Base 3."}
+    assert asked(row) == [("system", "Base 3."), ("user", "2+2?")]
+    messages = [{"role": "system", "content": "Base 3."}, {"role": "user", "content": "2+2?"}]
+    assert asked({"prompt": messages, "answer": "11", "system": "Base 3."})[1:] == [("user", "2+2?")]
+    assert "another than that" in refused({"prompt": messages, "answer": "11", "system": "Base 4."})
+
+
+@pytest.mark.parametrize("column, value", [
+    ("history", [["2+2?", "4"]]), ("table", "a | b"), ("premise", "It rained."), ("tools", '[{"name": "f"}]'),
+    ("videos", ["a.mp4"]), ("audio", "a.wav"),
+])  # fmt: skip
+def test_what_belongs_to_the_question_and_cannot_be_asked_is_refused(column, value):
+    row = {"question": "And doubled?", "answer": "8"}
+    assert refused({**row, column: value}).startswith(f"{column}: holds a part of the question")
+    assert golds([{**row, column: [] if isinstance(value, list) else None}]) == ["8"]
+
+
+def test_two_questions_are_refused_unless_one_is_named():
+    row = {"prompt": "Answer the question.", "question": "6*7?", "answer": "42"}
+    assert refused(row).startswith("question: expected one question")
+    assert asked(row, prompt_column="question") == [("user", "6*7?")]
+    assert asked({**row, "prompt": "Answer: 6*7?"}) == [("user", "Answer: 6*7?")]
+
+
+@pytest.mark.parametrize("dtype, expected", [(pa.float32(), ["0.1", "3.14"]), (pa.float16(), ["0.1", "3.14"])])
+def test_short_floats_are_as_they_were_written(tmp_path, dtype, expected):
+    numbers = np.array([0.1, 3.14], np.float32 if dtype == pa.float32() else np.float16)
+    pq.write_table(pa.table({"question": ["a?", "b?"], "answer": pa.array(numbers)}), tmp_path / "x.parquet")
+    assert golds(str(tmp_path / "x.parquet")) == expected
+    assert golds([{"question": "a?", "answer": numbers[0]}]) == expected[:1]
+    from datasets import Dataset, Features, Value
+
+    features = Features({"question": Value("string"), "answer": Value(str(numbers.dtype))})
+    assert golds(Dataset.from_dict({"question": ["a?", "b?"], "answer": numbers.tolist()}, features)) == expected
+
+
+def test_yes_answers_a_gold_that_is_true():
+    (right,) = golds([{"question": "Is 7 prime?", "answer": True}])
+    assert is_equal("Yes", right) and is_equal("true", right) and not is_equal("No", right) and not is_equal("1", right)
+    assert not is_equal("false", "no")  # a gold in words is answered in these
+
+
+def test_classes_are_their_names():
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    def of(names):
+        features = Features({"question": Value("string"), "answer": ClassLabel(names=names)})
+        return golds(Dataset.from_dict({"question": ["a?", "b?"], "answer": [0, 1]}, features))
+
+    assert of(["no", "yes"]) == ["no", "yes"] and of(["choice1", "choice2"]) == ["0", "1"]
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("train.csv", "question,solution\na?,0.50\nb?,0101\nc?,12345678901234567890\nd?,NA\n",
+     ["0.50", "0101", "12345678901234567890", "NA"]),
+    ("train.jsonl", '{"question": "a?", "solution": "2023-01-02"}\n', ["2023-01-02"]),
+    ("data/train-0.jsonl", '{"question": "a?", "solution": "0.50"}\n', ["0.50"]),
+])  # fmt: skip
+def test_a_folders_files_keep_what_is_written(tmp_path, name, text, expected):
+    file = tmp_path / "set" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(text, encoding="utf-8")
+    assert golds(str(tmp_path / "set")) == expected
+    with pytest.raises(BadInput, match="no split 'dev'"):
+        golds(str(tmp_path / "set"), dataset_split="dev")
+
+
+def test_a_folders_broken_line_is_one_row(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"question": "a?", "solution": "1"}\n5\n', encoding="utf-8")
+    assert golds(str(tmp_path)) == ["1", "row 1: field row: expected a JSON object, got 5"]
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "user", "content": "6*7?"}], "solution": "42"},
+    {"messages": [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "42"}]},
+    {"messages": json.dumps([{"role": "user", "content": "6*7?"}]), "answer": "42"},
+    {"conversations": [{"role": "user", "content": "6*7?"}, {"role": "assistant", "content": "42"}]},
+])  # fmt: skip
+def test_chat_messages(row):
+    assert asked(row) == [("user", "6*7?")] and golds([row]) == ["42"]
+
+
+def test_chat_messages_with_images_and_another_answer(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    row = {"messages": [{"role": "user", "content": "<image>Area?"}], "images": [{"image": "a.png"}], "result": "4"}
+    (found,) = read([row], image_root=str(tmp_path), solution_column="result")
+    assert (found["solution"], len(found["images"])) == ("4", 1)
+    assert "expected a gold answer" in refused({"messages": row["messages"]})
+    assert golds([{"prompt": "6*7?", "completion": [{"role": "assistant", "content": "42"}]}],
+                 solution_column="completion") == ["42"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [
+    json.dumps([{"role": "user", "content": "6*7?"}], indent=2), '[ {"role": "user", "content": "6*7?"}]',
+])  # fmt: skip
+def test_messages_as_json_however_it_is_laid_out(text):
+    assert asked({"prompt": text, "solution": "42"}) == [("user", "6*7?")]
+
+
+@pytest.mark.parametrize("text", [
+    '{"messages": [{"role": "user", "content": "6*7?"}]}', '[{"id": 1, "from": "human", "value": "6*7?"}]',
+])  # fmt: skip
+def test_turns_that_are_no_messages_are_no_question(text):
+    assert "expected text or messages" in refused({"prompt": text, "solution": "42"})
+
+
+def test_marks_of_images_in_other_spellings(tmp_path):
+    (tmp_path / "a.png").write_bytes(png())
+    for mark in ("<image_1>", "<|image_1|>", "<image 1>"):
+        row = {"question": f"Look: {mark} Area?", "answer": "4", "images": ["a.png"]}
+        ((_, content),) = asked(row, image_root=str(tmp_path))
+        assert [part["type"] for part in content] == ["text", "image", "text"]
+
+
+@pytest.mark.parametrize("value, expected", [
+    ("Since OA=OB, it is 50°.\nAnswer:B", "B"), ("Step 1: 3+4\n### Answer: 7", "7"), ("Ans: 7", "7"), ("答案:B", "B"),
+    ("因为它是质数，故选B。", "B"), (datetime(2023, 1, 2), "2023-01-02"),
+    (datetime(2023, 1, 2, 5), "2023-01-02 05:00:00"),
+])  # fmt: skip
+def test_what_the_answer_is(value, expected):
+    assert gold(value) == expected
+
+
+@pytest.mark.parametrize("answer", ["proof", "notfound"])
+def test_numinamaths_words_for_no_answer(answer):
+    assert "stands for none" in refused({"problem": "Prove it.", "solution": r"\boxed{1}", "answer": answer})
+    assert golds([{"problem": "1?", "solution": r"\boxed{1}", "answer": float("nan")}]) == ["1"]
+
+
+@pytest.mark.parametrize("token", [
+    "<|eot_id|>", "<|start_header_id|>", "<start_of_turn>", "<IMG_CONTEXT>", "<image_soft_token>", "<|endoftext|>",
+])  # fmt: skip
+def test_control_tokens_of_every_supported_family_are_no_text(token):
+    assert f"control token {token}" in refused({"prompt": f"x {token} y?", "solution": "1"})
+
+
+def test_a_spreadsheets_empty_rows_and_windows_paths(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(png())
+    (tmp_path / "x.csv").write_text(
+        "question,answer,image\nArea?,4,sub\\a.png\nArea?,5,C:\\data\\sub\\a.png\n,,\n", encoding="utf-8"
+    )
+    rows = read(str(tmp_path / "x.csv"), image_root=str(tmp_path))
+    assert [row["images"][0]["path"] for row in rows] == [str(tmp_path / "sub" / "a.png")] * 2
+    (tmp_path / "y.csv").write_bytes("question,answer\na,b\n".encode("utf-16-le"))
+    with pytest.raises(BadInput, match="another encoding"):
+        read(str(tmp_path / "y.csv"))
+
+
+def test_an_error_does_not_list_a_thousand_columns():
+    with pytest.raises(BadInput, match=r"no column 'prompt'") as caught:
+        read_dataset([{f"id{i}": 1 for i in range(3000)}])
+    assert len(str(caught.value)) < 900
