@@ -54,13 +54,15 @@ from training.callbacks import MetricsFile, RecycledTable, StopOnSignal, Watch, 
 from training.checkpoint import SafeCheckpoints, copy_result, finished, last_checkpoint, where_to_start
 from training.images import MixedImages
 from training.logs import StepLogs
-from training.metrics import policy_metrics, recycling_metrics
+from training.metrics import recycling_metrics
 from training.model_card import SparkModelCard
 from training.passes import TOKEN_LOSSES, InPasses
 from training.rewards import JudgingRewards, load_rewards
 from training.settings import (
     after_loading,
     attention,
+    check_alike,
+    check_choices,
     check_columns,
     check_engine,
     check_files,
@@ -125,6 +127,11 @@ class SparkConfig(RecycleConfig, GRPOConfig):
                 "use_transformers_continuous_batching: expected false with an eval_strategy: after generating with it, "
                 "TRL 1.16 leaves the model in training mode"
             )
+        if self.recycle_ratio > 0 and self.reward_weights and self.reward_weights[0] == 0:
+            raise ValueError(
+                "reward_weights: expected a first one other than 0 with recycling: it weighs verdicts as well"
+            )
+        check_choices(self)
         if self.recycle_ratio > 0 and self.vllm_structured_outputs_regex is not None:
             raise ValueError(
                 "vllm_structured_outputs_regex: expected none with recycling: judges write Yes, No, A or B"
@@ -194,12 +201,12 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     Args:
         model, train_dataset, processing_class, ...: as for GRPOTrainer.
-        reward_funcs: functions of (prompts, completions, **columns), as TRL's. The first one is the verifier: a rollout
-            is right where it gives 1 (or `correct_at`), and a row on which it has no opinion (None) is left out. Judge
-            rows are scored by their label instead, reflection rows by these functions. Two attributes of the verifier
-            are used where it has them: `extract` (text -> the answer in it, or None) instead of verify.extract_boxed,
-            and `equal` (pairs of prediction and gold -> whether they are the same answer) instead of
-            verify.verify_many.
+        reward_funcs: functions of (prompts, completions, **columns), as TRL's; default: verify.answer_reward, or with
+            an environment none but its own. The first one is the verifier: a rollout is right where it gives 1 (or
+            `correct_at`), and a row on which it has no opinion (None) is left out. Judge rows are scored by their label
+            instead, reflection rows by these functions. Two attributes of the verifier are used where it has them:
+            `extract` (text -> the answer in it, or None) instead of verify.extract_boxed, and `equal` (pairs of
+            prediction and gold -> whether they are the same answer) instead of verify.verify_many.
         args: a SparkConfig.
 
     Raises ValueError, with recycling on, for reward models, async functions and environments: a label must come from
@@ -209,7 +216,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
     def __init__(
         self,
         model,
-        reward_funcs=verify.answer_reward,
+        reward_funcs=None,
         args: SparkConfig | None = None,
         train_dataset=None,
         eval_dataset=None,
@@ -217,11 +224,15 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         **kwargs,
     ):
         args = copy.copy(args if args is not None else SparkConfig("spark"))
-        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        check_columns("train_dataset", train_dataset, reward_funcs)
-        check_columns("eval_dataset", eval_dataset, reward_funcs)
-        if args.recycle_ratio > 0 and kwargs.get("environment_factory") is not None:
+        environment = kwargs.get("environment_factory") is not None
+        if args.recycle_ratio > 0 and environment:
             raise ValueError("environment_factory: can't be used with recycle_ratio > 0: its reward is not the judge's")
+        if reward_funcs is None:
+            reward_funcs = [] if environment else [verify.answer_reward]
+        reward_funcs = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if not environment:  # which may ask its own questions
+            check_columns("train_dataset", train_dataset, reward_funcs)
+            check_columns("eval_dataset", eval_dataset, reward_funcs)
         loading = {
             "revision": (args.model_init_kwargs or {}).get("revision"),
             "trust_remote_code": args.trust_remote_code,
@@ -233,7 +244,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
             args.vllm_max_model_length = longest
         self._rewards = JudgingRewards(reward_funcs, args.recycle_ratio > 0, args.correct_at)
         under_fsdp(args, adapter=kwargs.get("peft_config") is not None or hasattr(model, "peft_config"))
-        super().__init__(model, self._rewards.functions, args, train_dataset, eval_dataset, *rest, **kwargs)
+        super().__init__(model, self._rewards.functions or None, args, train_dataset, eval_dataset, *rest, **kwargs)
         after_loading(self)
         # TRL gathers images on processes that have some, which would wait for the others; `_log_images` gathers on all.
         self.log_multimodal = False
@@ -242,6 +253,11 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
             raise ValueError(
                 "drop_zero_advantage: expected false where more than the advantage enters the loss (beta, entropy "
                 "bonus, auxiliary loss, top_entropy_quantile)"
+            )
+        if args.recycle_ratio > 0 and args.top_entropy_quantile < 1 and self.accelerator.num_processes > 1:
+            raise ValueError(
+                "top_entropy_quantile: expected 1 with recycling on several processes: its threshold is a pass's, and "
+                "passes depend on the number of processes"
             )
         self._drop_rows = args.drop_zero_advantage
         if self._drop_rows is None:
@@ -277,7 +293,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         with self._engine_awake() if recycles else nullcontext():
             policy = super()._generate_and_score_completions(inputs)
         groups = self._groups(inputs, with_rows=recycles)
-        self._log(policy_metrics(groups))
+        self._log_policy(groups)
         self._log_images(inputs)
         if not recycles:
             return policy
@@ -288,7 +304,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
         items = self._recycle(policy, groups)
         if not items:  # the same on every process, so that none waits in a collective
-            if self.use_vllm:
+            if self.use_vllm and not self.vllm_generation.stay_awake:
                 self.vllm_generation.sleep()
             return policy
 
@@ -317,13 +333,16 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         return items
 
     def evaluate(self, *args, **kwargs):
-        """TRL's, but with recycling on training's random numbers continue as if no evaluation had run."""
+        """TRL's, but with recycling on training's random numbers continue as if no evaluation had run, and the engine
+        is sent the weights once, not for each batch."""
         self._begin_evaluation()
         if self.args.recycle_ratio == 0:
             return super().evaluate(*args, **kwargs)
         device, state = self.accelerator.device, np.random.get_state()  # vLLM draws its seeds from numpy's
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), self._engine_awake():
             metrics = super().evaluate(*args, **kwargs)
+        if self.use_vllm:
+            self.vllm_generation.sleep()
         np.random.set_state(state)
         return metrics
 
@@ -382,14 +401,15 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     @contextmanager
     def _engine_awake(self):
-        """An engine that sleeps during the optimizer step stays awake for the second generation."""
-        if self.use_vllm:
-            self.vllm_generation.stay_awake = True
+        """An engine that sleeps during the optimizer step stays awake for the next generation."""
+        if not self.use_vllm:
+            yield
+            return
+        before, self.vllm_generation.stay_awake = self.vllm_generation.stay_awake, True
         try:
             yield
         finally:
-            if self.use_vllm:
-                self.vllm_generation.stay_awake = False
+            self.vllm_generation.stay_awake = before
 
     def _limits(self, policy, groups: list[Group]) -> Limits:
         lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,), image tokens included
@@ -416,7 +436,8 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
 
 def main() -> None:
-    with refusing(ValueError, TypeError, OSError):  # TypeError: a recipe's list where a number is expected
+    # TypeError: a recipe's list where a number is expected. ImportError: what an option needs.
+    with refusing(ValueError, TypeError, OSError, ImportError, NotImplementedError):
         arguments = [part for a in sys.argv[1:] for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
         check_files(arguments)
         launch = plan.requested(arguments)
@@ -446,6 +467,7 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(model.model_name_or_path, padding_side="left", **loading)
         longest = args.longest_prompt(AutoConfig.from_pretrained(model.model_name_or_path, **loading))
         train, evaluation = data.read(args, processor, *longest)
+        check_alike(resume, train, evaluation)
         verify.warm_up()
         args.model_init_kwargs = {
             "revision": model.model_revision,

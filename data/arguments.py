@@ -66,7 +66,7 @@ class DataArguments(DataSettings):
 
         if self.eval_dataset and args.eval_strategy == "no" and not args.eval_on_start:
             raise BadInput("eval_dataset: expected --eval_strategy steps or epoch beside it, or it is never used")
-        reject = too_long(longest, processor, setting)
+        reject = too_long(longest, processor, setting, **(args.chat_template_kwargs or {}))
         train = self.read_one(self.dataset, self.dataset_split, args, processor, reject)
         evaluation = None
         if self.eval_dataset:

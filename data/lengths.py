@@ -36,8 +36,9 @@ def image_tokens(row: dict[str, Any], processor: Any) -> int:
     return sum(processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]) if sizes else 0
 
 
-def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
-    """Tokens of each row's prompt in the model's chat template, those of images included.
+def prompt_tokens(rows: list[dict[str, Any]], processor: Any, **template: Any) -> list[int]:
+    """Tokens of each row's prompt in the model's chat template, those of images included; `template` is what the
+    template is told beside the messages (`chat_template_kwargs`).
 
     Raises BadInput where rows have images and the model reads text alone, and where its template can't write them.
     """
@@ -54,7 +55,7 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     ]
     tokenizer = processor.tokenizer if isinstance(processor, ProcessorMixin) else processor
     try:
-        texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
+        texts = processor.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True, **template)
     except (TemplateError, ValueError) as error:  # of a base model there is none; some take no system prompt
         raise BadInput(f"chat template of {tokenizer.name_or_path}: {error}") from None
     # The template has written the special tokens; one token stands for each image.
@@ -62,13 +63,13 @@ def prompt_tokens(rows: list[dict[str, Any]], processor: Any) -> list[int]:
     return [n + more - len(row["images"]) for n, more, row in zip(lengths, images, rows, strict=True)]
 
 
-def too_long(limit: int, processor: Any, setting: str = "max_prompt_length"):
+def too_long(limit: int, processor: Any, setting: str = "max_prompt_length", **template: Any):
     """A function of a row: why its prompt is too long (by which setting), or None. Only prompts that could be are
     tokenised: a token is at least a byte (a Chinese character or an emoji may be several), and what the template adds
     to a message or an image is no more than the whole of it around an empty question.
 
     The function raises BadInput for roles that the template can't write, such as a system prompt."""
-    (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor)
+    (frame,) = prompt_tokens([{"prompt": [{"role": "user", "content": ""}], "images": []}], processor, **template)
     written: set[tuple[str, ...]] = set()  # sequences of roles that the template has been seen to write
 
     def reason(row: dict[str, Any]) -> str | None:
@@ -77,7 +78,7 @@ def too_long(limit: int, processor: Any, setting: str = "max_prompt_length"):
         most = size + frame * (len(row["prompt"]) + len(row["images"])) + image_tokens(row, processor)
         if roles in written and most <= limit:
             return None
-        (n,) = prompt_tokens([row], processor)
+        (n,) = prompt_tokens([row], processor, **template)
         written.add(roles)
         return f"{n} tokens, expected at most {limit} ({setting})" if n > limit else None
 

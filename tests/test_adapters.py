@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import config, digits
+from helpers import coin, config, digits, sums
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -65,6 +65,24 @@ def test_an_adapter_is_saved_resumed_and_merged(tmp_path, processor, monkeypatch
     torch.testing.assert_close(merged(input_ids=ids).logits, expected, atol=0.1, rtol=0)  # stored in bf16, as the base
     assert (start(input_ids=ids).logits - expected).abs().max() > 0.3
     assert (tmp_path / "run" / "merged" / "tokenizer.json").is_file()
+
+
+def test_an_adapter_beside_the_one_of_its_reference_is_resumed(tmp_path, processor, text_model):
+    """With beta and a model that has its adapter already, TRL adds a second one, whose folder Trainer takes for all."""
+
+    def trained(folder, checkpoint=None):
+        torch.manual_seed(3)
+        model = get_peft_model(copy.deepcopy(text_model), LoraConfig(**LORA, init_lora_weights="gaussian"))
+        arguments = config(SparkConfig, folder, beta=0.05, max_steps=4, save_strategy="steps", save_steps=2)
+        run = SparkTrainer(model, coin, arguments, train_dataset=sums(16), processing_class=processor.tokenizer)
+        run.train(resume_from_checkpoint=checkpoint)
+        assert run.model.active_adapters == ["default"]
+        return {name: p.clone() for name, p in run.model.named_parameters() if "lora" in name}
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert any(".ref." in name for name in whole) and whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def test_merging_what_is_no_adapter(tmp_path, monkeypatch, capsys):

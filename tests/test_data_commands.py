@@ -162,6 +162,17 @@ def test_a_system_prompt_that_the_template_refuses_is_found_before_training(proc
         reason({"prompt": turns, "images": []})
 
 
+def test_what_the_template_is_told_counts(processor):
+    from data.lengths import prompt_tokens, too_long
+
+    other = copy.deepcopy(processor.tokenizer)
+    other.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ 'think not ' * (thinking is false) }}"
+    row = {"prompt": [{"role": "user", "content": "1+1?"}], "images": []}
+    (n,), (more,) = prompt_tokens([row], other), prompt_tokens([row], other, thinking=False)
+    assert more > n and too_long(n, other)(row) is None
+    assert too_long(n, other, thinking=False)(row).startswith(f"{more} tokens")
+
+
 def test_a_short_text_of_many_tokens_is_not_taken_for_short(processor):
     """Byte-level tokens: a Chinese character or an emoji may be three or four of them, and many images frame a lot."""
     from data.lengths import prompt_tokens, too_long

@@ -476,11 +476,12 @@ def test_an_adapter_in_bfloat16_is_float32_where_gradients_are_scaled():
     layers = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(torch.bfloat16)
     layers[0].requires_grad_(False)
     gradients = SimpleNamespace(plugin_kwargs={})
+    state = SimpleNamespace(deepspeed_plugin=None, fsdp_plugin=SimpleNamespace(state_dict_type="FULL_STATE_DICT"))
     trainer = SimpleNamespace(
         is_fsdp_enabled=False,
         args=SimpleNamespace(fp16=True),
         model=layers,
-        accelerator=SimpleNamespace(gradient_state=gradients),
+        accelerator=SimpleNamespace(gradient_state=gradients, state=state),
     )
     settings.after_loading(trainer)
     assert [p.dtype for p in layers.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2
@@ -488,6 +489,14 @@ def test_an_adapter_in_bfloat16_is_float32_where_gradients_are_scaled():
     trainer.is_fsdp_enabled = True
     settings.after_loading(trainer)
     assert gradients.plugin_kwargs == {"sync_each_batch": True}
+    state.fsdp_plugin.state_dict_type = "SHARDED_STATE_DICT"
+    with pytest.raises(ValueError, match="fsdp_state_dict_type: expected FULL_STATE_DICT"):
+        settings.after_loading(trainer)
+    trainer.is_fsdp_enabled = False
+    zero = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": False}}
+    state.deepspeed_plugin = SimpleNamespace(zero_stage=3, deepspeed_config=zero)
+    with pytest.raises(ValueError, match=r"zero3_save_16bit_model .*: expected true"):
+        settings.after_loading(trainer)
 
 
 def test_what_ddp_and_fsdp_hold_beside_the_weights():
@@ -500,6 +509,14 @@ def test_what_ddp_and_fsdp_hold_beside_the_weights():
     assert parts("none", "--bf16", "false")["buckets"] == 4000 and parts("fsdp2")["buckets"] == 0
     half = parts("fsdp2", "--bf16", "true", "--dtype", "bfloat16")  # accelerate makes what is trained float32
     assert (half["weights"], half["gradients"], half["optimizer"]) == (1000, 1000, 2000)
+    lora = ("--use_vllm", "true", "--use_peft", "true", "--lora_target_modules", "all-linear")
+    gathers = (
+        ("zero3", "--use_vllm", "false"),
+        ("zero3", *lora),
+        ("zero3", *lora[:2]),
+        ("zero2", "--use_vllm", "false"),
+    )
+    assert [parts(*flags)["gathered whole"] for flags in gathers] == [2000, 2000, 0, 0]
     more = parts("fsdp2", "--beta", "0.1")["scoring"] - parts("zero3", "--beta", "0.1")["scoring"]
     assert more == 2000  # the reference, in two bytes
 

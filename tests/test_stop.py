@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ForkedTraining, coin, config, sums
+from helpers import ForkedTraining, coin, config, save_text_model, sums
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
 import train_spark
 from data.digits import digit_rows
+from data.rows import BadInput
 from train_spark import SparkConfig, SparkTrainer
 from training.callbacks import StopOnSignal
 from training.checkpoint import (
@@ -30,6 +31,7 @@ from training.checkpoint import (
     last_checkpoint,
     load_batches,
     save_batches,
+    where_to_start,
 )
 from training.settings import check_weights
 
@@ -362,6 +364,39 @@ def test_a_loss_that_is_not_finite_in_an_evaluation_does_not_end_training(tmp_pa
     trainer.train()
     assert math.isnan([logs["eval_loss"] for logs in trainer.state.log_history if "eval_loss" in logs][-1])
     assert not (tmp_path / "nonfinite").exists()
+
+
+def test_a_reference_model_that_moves_is_resumed(tmp_path, processor, text_model, capsys):
+    settings = {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.9}
+    settings |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    save_text_model(text_model, processor.tokenizer, tmp_path / "start")
+
+    def trained(folder, checkpoint=None):
+        arguments = config(SparkConfig, folder, **settings)
+        model, tokenizer = str(tmp_path / "start"), processor.tokenizer
+        trainer = SparkTrainer(model, coin, arguments, train_dataset=sums(16), processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return [*trainer.model.parameters(), *trainer.ref_model.parameters()]
+
+    whole, saved = trained(tmp_path / "whole"), tmp_path / "whole" / "checkpoint-2"
+    for before, after in zip(whole, trained(tmp_path / "resumed", str(saved)), strict=True):
+        assert torch.equal(before, after)
+    assert "has no reference model" not in capsys.readouterr().err
+    shutil.rmtree(saved / "reference")
+    trained(tmp_path / "without", str(saved))
+    assert "has no reference model" in capsys.readouterr().err
+
+
+def test_deepspeeds_state_is_resumed_with_as_many_processes(tmp_path):
+    checkpoint = tmp_path / "checkpoint-3"
+    (checkpoint / "global_step3").mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 3}')
+    (checkpoint / "spark_state.json").write_text('{"step": 3, "processes": 2}')
+    args = SimpleNamespace(resume_from_checkpoint=str(checkpoint), output_dir=str(tmp_path), world_size=2)
+    assert where_to_start(args) == str(checkpoint)
+    args.world_size = 1
+    with pytest.raises(BadInput, match=r"expected 2 processes, with which DeepSpeed saved .*, got 1; a new run"):
+        where_to_start(args)
 
 
 def test_each_process_keeps_its_own_rest():

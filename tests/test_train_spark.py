@@ -10,11 +10,12 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from threading import Barrier
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import PIL.Image
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset, Image, List
 from helpers import IMAGE_KINDS, TEXT_KINDS, coin, config, digits, history, mixed, save_text_model, sums, weights
 from hypothesis import given
@@ -35,6 +36,7 @@ from training.images import each_image_once, processed_once
 from training.metrics import judge_metrics, policy_metrics, recycling_metrics
 from training.passes import cuts, plan_passes
 from training.rewards import JudgingRewards, load_rewards
+from training.settings import check_alike
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "mixed"])
@@ -596,6 +598,22 @@ def test_evaluation_measures_the_judge_and_changes_nothing_in_training(
     assert "judge/unparsed" in trained and not any(name.startswith("eval_") for name in trained)
 
 
+def test_accuracy_of_an_evaluation_is_of_all_its_rollouts(tmp_path, processor, text_model):
+    """Five questions in batches of four and one, of which the last alone is answered."""
+
+    def last(prompts, completions, **columns):
+        return [float("4+1" in prompt[-1]["content"]) for prompt in prompts]
+
+    arguments = config(SparkConfig, tmp_path, per_device_eval_batch_size=16)
+    data, tokenizer = sums(5), processor.tokenizer
+    trainer = SparkTrainer(
+        text_model, last, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    for _ in range(2):
+        measured = trainer.evaluate()
+        assert (measured["eval_policy/accuracy"], measured["eval_policy/pass_at_g"]) == pytest.approx((0.2, 0.2))
+
+
 def test_metrics_of_an_evaluation_are_of_all_its_verdicts(tmp_path, processor, text_model):
     """Not means of its batches' means: those have different numbers of items."""
     verdicts = []
@@ -902,6 +920,87 @@ def test_what_a_reward_function_imports_may_lie_beside_it(tmp_path, monkeypatch)
         load_rewards([f"{tmp_path}/mine.py:f"])
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("loss_type", "foo"), ("importance_sampling_level", "foo"), ("scale_rewards", "foo"),
+     ("multi_objective_aggregation", "foo"), ("remove_unused_columns", True)],
+)  # fmt: skip
+def test_values_that_trl_would_find_wrong_later_are_refused(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"{name}: expected "):
+        config(SparkConfig, tmp_path, **{name: value})
+
+
+def test_without_recycling_an_environment_brings_questions_and_rewards(tmp_path, processor, text_model, monkeypatch):
+    """As with GRPOTrainer: neither a verifier nor a column `prompt` is needed."""
+    seen = {}
+
+    def init(self, model, reward_funcs, args, train_dataset, *rest, **kwargs):
+        seen.update(kwargs, reward_funcs=reward_funcs, columns=train_dataset.column_names)
+        raise InterruptedError
+
+    monkeypatch.setattr(GRPOTrainer, "__init__", init)
+    with pytest.raises(InterruptedError):
+        SparkTrainer(
+            text_model,
+            args=config(SparkConfig, tmp_path, recycle_ratio=0),
+            train_dataset=Dataset.from_list([{"environment": "sums"}] * 4),
+            processing_class=processor.tokenizer,
+            environment_factory=object,
+        )
+    assert (seen["reward_funcs"], seen["columns"], seen["environment_factory"]) == (None, ["environment"], object)
+
+
+def test_a_pass_is_never_one_column_wide():
+    """TRL's metrics would take it for values of whole rows."""
+    ones = torch.ones(2, 6, dtype=torch.long)
+    union = {"prompt_ids": ones, "prompt_mask": ones, "completion_ids": ones, "completion_mask": ones * 0}
+    assert cut_pass(union, torch.tensor([0, 1]))["completion_ids"].shape == (2, 2)
+
+
+def test_processes_that_found_other_rows_are_refused(monkeypatch):
+    rows = [Dataset.from_dict({"source": [f"row {i}" for i in range(n)]}) for n in (3, 2)]
+    check_alike("runs/checkpoint-3", *rows)
+    check_alike(None, rows[0], None)
+    monkeypatch.setattr("training.settings.gather_object", lambda mine: [*mine, ["checkpoint-3", "2 rows (0)", "None"]])
+    with pytest.raises(ValueError, match=r"process 0 found checkpoint-3, 3 rows \(.*, process 1 checkpoint-3, 2 rows"):
+        check_alike("runs/checkpoint-3", rows[0], None)
+
+
+def test_generating_from_a_sharded_vision_tower_needs_images_everywhere(tmp_path, processor, vision_model, monkeypatch):
+    arguments = config(SparkConfig, tmp_path)
+    trainer = SparkTrainer(vision_model, coin, arguments, train_dataset=mixed(8), processing_class=processor)
+    assert not trainer._generates_sharded
+    monkeypatch.setattr(trainer.accelerator.state, "distributed_type", DistributedType.FSDP)
+    assert trainer._generates_sharded
+    monkeypatch.setattr("training.images.gather_object", lambda mine: [*mine, not mine[0]])
+    with pytest.raises(BadInput, match="use_vllm: expected true under FSDP"):
+        trainer._generate_and_score_completions([mixed(8)[0]] * 4)
+
+
+def test_an_evaluation_sends_the_engine_the_weights_once(tmp_path, processor, text_model, monkeypatch):
+    awake, slept = [], []
+    arguments = config(SparkConfig, tmp_path, per_device_eval_batch_size=8, vllm_importance_sampling_correction=False)
+    data, tokenizer = sums(6), processor.tokenizer
+    trainer = SparkTrainer(
+        text_model, coin, arguments, train_dataset=data, eval_dataset=data, processing_class=tokenizer
+    )
+    turn = trainer._generate_single_turn
+
+    def generate(*args, **kwargs):
+        awake.append(trainer.vllm_generation.stay_awake)
+        trainer.use_vllm = False
+        try:
+            return turn(*args, **kwargs)
+        finally:
+            trainer.use_vllm = True
+
+    trainer.vllm_generation = SimpleNamespace(stay_awake=False, sleep=lambda: slept.append(len(awake)))
+    monkeypatch.setattr(trainer, "_generate_single_turn", generate)
+    trainer.use_vllm = True
+    trainer.evaluate()
+    assert len(awake) >= 3 and all(awake) and slept == [len(awake)] and not trainer.vllm_generation.stay_awake
+
+
 def test_rewards_that_can_make_no_label_are_refused_while_recycling(tmp_path, processor, text_model):
     async def slow(prompts, completions, **columns):
         return [1.0] * len(completions)
@@ -910,6 +1009,9 @@ def test_rewards_that_can_make_no_label_are_refused_while_recycling(tmp_path, pr
         with pytest.raises(ValueError, match="reward models and async functions"):
             JudgingRewards([wrong], recycling=True, correct_at=None)
         assert JudgingRewards([wrong], recycling=False, correct_at=None).functions == [wrong]
+    with pytest.raises(ValueError, match="reward_weights: expected a first one other than 0"):
+        config(SparkConfig, tmp_path, reward_weights=[0.0, 1.0])
+    assert config(SparkConfig, tmp_path, reward_weights=[0.0, 1.0], recycle_ratio=0)
     with pytest.raises(ValueError, match="environment_factory"):
         SparkTrainer(
             text_model,

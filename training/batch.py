@@ -136,7 +136,8 @@ def cut_pass(union: Batch, rows: torch.Tensor, multiple_of: int | None = None) -
     batch = {key: of(value) for key, value in union.items()}
     prompt, completion = batch["prompt_mask"].size(1), batch["completion_mask"].size(1)
     left = prompt - unit * math.ceil(int(batch["prompt_mask"].sum(1).max()) / unit)
-    right = unit * max(1, math.ceil(int(batch["completion_mask"].sum(1).max()) / unit))
+    # TRL's metrics take a single column for values of whole rows.
+    right = max(min(2, completion), unit * math.ceil(int(batch["completion_mask"].sum(1).max()) / unit))
     cut = {key: batch[key][:, left:] for key in PROMPT_FIELDS}
     for key in (*COMPLETION_FIELDS, *TYPE_FIELDS):
         if batch.get(key) is not None and batch[key].size(1) in (completion, prompt + completion):

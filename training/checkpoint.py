@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.rows import BadInput
 
 STATE = "spark_state.json"
+REFERENCE = "reference/model.safetensors"  # in a folder of its own, or it would be taken for the model's weights
 LAYOUT = (  # with the number of processes: how a generation is cut into micro-steps
     *("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"),
     *("num_iterations", "num_generations"),
@@ -57,6 +59,9 @@ class SafeCheckpoints:
             if self.args.should_save:
                 state = {"step": self._step, **self._layout}
                 (checkpoint / STATE).write_text(json.dumps(state), encoding="utf-8")
+                if self._saves_reference:
+                    (checkpoint / REFERENCE).parent.mkdir(exist_ok=True)
+                    save_model(self.accelerator.unwrap_model(self.ref_model), checkpoint / REFERENCE)
             super()._save_checkpoint(model, trial)
         except Exception as error:  # a full disk has as many kinds of error as there are libraries that write
             if not is_whole(checkpoint):
@@ -89,7 +94,8 @@ class SafeCheckpoints:
         if self._sampler is not None and self._sampler.shuffle:  # it draws an order for each epoch
             for _ in range(epochs_done):
                 torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
-        if self.args.sync_ref_model and self.accelerator.is_main_process:
+        whole = self._saves_reference and (Path(checkpoint) / REFERENCE).is_file()
+        if self.args.sync_ref_model and not whole and self.accelerator.is_main_process:
             print(f"{checkpoint}: has no reference model: the one that the run began with is used", file=sys.stderr)
         state = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         changed = [name for name, value in self._layout.items() if state.get(name, value) != value]
@@ -108,8 +114,24 @@ class SafeCheckpoints:
         return epochs_done, micro_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Also loads what Trainer passes over: an adapter beside which TRL has put a second one, `ref`, in a folder of
+        its own, and a reference model that moves (`sync_ref_model`)."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_by_name(resume_from_checkpoint, self.model if model is None else model)
+        model = self.model if model is None else model
+        self._load_by_name(resume_from_checkpoint, model)
+        if is_peft_model(model) and "ref" in model.peft_config and not self._sharded:
+            model.load_adapter(resume_from_checkpoint, model.active_adapter, is_trainable=True)
+        reference = Path(resume_from_checkpoint) / REFERENCE
+        if self._saves_reference and reference.is_file():
+            load_model(self.accelerator.unwrap_model(self.ref_model), reference)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    @property
+    def _saves_reference(self) -> bool:
+        return self.args.sync_ref_model and self.ref_model is not None and not self._sharded
 
     def _load_best_model(self):
         super()._load_best_model()
@@ -119,7 +141,7 @@ class SafeCheckpoints:
     def _load_by_name(self, folder: str, model) -> None:
         """transformers 5.17 renames the weights of a vision-language model when it saves them, and its Trainer does not
         rename them back: the model would keep the weights that it has, with a warning."""
-        if isinstance(model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if isinstance(model, PreTrainedModel) and not self._sharded:
             dtype = max({p.dtype for p in model.parameters()}, key=lambda dtype: dtype.itemsize)  # a head's in float32
             saved = type(model).from_pretrained(folder, dtype=dtype)
             model.load_state_dict(saved.state_dict())
@@ -252,6 +274,13 @@ def where_to_start(args: Any) -> str | None:
             raise BadInput(
                 f"resume_from_checkpoint: expected a checkpoint of train_spark.py, with {STATE}: {checkpoint}"
             )
+        if checkpoint is not None and any(Path(checkpoint).glob("global_step*")):  # DeepSpeed's
+            saved = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))["processes"]
+            if saved != args.world_size:
+                raise BadInput(
+                    f"resume_from_checkpoint: expected {saved} processes, with which DeepSpeed saved {checkpoint}, got "
+                    f"{args.world_size}; a new run can start from its weights (--model_name_or_path {checkpoint})"
+                )
         return checkpoint
     patterns = (f"{PREFIX_CHECKPOINT_DIR}-*", "completions/*.parquet", "*.safetensors", "trainer_state.json")
     traces = [path for pattern in patterns for path in sorted(Path(folder).glob(pattern))]

@@ -7,7 +7,7 @@ from typing import Any
 
 import PIL.Image
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from transformers import ProcessorMixin, Qwen2_5_VLModel, Qwen2VLImageProcessor, Qwen2VLModel
 from transformers.image_utils import make_flat_list_of_images
 from trl.data_utils import is_conversational, prepare_multimodal_messages
@@ -34,6 +34,11 @@ class MixedImages:
         as Arrow has it, they are []: TRL would take it for an image."""
         if any(row.get(name, name) is None for row in inputs for name in ("images", "image")):
             inputs = [{**row, "images": images_of(row)} for row in inputs]
+        if self._generates_sharded and len(set(gather_object([any(images_of(row) for row in inputs)]))) > 1:
+            raise BadInput(
+                "use_vllm: expected true under FSDP, and under ZeRO-3 with ds3_gather_for_generation false, where some "
+                "processes have images and others none: `generate` would wait for the vision tower for ever"
+            )
         parts = isinstance(self.processing_class, ProcessorMixin) and is_conversational(inputs[0])
         if parts and not any(images_of(row) for row in inputs):
             inputs = [{**row, "prompt": prepare_multimodal_messages(row["prompt"])} for row in inputs]
@@ -88,11 +93,19 @@ class MixedImages:
 
     @property
     def _every_process_must_see(self) -> bool:
-        """Each forward pass gathers the weights of the vision tower from all processes."""
+        """Each forward pass gathers the weights of the vision tower from all processes, or each backward pass its
+        gradients, in the order in which they come (DeepSpeed's stages below 3)."""
+        deepspeed = self.accelerator.state.deepspeed_plugin is not None
+        exchanges = deepspeed or self.accelerator.distributed_type == DistributedType.FSDP
+        return exchanges and self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
+
+    @property
+    def _generates_sharded(self) -> bool:
+        """`generate` runs layers whose weights are gathered as it goes."""
         plugin = self.accelerator.state.deepspeed_plugin
-        zero3 = plugin is not None and plugin.zero_stage == 3
+        zero3 = plugin is not None and plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation
         sharded = zero3 or self.accelerator.distributed_type == DistributedType.FSDP
-        return sharded and self.accelerator.num_processes > 1 and isinstance(self.processing_class, ProcessorMixin)
+        return sharded and not self.use_vllm and isinstance(self.processing_class, ProcessorMixin)
 
     @cached_property
     def _blank_image(self) -> dict[str, Any]:

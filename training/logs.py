@@ -10,14 +10,14 @@ from accelerate.utils import gather_object
 import verify
 from data.rows import images_of
 from recycle import Group, Item
-from training.metrics import judge_metrics, recycled_table
+from training.metrics import judge_metrics, policy_metrics, recycled_table
 
 
 class StepLogs:
     """A mixin of GRPOTrainer.
 
     Attributes:
-        _outcomes: what the judge was right about in this evaluation (see `judge_metrics`).
+        _outcomes: what policy and judge were right about in this evaluation (see `judge_metrics`).
     """
 
     _outcomes: dict[str, list[float]]
@@ -49,6 +49,13 @@ class StepLogs:
             else:
                 scale = 1.0 if name == "entropy_coef" else weight
                 metrics[self._mode]["recycle/" * recycled + name] += [value * scale for value in values]
+
+    def _log_policy(self, groups: list[Group]) -> None:
+        if self.model.training:
+            self._log(policy_metrics(groups))
+        else:  # all batches count as one: the last may be smaller
+            metrics = policy_metrics(groups, self._outcomes)
+            self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
 
     def _log_judging(self, groups: list[Group], asked: list[Item], advantages: torch.Tensor) -> None:
         texts, rewards = gather_object(self._rewards.texts), gather_object(self._rewards.values)

@@ -15,16 +15,16 @@ from recycle import Counts, Group, Item, question_only
 OTHER_VERDICT = {"Yes": "No", "No": "Yes", "A": "B", "B": "A"}
 
 
-def policy_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Accuracy, pass@G and share of unboxed answers of the policy's rollouts; unscorable ones are left out."""
-    scored = [[r for r in group.rollouts if r.correct is not None] for group in groups]
-    return means(
-        {
-            "policy/accuracy": [r.correct for group in scored for r in group],
-            "policy/pass_at_g": [any(r.correct for r in group) for group in scored if group],
-            "policy/unboxed": [r.answer is None for group in groups for r in group.rollouts],
-        }
-    )
+def policy_metrics(groups: Sequence[Group], earlier: dict[str, list] | None = None) -> dict[str, float]:
+    """Accuracy, pass@G and share of unboxed answers of the policy's rollouts; unscorable ones are left out. `earlier`:
+    see `judge_metrics`."""
+    values = defaultdict(list) if earlier is None else earlier
+    for group in groups:
+        scored = [r.correct for r in group.rollouts if r.correct is not None]
+        values["policy/accuracy"] += scored
+        values["policy/pass_at_g"] += [any(scored)] if scored else []
+        values["policy/unboxed"] += [r.answer is None for r in group.rollouts]
+    return means({name: values[name] for name in ("policy/accuracy", "policy/pass_at_g", "policy/unboxed")})
 
 
 def recycling_metrics(items: Sequence[Item], counts: Counts, num_generations: int, seconds: float) -> dict[str, float]:
@@ -73,7 +73,7 @@ def judge_metrics(
             if readable:
                 values["judge/pointwise/positive_rate"].append((verdict == item.label) == shown_right)
             values["on right" if shown_right else "on wrong"].append(correct)
-    metrics = means(values)
+    metrics = {name: value for name, value in means(values).items() if not name.startswith("policy/")}
     sides = [metrics.pop(side, None) for side in ("on right", "on wrong")]
     return metrics if None in sides else {**metrics, "judge/pointwise/balanced_accuracy": sum(sides) / 2}
 

@@ -288,6 +288,8 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
     generated = rollouts * longest * cached + layer(rollouts * args.max_prompt_length, *text_sizes)
     engine = (2 * model.parameters + longest * cached) / args.vllm_tensor_parallel_size + ENGINE_OVERHEAD
     questions = rollouts / args.num_generations
+    # To generate without an engine, and to merge an adapter for one, TRL gathers all weights on each GPU.
+    gathers = sharding == "zero3" and (lora if run.engine_share else args.ds3_gather_for_generation)
     return {
         "weights": 0 if run.launch.offloads_weights else weights / weight_shards,
         "gradients": model.trained * trained_bytes / state_shards,
@@ -296,6 +298,7 @@ def memory(run: Run, model: Architecture) -> dict[str, float]:
         "buckets": model.trained * trained_bytes if sharding == "none" and world > 1 else 0,  # DDP's, of gradients
         "half copies": copies * 2 * model.trained,
         "gathered": 0 if whole else 2 * 2 * max(one_layer, embedding),
+        "gathered whole": model.parameters * weight_bytes if gathers else 0,
         "activations": activations(model.layers, tokens, *text_sizes)
         + activations(model.vision_layers, per_device * patches, *vision_sizes),
         "head": 2 * tile + (0 if lora else 4 * embedding),  # logits and their gradient, the weights' gradient
@@ -316,7 +319,8 @@ def peaks(run: Run, parts: dict[str, float], card: float) -> tuple[float, float]
     share = (run.engine_share or 0) * card
     state = parts["weights"] + parts["optimizer"] + parts["reference"] + parts["buckets"] + OVERHEAD
     scoring = parts["pixels"] + parts["scoring"] + parts["gathered"]
-    generating = state + max(parts["cache"], share + scoring) + parts["kept pixels"]
+    engine = parts["engine"] if run.args.vllm_enable_sleep_mode else share  # while it is sent the weights
+    generating = state + max(parts["cache"] + parts["gathered whole"] + engine, share + scoring) + parts["kept pixels"]
     working = ("gradients", "half copies", "gathered", "activations", "head", "kept pixels")
     training = state + sum(parts[name] for name in working) + (0 if run.args.vllm_enable_sleep_mode else share)
     return generating, training

@@ -50,8 +50,8 @@ class JudgingRewards:
         self.values: list[float | None] = []
         self.right: list[bool | None] = []
         self._recycling, self._correct_at = recycling, correct_at
-        if is_model(reward_funcs[0]) or is_async_callable(reward_funcs[0]):
-            return  # plain GRPO by a model's reward: nothing is right or wrong
+        if not reward_funcs or is_model(reward_funcs[0]) or is_async_callable(reward_funcs[0]):
+            return  # plain GRPO by a model's reward, or an environment's: nothing is right or wrong
         self.equal = getattr(reward_funcs[0], "equal", self.equal)
         self.extract = getattr(reward_funcs[0], "extract", self.extract)
         self.functions[0] = self._verifier(reward_funcs[0])

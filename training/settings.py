@@ -1,6 +1,7 @@
 """Settings that can't be used, found before data and model are read. Each check raises ValueError: one line that names
 the setting and what is expected."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from safetensors import SafetensorError, safe_open
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available
@@ -94,6 +95,42 @@ def check_weights(folder: str, setting: str = "model_name_or_path") -> None:
             raise ValueError(f"{setting}: {file} can't be read: {error}") from None
 
 
+CHOICES = {  # TRL 1.16 finds out after a generation
+    "loss_type": ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+    "scale_rewards": ("group", "batch", "none"),
+}
+
+
+def check_choices(args: Any) -> None:
+    if args.remove_unused_columns:
+        raise ValueError("remove_unused_columns: expected false: verifiers read the columns")
+    for name, choices in CHOICES.items():
+        if getattr(args, name) not in choices:
+            raise ValueError(f"{name}: expected {', '.join(choices)}, got {getattr(args, name)!r}")
+
+
+def check_alike(*found: Any) -> None:
+    """Every process has found the same checkpoint and the same rows: where images are missing on one machine, say, it
+    would train on other questions, and for fewer steps."""
+
+    def summary(value: Any) -> str:
+        if value is None or isinstance(value, str):
+            return str(value)
+        names = value.with_format(None)["source"]
+        return f"{len(names):,} rows ({hashlib.blake2b(repr(list(names)).encode(), digest_size=4).hexdigest()})"
+
+    mine = [Path(found[0]).name if found[0] else "no checkpoint", *map(summary, found[1:])]
+    everyone = gather_object([mine])
+    for process, other in enumerate(everyone):
+        if other != everyone[0]:
+            raise ValueError(
+                f"expected the same on every process; process 0 found {', '.join(everyone[0])}, process {process} "
+                f"{', '.join(other)}: are data and output_dir whole on each machine?"
+            )
+
+
 def check_columns(name: str, dataset: Any, reward_funcs: list) -> None:
     """A data set given from Python has the columns that its rows are asked and scored by."""
     needed = ["prompt", *(["solution"] if verify.answer_reward in reward_funcs else [])]
@@ -143,7 +180,15 @@ def under_fsdp(args: Any, adapter: bool) -> None:
 
 
 def after_loading(trainer: Any) -> None:
-    """What TRL and Trainer leave to be set for FSDP2 and for float16."""
+    """What TRL and Trainer leave to be set for FSDP2 and for float16. Raises ValueError where they would save no model
+    at the end."""
+    if trainer.is_fsdp_enabled and "FULL" not in str(trainer.accelerator.state.fsdp_plugin.state_dict_type):
+        raise ValueError("fsdp_state_dict_type: expected FULL_STATE_DICT: with any other, no model is saved at the end")
+    zero = trainer.accelerator.state.deepspeed_plugin
+    if zero is not None and zero.zero_stage == 3:
+        saving = "stage3_gather_16bit_weights_on_model_save"
+        if not zero.deepspeed_config["zero_optimization"].get(saving):
+            raise ValueError(f"zero3_save_16bit_model ({saving}): expected true, or no model is saved at the end")
     if trainer.is_fsdp_enabled:  # else every process keeps whole gradients until the last micro-step
         trainer.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if trainer.args.fp16:  # a quantised model's adapter is bfloat16, which CUDA's gradient scaler can't unscale
