@@ -225,7 +225,7 @@ def _reference(image: Any, record: Record, source: Source, look: bool) -> Refere
 def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
     """(messages whose contents are text or parts, the images placed in them)."""
     if isinstance(prompt, str):
-        prompt = _from_text(prompt) or [{"role": "user", "content": prompt}]
+        prompt = from_text(prompt) or [{"role": "user", "content": prompt}]
     if not isinstance(prompt, (list, tuple)) or not prompt:
         raise RowError("prompt", f"expected text or messages, got {reprlib.repr(prompt)}")
     images: list = []
@@ -235,7 +235,7 @@ def _messages(prompt: Any) -> tuple[list[dict[str, Any]], list]:
     return messages, images
 
 
-def _from_text(text: str) -> list | None:
+def from_text(text: str) -> list | None:
     """Messages that a text stands for, as JSON or as Python writes them (pandas, in a CSV file); None for any other
     text. Raises RowError for turns that are no messages, or no longer whole: as a question they would be nonsense."""
     if not may_be_messages(text):

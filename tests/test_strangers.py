@@ -1,5 +1,6 @@
 """Files as other people lay them out: what they hold is used, or refused by name."""
 
+import base64
 import io
 import json
 from datetime import datetime
@@ -41,9 +42,9 @@ def refused(row, **settings):
     return f"{found.field}: {found.reason}"
 
 
-def jpeg():
+def encoded(kind):
     with io.BytesIO() as file:
-        Image.new("RGB", (40, 40)).save(file, "JPEG")
+        Image.new("RGB", (40, 40)).save(file, kind)
         return file.getvalue()
 
 
@@ -51,7 +52,8 @@ BASE64 = "iVBORw0KGgoAAAANSUhEUgAAABwAAAAcCAIAAAD9b0jDAAAAI0lEQVR4nO3MMQEAAAgDoK
 
 
 @pytest.mark.parametrize("column, value", [
-    ("image_bytes", png()), ("jpg", jpeg()), ("photo", BASE64), ("image_base64", BASE64),
+    ("image_bytes", png()), ("jpg", encoded("JPEG")), ("x", encoded("WEBP")), ("photo", BASE64),
+    ("y", base64.b64encode(encoded("WEBP")).decode()), ("image_base64", BASE64),
     ("image_url", "https://cdn/i?id=3"), ("img_url", "https://cdn/a.png?w=3"), ("image_urls", ["https://cdn/i"]),
     ("figure", {"bytes": None, "path": "/x/a.png"}), ("picture", [{"path": "a.png"}]),
     ("multi_modal_data", {"image": ["a.png"]}),
@@ -63,10 +65,8 @@ def test_images_under_another_name_are_not_left_out(column, value, question):
 
 
 def test_a_link_to_a_page_is_no_image():
-    rows = [
-        {"question": "Q?", "answer": "4", "url": "https://x/a", "source_url": "https://x/b", "note": "/9j/ is short"}
-    ]
-    assert golds(rows) == ["4"]
+    row = {"question": "Q?", "answer": "4", "url": "https://x/a", "source_url": "https://x/b", "note": "/9j/ is short"}
+    assert golds([{**row, "sound": b"RIFF\0\0\0\0WAVEfmt "}]) == ["4"]
 
 
 def test_two_columns_of_images_that_differ_are_refused(tmp_path):
@@ -145,6 +145,8 @@ def test_what_belongs_to_the_question_is_asked():
     assert asked(row) == [("system", "Base 3."), ("user", "2+2?")]
     messages = [{"role": "system", "content": "Base 3."}, {"role": "user", "content": "2+2?"}]
     assert asked({"prompt": messages, "answer": "11", "system": "Base 3."})[1:] == [("user", "2+2?")]
+    as_text = {"prompt": json.dumps(messages[1:]), "answer": "11", "system": "Base 3."}
+    assert asked(as_text) == [("system", "Base 3."), ("user", "2+2?")]
     assert "another than that" in refused({"prompt": messages, "answer": "11", "system": "Base 4."})
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from data.rows import RowError, image_list, literal, replace_surrogates, unicode_text
+from data.rows import RowError, from_text, image_list, literal, replace_surrogates, unicode_text
 
 ROTATION = 1_000_000  # MMBench: what is added to a question's index for each rotation of its options
 QUESTIONS = ("prompt", "problem", "question", "query")
@@ -37,8 +37,8 @@ CATEGORIES = (
 _NUMBERED_IMAGE = re.compile(r"(?:image|img)[_ ]?(\d+)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"image|img|photo|picture|figure|diagram|screenshot", re.IGNORECASE)
 _IMAGE_URL = re.compile(r"(?:image|img|photo|picture|figure)s?[_ ]?(?:url|uri|link|src)s?", re.IGNORECASE)
-_SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"RIFF")
-_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR)\S{56}")  # the same, in text
+_SIGNATURE = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", re.DOTALL)
+_BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR.{6}XRUJQ)\S{44}")  # the same, in text
 # May be an image's where there is no column for images.
 _FILE_NAME = re.compile(r"file_?(?:name|path)|^(?:file|path)$", re.IGNORECASE)
 _IMAGE_FILE = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -112,7 +112,7 @@ def _holds_image(name: str, value: Any) -> bool:
         return bool(
             at or value.startswith("data:image/") or _BASE64.match(value) or _names_image(name, value, _IMAGE_NAME)
         )
-    return isinstance(value, Image.Image) or (isinstance(value, bytes) and value.startswith(_SIGNATURES))
+    return isinstance(value, Image.Image) or bool(isinstance(value, bytes) and _SIGNATURE.match(value))
 
 
 def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
@@ -145,7 +145,7 @@ def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
         return prompt
     if not isinstance(system, str):
         raise RowError(name, f"expected the system prompt as text, or no such column, got {system!r:.60}")
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = from_text(prompt) or [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
     if isinstance(first, dict) and first.get("role") == "system":
         if first.get("content") != system:
