@@ -5,7 +5,8 @@
 Answers are scored again with verify.py; rows whose is_correct disagrees are named. A failed request is not an answer:
 it is left out of every rate and counted separately, as is an answer that can't be scored (no usable gold); the most
 frequent errors are shown. An answer without a box is an answer, and wrong. Rows scored by your own verifier
-(evaluate.py --reward_funcs) keep their verdicts. Intervals are Wilson's at 95 %.
+(evaluate.py --reward_funcs) keep their verdicts. Intervals are Wilson's at 95 %; several rows of one question count as
+fewer, where they are right or wrong together.
 
 Results of evaluate.py --tts compare also give accuracy against the tokens generated, for each way of test-time scaling
 and each number of answers, and its difference from a majority of about as many tokens; --figure draws it as a PNG.
@@ -16,8 +17,8 @@ answer, never with a verdict or with what test-time scaling made of it. Each com
 interval (Agresti and Min's) and McNemar's exact test.
 
 Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
-a minute, and memory only for the pairing. Files that hold only dataset, ground_truth and extracted_answer, as the
-release writes them, are read too.
+a minute, and memory for a count of each question. Files that hold only dataset, ground_truth and extracted_answer, as
+the release writes them, are read too.
 """
 
 import json
@@ -61,6 +62,8 @@ class Tally:
 
     path: str
     counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
+    # (dataset, kind) -> question -> its rows, and the right ones
+    rows: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: (0, 0))))
     failed: Counter = field(default_factory=Counter)  # by dataset
     errors: Errors = field(default_factory=Errors)
     verifiers: set[str] = field(default_factory=set)  # that scored rows, other than verify.py
@@ -91,6 +94,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 total.verifiers.add(str(row["verifier"]))
             right = count_row(total.counts[dataset, kind], row)
         if right is not None:
+            question = match_key(row) if "problem" in row else -1 - index
+            rows, hits = total.rows[dataset, kind][question]
+            total.rows[dataset, kind][question] = rows + 1, hits + right
             if row["stored"] is not None and bool(row["stored"]) != right:
                 total.disagreements += 1
                 if len(total.examples) < EXAMPLES:
@@ -251,7 +257,7 @@ def summarise(tallies: list[Tally]) -> Row:
     files = []
     for total in tallies:
         keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), list(total.datasets).index(key[0])))
-        benchmarks = [rates(*key, total.counts[key]) for key in keys]
+        benchmarks = [rates(*key, total.counts[key], total.rows[key].values()) for key in keys]
         for key, benchmark in zip(keys, benchmarks, strict=True):
             split = {name: values for name, values in total.categories[key].items() if 2 <= len(values) <= MOST_VALUES}
             benchmark["categories"] = {name: by_category(values) for name, values in split.items()}

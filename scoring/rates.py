@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 
 from data.rows import BadInput
 from scoring.rows import WAYS, Row
@@ -18,6 +19,23 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
         return None
     interval = binomtest(right, n).proportion_ci(method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def of_questions(questions: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of a share of rows, of which a question may have several: (its rows, the right ones). They
+    count as so many rows of questions of their own as would tell as much (a ratio estimator's variance), no more than
+    there are; where all rows are right or none is, as one for each question."""
+    questions = list(questions)
+    n, right, k = sum(rows for rows, _ in questions), sum(right for _, right in questions), len(questions)
+    if n == k:
+        return wilson(right, n)
+    mean = right / n
+    variance = sum((hits - mean * rows) ** 2 for rows, hits in questions) * k / max(k - 1, 1) / n**2
+    size = k if mean in (0, 1) else min(n, mean * (1 - mean) / variance) if variance else n
+    shrunk = 1 + 1.96**2 / size
+    middle = (mean + 1.96**2 / size / 2) / shrunk
+    half = 1.96 * math.sqrt(mean * (1 - mean) / size + 1.96**2 / size**2 / 4) / shrunk
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def rate(part: float, whole: float) -> float | None:
@@ -36,8 +54,8 @@ def balanced_accuracy(n: Counter) -> float | None:
     return None if None in sides else sum(sides) / 2
 
 
-def rates(dataset: str, kind: str, n: Counter) -> Row:
-    """One benchmark's counts as rates. A rate over nothing is None."""
+def rates(dataset: str, kind: str, n: Counter, questions: Iterable[tuple[int, int]]) -> Row:
+    """One benchmark's counts as rates; `questions`: see `of_questions`. A rate over nothing is None."""
     total = n["answered"]
     common = {
         "dataset": dataset,
@@ -46,7 +64,7 @@ def rates(dataset: str, kind: str, n: Counter) -> Row:
         "answered": total,
         "right": n["right"],
         "accuracy": rate(n["right"], total),
-        "interval": wilson(n["right"], total),
+        "interval": of_questions(questions),
         "unscorable": n["unscorable"],
         "failed": n["failed"],
         "tokens": rate(n["tokens"], n["with_tokens"]),

@@ -13,7 +13,7 @@ from helpers import write
 import calculate_acc as acc
 from calculate_acc import BadInput, read_rows, render, summarise, tally
 from data.table import list_text
-from scoring.rates import mcnemar, wilson
+from scoring.rates import mcnemar, of_questions, wilson
 
 
 def row(answer, gold="4", dataset="m", problem="2+2?", **more):
@@ -532,3 +532,23 @@ def test_images_without_a_path_are_told_apart_by_their_content():
     a, b = row("4", image_digest="a"), row("5", image_digest="b")
     (found,) = summarise([tally("x", pair=True, rows=[a, b]), tally("y", pair=True, rows=[b, a])])["paired"]
     assert (found["rows"], found["gained"], found["lost"]) == (2, 0, 0)
+
+
+def test_several_rows_of_a_question_count_as_fewer():
+    alone = [
+        {"dataset": "d", "problem": f"q{i}", "ground_truth": "1", "extracted_answer": str(i % 2)} for i in range(40)
+    ]
+    (benchmark,) = summarise([tally("x", rows=alone)])["files"][0]["benchmarks"]
+    assert benchmark["interval"] == pytest.approx(wilson(20, 40))
+    again = [row for row in alone for _ in range(5)]  # which tells nothing more
+    (benchmark,) = summarise([tally("x", rows=again)])["files"][0]["benchmarks"]
+    assert (benchmark["answered"], benchmark["accuracy"]) == (200, 0.5)
+    assert benchmark["interval"] == pytest.approx(wilson(20, 40), abs=0.003)
+    apart = [{**row, "extracted_answer": str(i % 2)} for i, row in enumerate(again)]  # right and wrong by turns
+    (benchmark,) = summarise([tally("x", rows=apart)])["files"][0]["benchmarks"]
+    assert benchmark["interval"] == pytest.approx(wilson(100, 200), abs=1e-4)  # no more than there are
+    unnamed = [{name: value for name, value in row.items() if name != "problem"} for row in again]
+    (benchmark,) = summarise([tally("x", rows=unnamed)])["files"][0]["benchmarks"]
+    assert benchmark["interval"] == pytest.approx(wilson(100, 200))  # nothing tells which rows belong together
+    assert of_questions([(3, 3)] * 10) == pytest.approx(wilson(10, 10), abs=1e-4)
+    assert of_questions([]) is None
