@@ -24,7 +24,7 @@ _COMMA_SURELY = re.compile(
 
 # A last line that says what the answer is, or the whole text where that says it alone.
 _ANSWER_LINE = re.compile(
-    r"(?:\n[#*\s]*(?:final )?answer|^ans|\n[#*\s]*ans|(?:^|\n)答案)\s*[:：]\s*(\S[^\n]*)$"
+    r"(?:\n[#*\s]*(?:final )?answer|^ans|\n[#*\s]*ans|(?:^|\n)[*\s]*答案)\s*[:：][*\s]*([^\n*]+?)[*\s]*$"
     r"|(?:^|[\n，,。；])\s*故选[:：]?\s*([A-Z])[.。]?$",
     re.IGNORECASE,
 )
@@ -99,8 +99,6 @@ def extracted(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     text = str(value).strip()
-    if said := _ANSWER_LINE.search(text):
-        text = (said[1] or said[2]).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
         if "\n" in text:
@@ -108,8 +106,9 @@ def extracted(value: Any) -> str:
     if tagged := _TAGGED.findall(text):
         text = tagged[-1].strip()
     if "\\" in text and (boxed := extract_boxed(text)) is not None:
-        text = boxed
-    return text
+        return boxed
+    said = _ANSWER_LINE.search(text)
+    return (said[1] or said[2]).strip() if said else text
 
 
 def is_rationale(text: str) -> bool:

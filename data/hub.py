@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.options import may_have_options
 from data.rows import BadInput, NotLoaded
 from data.table import SUFFIXES, as_written, short_floats
 from data.table import records as read
@@ -20,7 +21,7 @@ from data.table import records as read
 
 def records(source: str, config: str | None, split: str) -> Iterable[dict[str, Any]]:
     """The records of one split, images as their bytes or paths. Raises BadInput, NotLoaded."""
-    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_dataset_builder, load_from_disk
+    from datasets import DatasetDict, disable_progress_bars, load_dataset, load_from_disk
     from datasets.exceptions import DatasetsError
 
     if not sys.stderr.isatty():
@@ -28,9 +29,8 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
     try:
         if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
             loaded = load_from_disk(source)
-        elif Path(source).is_dir() and (files := text_files(load_dataset_builder(source, config).config.data_files)):
-            entries = itertools.chain.from_iterable(map(read, files[split_of(source, files, split)]))
-            return (record for _, _, record in entries)
+        elif files := text_files(source, config, split):
+            return (record for _, _, record in itertools.chain.from_iterable(map(read, files)))
         else:
             loaded = load_dataset(source, config)
     except (OSError, ValueError, DatasetsError) as error:
@@ -46,12 +46,20 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
     return as_stored(loaded)
 
 
-def text_files(files: dict[str, list[str]] | None) -> dict[str, list[str]]:
-    """The files of each split, where all of them are CSV or JSON: `datasets` guesses the types of what they hold, so
-    that 0.50 would be 0.5 and NA nothing."""
-    files = {str(split): [str(path) for path in paths] for split, paths in (files or {}).items()}
+def text_files(source: str, config: str | None, split: str) -> list[str]:
+    """The files of a folder's split, where all are CSV or JSON and its README has no settings for reading them:
+    `datasets` guesses the types of what they hold, so that 0.50 would be 0.5 and NA nothing. Raises BadInput."""
+    from datasets import load_dataset_builder
+
+    readme = Path(source) / "README.md"
+    if not Path(source).is_dir() or (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")):
+        return []
+    found = load_dataset_builder(source, config).config.data_files or {}
+    files = {str(name): [str(path) for path in paths] for name, paths in found.items()}
     text = set(SUFFIXES) - {".parquet"}
-    return files if all(Path(path).suffix.lower() in text for paths in files.values() for path in paths) else {}
+    if not files or any(Path(path).suffix.lower() not in text for paths in files.values() for path in paths):
+        return []
+    return files[split_of(source, files, split)]
 
 
 def split_of(source: str, splits: Mapping[str, Any], split: str) -> str:
@@ -81,28 +89,31 @@ def as_stored(dataset: Iterable[dict[str, Any]]) -> Iterable[dict[str, Any]]:
         if stored(feature) != feature:
             plain = plain.cast_column(name, stored(feature))
     classes = {name: feature.names for name, feature in features.items() if isinstance(feature, ClassLabel)}
+    if may_have_options(features):  # where a class is the place of one
+        classes = {}
     short = short_floats(features.arrow_schema) if features else {}
 
     def written(record: dict[str, Any]) -> dict[str, Any]:
         for name, names in classes.items():
             record[name] = _class(record[name], names)
-        return record | {name: as_written(record[name], dtype) for name, dtype in short.items()}
+        return record | {name: as_written(record[name], of) for name, of in short.items()}
 
     return map(written, plain) if classes or short else plain
 
 
 def _class(value: int | None, names: list[str]) -> int | str | None:
-    """The name of a class. One that ends in a number, as choice1 does, says no more than its place."""
-    named = value is not None and 0 <= value < len(names) and not any(name[-1:].isdigit() for name in names)
-    return names[value] if named else value
+    """The name of a class."""
+    return names[value] if value is not None and 0 <= value < len(names) else value
 
 
 def _without_arrays(value: Any) -> Any:
     """Lists and numbers of Python where `DataFrame.to_dict` gives numpy's."""
     import numpy as np
+    import pyarrow as pa
 
-    if isinstance(value, np.ndarray | np.generic) and value.dtype in ("float32", "float16"):
-        return as_written(value.tolist(), str(value.dtype))
+    if isinstance(value, np.ndarray | np.generic) and value.ndim < 2 and value.dtype in ("float32", "float16"):
+        short = pa.float32() if value.dtype == "float32" else pa.float16()
+        return as_written(value.tolist(), short if value.ndim == 0 else pa.list_(short))
     if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 1):
         value = value.tolist()
     if isinstance(value, dict):

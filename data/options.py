@@ -31,7 +31,10 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _LABEL_NAMES, _TEXT_NAMES = ("label", "key", "letter"), ("text", "value", "content")  # of one option in a list of them
 _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
-_MEMBER_NAME = re.compile(r"(?:(?:options?|choices?|op|answer|sol|ending)[ _.-]?)?([a-z]|\d{1,2})", re.IGNORECASE)
+_MEMBER_NAME = re.compile(
+    r"(?:(?:options?|choices?|op|sol|ending)[ _.-]?)?(?P<label>[a-z]|\d{1,2})|answer[ _.-]?(?P<letter>[a-h])",
+    re.IGNORECASE,
+)
 _MAYBE = re.compile(r"[a-z]|(?:answer|sol|ending).*", re.IGNORECASE)  # options if the answer is one of their labels
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _MAY_BE_OPTIONS = re.compile(
@@ -61,7 +64,8 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
     families: dict[str, dict[str, str]] = {}  # option_ -> {"a": "option_a", "b": "option_b"}
     for name in names:
         if match := _MEMBER_NAME.fullmatch(name):
-            families.setdefault(name[: match.start(1)], {})[match[1]] = name
+            label = match["label"] or match["letter"]
+            families.setdefault(name.removesuffix(label), {})[label] = name
     members: dict[str, str] = {}
     for stem, family in families.items():
         labels = sorted(family, key=lambda label: (len(label), label))
@@ -79,8 +83,8 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
 def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
     """The options of a record; None for an open question. Raises RowError.
 
-    Columns a, b, c may be anything, and answer1, answer2 several golds: they are options where `answer` is one of
-    their labels, or counts them.
+    Columns a, b, c may be anything, and so may sol1, sol2: they are options where `answer` is one of their labels, or
+    counts them, or is one of them.
     """
     lists, members, suspects = _columns(tuple(name for name in raw if isinstance(name, str)))
     for name in suspects:
@@ -89,7 +93,7 @@ def options_of(raw: dict[str, Any], answer: str = "") -> Options | None:
             raise RowError(
                 name, "looks like options and is not used; expected a column options or choices, or columns A, B, ..."
             )
-    if members and not _are_options(members, _bare(answer)):
+    if members and not _are_options(members, _bare(answer)) and answer not in map(raw.get, members.values()):
         members = {}
     nothing = (None, "", [], {}, ())
     sources = [(name, _listed(name, raw[name])) for name in lists if literal(raw[name]) not in nothing]
@@ -111,6 +115,11 @@ def _are_options(members: dict[str, str], answer: str) -> bool:
     if {len(name) for name in names} == {1}:
         return answer in members
     return answer.upper() in map(str.upper, members) or bool(answer.isdecimal() and int(answer) <= len(members))
+
+
+def may_have_options(names: Iterable[str]) -> bool:
+    """Whether columns of these names hold options."""
+    return any(_columns(tuple(names))[:2])
 
 
 def check_letter(answer: str, raw: dict[str, Any], question: Any) -> None:
@@ -190,7 +199,12 @@ def _without_label(text: str, label: str) -> str:
     mark = r"[.:、。,](?!\d)" if label.isdigit() else "[.:、。,]"
     begins = rf"\(?{re.escape(label)}(?:\)|{mark}|\s+[-–]\s)\)?\s*"
     found = re.match(begins, text.translate(_WIDE), re.IGNORECASE)
-    return text[found.end() :] if found else text
+    if not found:
+        return text
+    rest = text[found.end() :]
+    more = r"(?:\W*\b\d{1,2}\b)+\W*" if label.isdigit() else r"(?:\W*\b[A-Za-z]\b)+\W*"
+    listed = found[0].strip()[-1:] in ",-–" and re.fullmatch(more, rest)  # as A, B names two of them
+    return text if listed else rest
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,7 +219,7 @@ def _readings(answer: str, options: Options) -> dict[str, list[str]]:
         "letter": [label for label in labels if label == bare] or [x for x in labels if x.upper() == bare.upper()],
         "text": [label for label, text in options.texts.items() if _same(answer, text, label)],
     }
-    if number := _INTEGER.fullmatch(answer):
+    if number := _INTEGER.fullmatch(bare):
         n = int(number[1])
         labels_by_kind |= {"from_0": labels[n : n + 1], "from_1": labels[n - 1 : n] if n else []}
     if options.has_labels and labels_by_kind["letter"]:
@@ -289,6 +303,8 @@ def right_label(answer: str, options: Options, letter: Any, kind: str | None, co
     named = {label for labels in fitting.values() for label in labels}
     if len(named) == 1:
         return named.pop()
+    if {"from_0", "from_1"} <= fitting.keys() and not options.has_labels and _bare(answer) in options.texts:
+        return _bare(answer)  # option2 is 2, as long as the set has no 0
     if len(fitting) == 1:
         raise RowError("answer", f"expected one option, got {answer!r:.60}, the text of {' and '.join(sorted(named))}")
     labels = list(options.texts)

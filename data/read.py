@@ -253,7 +253,10 @@ class Reader:
             raise BadInput(f"{source}: {head[0][2]}")
         self.columns: dict[str, None] = {}  # in order, of the rows read so far
         self.layout = Layout(source, first, use) if first else None  # None: there is no row at all
-        self.decimal_comma = table.delimiter(source.name) == ";"  # as spreadsheets write where 3,5 is a number
+        files = [source.name]
+        if isinstance(source.name, str) and Path(source.name).is_dir():
+            files = hub.text_files(source.name, settings.dataset_config, settings.dataset_split)
+        self.decimal_comma = ";" in map(table.delimiter, files)  # as spreadsheets write where 3,5 is a number
         self.records = itertools.chain(head, records)
 
     def __iter__(self) -> Iterator[tuple[int, int | None, Row | BadRow | str]]:
@@ -392,9 +395,10 @@ class Layout:
         if named and not source.columns_optional:
             raise self._unknown(named[0], names[named[0]])
         self.image_column = None if "image" in missing else settings.image_column
-        self.chosen = {settings.prompt_column} - {"prompt"} if "prompt" not in missing else set()  # by name
         self.format = self.question = None
         given = {what: names[what] for what in ("prompt", "solution") if what not in missing and names[what] != what}
+
+        self.chosen = bool(given)  # somebody has looked at the columns
 
         def replaced(module) -> bool:
             """Whether a known format's gold is not what is wanted."""
@@ -460,9 +464,9 @@ class Layout:
             question = raw.get(self.question)  # which MathVerse leaves to the image in some rows
             record = Record(question or raw.get("query_cot") or question, raw.get(self.answer))
         plain, shown = isinstance(record.prompt, str) and not may_be_messages(record.prompt), record.prompt
-        columns.refuse_unused(raw, plain)
+        columns.refuse_unused(raw, record.prompt if plain and not self.chosen else None)
         if plain:
-            if self.question not in self.chosen:
+            if not self.chosen and not self.format and not {"prompt", "solution"} <= raw.keys():
                 columns.refuse_another(raw, self.question, record.prompt)
             if self.question == "instruction":
                 record.prompt = columns.with_input(record.prompt, raw)

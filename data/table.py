@@ -193,21 +193,23 @@ def _csv(path: str) -> Iterator[Entry]:
             raise BadInput(f"{path}: line {line}: expected delimited text: {error}") from None
 
 
-def short_floats(schema) -> dict[str, str]:
-    """The columns of an Arrow schema with numbers of 32 or 16 bits: name -> the type that they have in numpy."""
-    types = {field.name: re.search(r"\b(half)?float\b", str(field.type)) for field in schema}
-    return {name: "float16" if found[1] else "float32" for name, found in types.items() if found}
+def short_floats(schema) -> dict[str, Any]:
+    """The columns of an Arrow schema with numbers of 32 or 16 bits in them: name -> type."""
+    return {field.name: field.type for field in schema if re.search(r"\b(?:half)?float\b", str(field.type))}
 
 
-def as_written(value: Any, dtype: str) -> Any:
-    """Such numbers as they were written: 0.1, where the same in 64 bits is 0.10000000149."""
+def as_written(value: Any, of: Any) -> Any:
+    """A value of this type with such numbers as they were written: 0.1, where the same in 64 bits is 0.10000000149."""
     import numpy as np
+    import pyarrow.types as types
 
-    if isinstance(value, (list, tuple)):
-        return [as_written(part, dtype) for part in value]
-    if isinstance(value, dict):
-        return {name: as_written(part, dtype) for name, part in value.items()}
-    return float(str(np.dtype(dtype).type(value))) if isinstance(value, float) else value
+    if isinstance(value, (list, tuple)) and hasattr(of, "value_type") and not types.is_map(of):
+        return [as_written(part, of.value_type) for part in value]
+    if isinstance(value, dict) and types.is_struct(of):
+        return {name: as_written(part, of.field(name).type) for name, part in value.items()}
+    if not isinstance(value, float) or not (types.is_float32(of) or types.is_float16(of)):
+        return value
+    return float(str((np.float32 if types.is_float32(of) else np.float16)(value)))
 
 
 def _unique(path: str, names: list[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from helpers import png
 from PIL import Image
 
+from data import table
 from data.arguments import DataSettings
 from data.golds import gold
 from data.read import Reader, read_dataset
@@ -72,13 +73,17 @@ def test_a_link_to_a_page_is_no_image():
 def test_two_columns_of_images_that_differ_are_refused(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(png())
-    row = {"question": "Q?", "answer": "4", "image": "a.png", "images": ["b.png", "a.png"]}
+    row = {"question": "Q?", "answer": "4", "image": "c.png", "images": ["b.png", "a.png"]}
     assert refused(row, image_root=str(tmp_path)).endswith(
         "expected the images once, got others in images; name one as --image_column"
     )
-    for other in (["a.png"], [], None):
-        (found,) = read([{**row, "images": other}], image_root=str(tmp_path))
-        assert len(found["images"]) == 1
+    for image, images, n in (
+        ("a.png", [], 1),
+        ("a.png", None, 1),
+        ("./a.png", ["b.png", "a.png"], 2),
+    ):
+        (found,) = read([{**row, "image": image, "images": images}], image_root=str(tmp_path))
+        assert len(found["images"]) == n
 
 
 def test_numbered_options_count_as_the_answers_do():
@@ -87,8 +92,7 @@ def test_numbered_options_count_as_the_answers_do():
     assert golds(rows) == golds(rows, answer_kind="from_0") == ["2", "1", "4"]
     rows = [{"question": "Q?", **options, "answer": str(i)} for i in (1, 4)]
     assert golds(rows) == ["1", "4"]
-    left_open = golds([{"question": "Q?", **options, "answer": i} for i in (1, 2)])
-    assert all("--answer_kind" in reason for reason in left_open)
+    assert golds([{"question": "Q?", **options, "answer": i} for i in (1, "(2)")]) == ["1", "2"]
     assert golds([{"question": "Q?", **options, "answer": i} for i in (0, 4)])[0].startswith("row 0: field answer")
     arc = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}
     assert golds([arc]) == ["1"]  # these labels are the data's own
@@ -106,8 +110,15 @@ def test_options_of_other_names_are_asked(row, settings):
 
 
 def test_columns_of_several_golds_are_no_options():
-    row = {"question": "Q?", "answer1": "seventeen", "answer2": "17", "answer": "17"}
-    assert asked(row) == [("user", "Q?")] and golds([row]) == ["17"]
+    row = {"question": "How many?", "answer1": "two", "answer2": "2", "answer3": "four", "answer": "2"}
+    assert asked(row) == [("user", "How many?")] and golds([row]) == ["2"]
+
+
+@pytest.mark.parametrize("options", [["A, B", "B, C", "C, D"], {"A": "A - B", "B": "B - C"}, ["1, 2", "2, 3"]])
+def test_options_that_are_lists_of_labels_stay_whole(options):
+    texts = list(options.values()) if isinstance(options, dict) else options
+    ((_, content),) = asked({"question": "Q?", "options": options, "answer": texts[1]})
+    assert [line.partition(". ")[2] for line in content.splitlines()[1:]] == texts
 
 
 @pytest.mark.parametrize("options", [
@@ -148,6 +159,8 @@ def test_what_belongs_to_the_question_is_asked():
     as_text = {"prompt": json.dumps(messages[1:]), "answer": "11", "system": "Base 3."}
     assert asked(as_text) == [("system", "Base 3."), ("user", "2+2?")]
     assert "another than that" in refused({"prompt": messages, "answer": "11", "system": "Base 4."})
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Base 3.\n"}]}, messages[1]]
+    assert golds([{"prompt": parts, "answer": "11", "system": "Base 3."}]) == ["11"]
 
 
 @pytest.mark.parametrize("column, value", [
@@ -157,20 +170,34 @@ def test_what_belongs_to_the_question_is_asked():
 def test_what_belongs_to_the_question_and_cannot_be_asked_is_refused(column, value):
     row = {"question": "And doubled?", "answer": "8"}
     assert refused({**row, column: value}).startswith(f"{column}: holds a part of the question")
-    assert golds([{**row, column: [] if isinstance(value, list) else None}]) == ["8"]
+    for nothing in (None, [], {}, [None], {"path": None}, "null", "{}", False):
+        assert golds([{**row, column: nothing}]) == ["8"]
+
+
+def test_a_part_of_the_question_that_it_has_already_is_no_loss():
+    row = {"question": "a | b\nHow many?", "answer": "8", "table": "a | b", "task": "And doubled?"}
+    assert asked(row) == [("user", "a | b\nHow many?")]
+    assert asked({**row, "table": "c | d"}, prompt_column="task") == [("user", "And doubled?")]
 
 
 def test_two_questions_are_refused_unless_one_is_named():
-    row = {"prompt": "Answer the question.", "question": "6*7?", "answer": "42"}
+    row = {"prompt": "Answer the question.", "question": "What is 6*7?", "answer": "42"}
     assert refused(row).startswith("question: expected one question")
-    assert asked(row, prompt_column="question") == [("user", "6*7?")]
-    assert asked({**row, "prompt": "Answer: 6*7?"}) == [("user", "Answer: 6*7?")]
+    assert asked(row, prompt_column="question") == [("user", "What is 6*7?")]
+    assert asked({**row, "result": "42"}, solution_column="result") == [("user", row["prompt"])]
+    assert asked({"prompt": "Find x.", "question": "Find $x$. ", "answer": "42"}) == [("user", "Find x.")]
+    assert asked({"prompt": "Find x.", "query": "q_123", "answer": "42"}) == [("user", "Find x.")]
+    assert asked({**row, "solution": "42"}) == [("user", row["prompt"])]  # the house's own columns
+    assert asked({**row, "prompt": "Answer: what is 6*7?"}) == [("user", "Answer: what is 6*7?")]
 
 
 @pytest.mark.parametrize("dtype, expected", [(pa.float32(), ["0.1", "3.14"]), (pa.float16(), ["0.1", "3.14"])])
 def test_short_floats_are_as_they_were_written(tmp_path, dtype, expected):
     numbers = np.array([0.1, 3.14], np.float32 if dtype == pa.float32() else np.float16)
-    pq.write_table(pa.table({"question": ["a?", "b?"], "answer": pa.array(numbers)}), tmp_path / "x.parquet")
+    beside = pa.array([{"gold": 3.14159265358979}] * 2, pa.struct([("gold", pa.float64()), ("w", dtype)]))
+    columns = {"question": ["a?", "b?"], "answer": pa.array(numbers), "beside": beside}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    assert next(table.records(str(tmp_path / "x.parquet")))[2]["beside"]["gold"] == 3.14159265358979
     assert golds(str(tmp_path / "x.parquet")) == expected
     assert golds([{"question": "a?", "answer": numbers[0]}]) == expected[:1]
     from datasets import Dataset, Features, Value
@@ -186,13 +213,16 @@ def test_yes_answers_a_gold_that_is_true():
 
 
 def test_classes_are_their_names():
-    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import ClassLabel, Dataset, Features, List, Value
 
     def of(names):
         features = Features({"question": Value("string"), "answer": ClassLabel(names=names)})
         return golds(Dataset.from_dict({"question": ["a?", "b?"], "answer": [0, 1]}, features))
 
-    assert of(["no", "yes"]) == ["no", "yes"] and of(["choice1", "choice2"]) == ["0", "1"]
+    assert of(["no", "yes"]) == ["no", "yes"]
+    options = {"question": Value("string"), "choices": List(Value("string")), "answer": ClassLabel(names=["x", "y"])}
+    rows = {"question": ["a?", "b?"], "choices": [["p", "q"]] * 2, "answer": [0, 1]}
+    assert golds(Dataset.from_dict(rows, Features(options))) == ["A", "B"]
 
 
 @pytest.mark.parametrize("name, text, expected", [
@@ -208,6 +238,18 @@ def test_a_folders_files_keep_what_is_written(tmp_path, name, text, expected):
     assert golds(str(tmp_path / "set")) == expected
     with pytest.raises(BadInput, match="no split 'dev'"):
         golds(str(tmp_path / "set"), dataset_split="dev")
+
+
+def test_a_folder_that_says_how_to_read_its_files_is_read_so(tmp_path):
+    (tmp_path / "train.csv").write_text("a?~1\nb?~2\n", encoding="utf-8")
+    configs = '---\nconfigs:\n- config_name: default\n  data_files: train.csv\n  sep: "~"\n'
+    (tmp_path / "README.md").write_text(configs + "  names: [question, answer]\n---\n", encoding="utf-8")
+    assert golds(str(tmp_path)) == ["1", "2"]
+
+
+def test_a_folders_decimal_commas_are_refused(tmp_path):
+    (tmp_path / "train.csv").write_text("question;answer\nHow much?;3,5\n", encoding="utf-8")
+    assert "with a comma" in golds(str(tmp_path))[0]
 
 
 def test_a_folders_broken_line_is_one_row(tmp_path):
@@ -259,7 +301,9 @@ def test_marks_of_images_in_other_spellings(tmp_path):
 
 @pytest.mark.parametrize("value, expected", [
     ("Since OA=OB, it is 50°.\nAnswer:B", "B"), ("Step 1: 3+4\n### Answer: 7", "7"), ("Ans: 7", "7"), ("答案:B", "B"),
-    ("因为它是质数，故选B。", "B"), (datetime(2023, 1, 2), "2023-01-02"),
+    ("Work it out\n**Answer:** 7", "7"), ("So it is.\n**Answer: 7**", "7"), ("$\\boxed{7}$.\nAnswer: see above", "7"),
+    ("<think>x</think>\n<answer>Final\nAnswer: 7</answer>", "7"), ("因为它是质数，故选B。", "B"),
+    (datetime(2023, 1, 2), "2023-01-02"),
     (datetime(2023, 1, 2, 5), "2023-01-02 05:00:00"),
 ])  # fmt: skip
 def test_what_the_answer_is(value, expected):

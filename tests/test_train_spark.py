@@ -958,12 +958,23 @@ def test_a_pass_is_never_one_column_wide():
 
 
 def test_processes_that_found_other_rows_are_refused(monkeypatch):
-    rows = [Dataset.from_dict({"source": [f"row {i}" for i in range(n)]}) for n in (3, 2)]
-    check_alike("runs/checkpoint-3", *rows)
-    check_alike(None, rows[0], None)
-    monkeypatch.setattr("training.settings.gather_object", lambda mine: [*mine, ["checkpoint-3", "2 rows (0)", "None"]])
-    with pytest.raises(ValueError, match=r"process 0 found checkpoint-3, 3 rows \(.*, process 1 checkpoint-3, 2 rows"):
-        check_alike("runs/checkpoint-3", rows[0], None)
+    def rows(n, folder="x", solution="1"):
+        columns = {"source": [f"{folder}: row {i}" for i in range(n)], "prompt": ["a"] * n, "solution": [solution] * n}
+        return Dataset.from_dict(columns)
+
+    seen = []
+    monkeypatch.setattr("training.settings.PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr("training.settings.gather_object", lambda mine: [*mine, *seen, seen.append(mine[0]) or mine[0]])
+    check_alike("runs/checkpoint-3", rows(3), None)
+    check_alike("elsewhere/checkpoint-3", rows(3, "another/folder"), None)  # the same rows
+    for other in (
+        (None, rows(3), None),
+        ("x/checkpoint-3", rows(2), None),
+        ("x/checkpoint-3", rows(3, "x", "2"), None),
+    ):
+        with pytest.raises(ValueError, match="expected the same on every process; process 0 found "):
+            check_alike(*other)
+        seen.pop()
 
 
 def test_generating_from_a_sharded_vision_tower_needs_images_everywhere(tmp_path, processor, vision_model, monkeypatch):

@@ -23,6 +23,7 @@ class MixedImages:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self._with_images = {True: True, False: True}  # training or not -> whether its last generation had any
         if self.args.recycle_ratio > 0:  # else it is TRL's, rounding included
             for module in self.model.modules():
                 if isinstance(module, Qwen2VLModel | Qwen2_5_VLModel):
@@ -34,6 +35,8 @@ class MixedImages:
         as Arrow has it, they are []: TRL would take it for an image."""
         if any(row.get(name, name) is None for row in inputs for name in ("images", "image")):
             inputs = [{**row, "images": images_of(row)} for row in inputs]
+        if self._every_process_must_see:
+            self._with_images[self.model.training] = any(gather_object([any(images_of(row) for row in inputs)]))
         if self._generates_sharded and len(set(gather_object([any(images_of(row) for row in inputs)]))) > 1:
             raise BadInput(
                 "use_vllm: expected true under FSDP, and under ZeRO-3 with ds3_gather_for_generation false, where some "
@@ -61,7 +64,8 @@ class MixedImages:
         is sharded it must, because every process gathers each layer's weights: there such a chunk sees a blank image in
         a row of its own, whose outputs are dropped."""
         flags = {name: kwargs.pop(name, False) for name in ("compute_entropy", "compute_aux_loss")}
-        blank = self._blank_image if self._every_process_must_see else None
+        exchanges = self._every_process_must_see and self._with_images[self.model.training]
+        blank = self._blank_image if exchanges else None
         if (num_images is None and blank is None) or (num_images is not None and all(num_images)):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, num_images=num_images, **flags, **kwargs

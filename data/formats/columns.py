@@ -10,14 +10,15 @@ For judging, a pair or one response with its label:
 {"dataset": "areas", "problem": "Area?", "response": "It is 7.", "label": "No"}
 """
 
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
 from PIL import Image
 
-from data.rows import RowError, from_text, image_list, literal, replace_surrogates, unicode_text
+from data.rows import RowError, from_text, literal, replace_surrogates, unicode_text
 
 ROTATION = 1_000_000  # MMBench: what is added to a question's index for each rotation of its options
 QUESTIONS = ("prompt", "problem", "question", "query")
@@ -28,7 +29,10 @@ BESIDE = ("history", "table", "premise")  # parts of a question that is text
 NEVER_USED = ("video", "videos", "audio", "audios", "tools")
 TASK_COLUMNS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
-LABELS = {"yes": "Yes", "true": "Yes", "1": "Yes", "no": "No", "false": "No", "0": "No"}
+LABELS = {
+    **dict.fromkeys(("yes", "true", "1", "correct"), "Yes"),
+    **dict.fromkeys(("no", "false", "0", "incorrect"), "No"),
+}
 CATEGORIES = (
     "category", "subset", "split", "subject", "question_type", "answer_type", "task", "skills", "skill",
     "problem_version", "knowledge_level", "level", "query_source", "source", "generator",
@@ -63,9 +67,8 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
     for name in usual_names:
         if not is_none(raw[name]):
             more = [other for other in numbered if not is_none(raw[other])]
-            if not more and {"image", "images"} <= set(map(str.lower, usual_names)):  # the same, as text or as a list
-                sides = {each: image_list(raw[each]) for each in usual_names if each.lower() in ("image", "images")}
-                more = [each for each, images in sides.items() if each != name and not _alike(images, sides.get(name))]
+            if not more and name.lower() == "images":
+                more = [each for each in usual_names if each.lower() == "image" and not _among(raw[each], raw[name])]
             if more and strict:
                 raise RowError(more[0], f"expected the images once, got others in {name}; name one as --image_column")
             return name, raw[name]
@@ -79,12 +82,13 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
     return "", None
 
 
-def _alike(images: Sequence, others: Sequence | None) -> bool:
-    """Whether these may be the same images. There may be none in one of the two columns."""
-    if others is None or all(map(is_none, images)):
-        return True
-    told_apart = isinstance(images[0], str) and isinstance(others[0], str)
-    return len(images) == len(others) and not (told_apart and list(images) != list(others))
+def _among(image: Any, images: Any) -> bool:
+    """Whether one column names no image that the other does not, as far as both have paths."""
+    sides = []
+    for value in (literal(image), literal(images)):
+        paths = value if isinstance(value, (list, tuple)) else [value]
+        sides.append({os.path.basename(path) for path in paths if isinstance(path, str) and not is_none(path)})
+    return not sides[1] or sides[0] <= sides[1]
 
 
 def is_none(value: Any) -> bool:
@@ -148,29 +152,44 @@ def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
     messages = from_text(prompt) or [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
     if isinstance(first, dict) and first.get("role") == "system":
-        if first.get("content") != system:
+        content = first.get("content")
+        parts = [{"text": content}] if isinstance(content, str) else content or ()
+        if "".join(str(part.get("text")) for part in parts).strip() != system.strip():
             raise RowError(name, "expected one system prompt, got another than that of the messages")
         return prompt
     return [{"role": "system", "content": system}, *messages] if first else prompt
 
 
-def refuse_unused(raw: dict[str, Any], plain: bool) -> None:
-    """Raises RowError for a column that holds a part of the question and is not used; `plain`: the question is text."""
-    for name in (*NEVER_USED, *BESIDE) if plain else NEVER_USED:
+def refuse_unused(raw: dict[str, Any], question: str | None) -> None:
+    """Raises RowError for a column that holds a part of the question and is not used; `question`: where it is text, and
+    nobody has said which column it is."""
+    for name in NEVER_USED if question is None else (*NEVER_USED, *BESIDE):
         column = usual((name,), raw)
-        if column and not is_none(literal(raw[column])):
+        value = None if column is None else literal(raw[column])
+        if not _is_empty(value) and not (question and isinstance(value, str) and value in question):
             raise RowError(
                 column, "holds a part of the question and is not used; expected it in the prompt, or nothing"
             )
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether a field holds nothing, nor do its parts."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_empty, value))
+    return is_none(value) or value is False or value == "null"
+
+
 def refuse_another(raw: dict[str, Any], question: str, prompt: str) -> None:
-    """Raises RowError where another column holds another question."""
+    """Raises RowError where another column holds another question, by its letters and digits. A word is an id."""
     other = usual(tuple(name for name in QUESTIONS if name != question.lower()), raw)
-    if other and isinstance(raw[other], str):
-        here, there = ("".join(text.split()) for text in (prompt, raw[other]))
+    if other and isinstance(raw[other], str) and len(raw[other].split()) > 1:
+        here, there = (re.sub(r"[\W_]+", "", text).casefold() for text in (prompt, raw[other]))
         if here and there and here not in there and there not in here:
-            raise RowError(other, f"expected one question, got another in {question}; name one as --prompt_column")
+            raise RowError(
+                other, f"expected one question, got another in {question}; name --prompt_column or --solution_column"
+            )
 
 
 def with_input(prompt: str, raw: dict[str, Any]) -> str:

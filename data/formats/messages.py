@@ -13,7 +13,7 @@ COLUMNS = ("messages", "messages")
 
 
 def matches(columns: set[str], head: list[dict]) -> bool:
-    return "messages" in columns and usual(("prompt", "problem", "question"), columns) is None
+    return "messages" in columns and usual(("prompt", "problem", "question", "query"), columns) is None
 
 
 def record(raw: dict) -> Record:
