@@ -348,7 +348,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     def _begin_evaluation(self) -> None:
         self._evaluated = 0  # batches
-        self._outcomes = defaultdict(list)
+        self._outcomes = {"policy": defaultdict(list), "judge": defaultdict(list)}
 
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 

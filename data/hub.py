@@ -27,7 +27,7 @@ def records(source: str, config: str | None, split: str) -> Iterable[dict[str, A
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
-        if any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        if _is_saved(source):
             loaded = load_from_disk(source)
         elif files := text_files(source, config, split):
             return (record for _, _, record in itertools.chain.from_iterable(map(read, files)))
@@ -52,7 +52,11 @@ def text_files(source: str, config: str | None, split: str) -> list[str]:
     from datasets import load_dataset_builder
 
     readme = Path(source) / "README.md"
-    if not Path(source).is_dir() or (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace")):
+    if (
+        not Path(source).is_dir()
+        or _is_saved(source)
+        or (readme.is_file() and "configs:" in readme.read_text("utf-8", "replace"))
+    ):
         return []
     found = load_dataset_builder(source, config).config.data_files or {}
     files = {str(name): [str(path) for path in paths] for name, paths in found.items()}
@@ -60,6 +64,11 @@ def text_files(source: str, config: str | None, split: str) -> list[str]:
     if not files or any(Path(path).suffix.lower() not in text for paths in files.values() for path in paths):
         return []
     return files[split_of(source, files, split)]
+
+
+def _is_saved(source: str) -> bool:
+    """Whether `datasets` has saved this folder."""
+    return any((Path(source) / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
 def split_of(source: str, splits: Mapping[str, Any], split: str) -> str:

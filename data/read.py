@@ -454,7 +454,14 @@ class Layout:
                 yield answer, record.options
 
     def record(self, raw: dict[str, Any]) -> Record:
-        """Raises RowError. A column may be there in some rows only, and not in the first ones."""
+        """Raises RowError."""
+        try:
+            return self._record(raw)
+        except RecursionError:  # where json could just read it
+            raise RowError("row", "expected values that are not nested hundreds of levels deep") from None
+
+    def _record(self, raw: dict[str, Any]) -> Record:
+        """A column may be there in some rows only, and not in the first ones."""
         if self.format:
             record = self.format.record(raw)
             for field, column in self.overridden.items():

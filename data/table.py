@@ -203,7 +203,7 @@ def as_written(value: Any, of: Any) -> Any:
     import numpy as np
     import pyarrow.types as types
 
-    if isinstance(value, (list, tuple)) and hasattr(of, "value_type") and not types.is_map(of):
+    if isinstance(value, list) and (types.is_list(of) or types.is_large_list(of) or types.is_fixed_size_list(of)):
         return [as_written(part, of.value_type) for part in value]
     if isinstance(value, dict) and types.is_struct(of):
         return {name: as_written(part, of.field(name).type) for name, part in value.items()}

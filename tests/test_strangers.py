@@ -180,6 +180,24 @@ def test_a_part_of_the_question_that_it_has_already_is_no_loss():
     assert asked({**row, "table": "c | d"}, prompt_column="task") == [("user", "And doubled?")]
 
 
+@pytest.mark.parametrize("column", ["tools", "choices", "figure", "messages"])
+@pytest.mark.parametrize("depth", [400, 900])
+def test_deep_nesting_ends_no_run(column, depth, tmp_path):
+    nested = "[" * depth + '"x"' + "]" * depth
+    if column == "figure":
+        nested = '{"path":' * depth + '"x"' + "}" * depth
+    deep = f'{{"question": "1+1?", "answer": "2", "{column}": {nested}}}\n'
+    (tmp_path / "x.jsonl").write_text('{"question": "1+2?", "answer": "3"}\n' + deep, encoding="utf-8")
+    rows = read(str(tmp_path / "x.jsonl"))
+    assert len(rows) == 2 and rows[0]["solution"] == "3"
+
+
+@pytest.mark.parametrize("content", [["x"], 5, None, [{"type": "image"}]])
+def test_a_system_turn_that_is_no_text_is_refused_beside_a_system_column(content):
+    prompt = [{"role": "system", "content": content}, {"role": "user", "content": "2+2?"}]
+    assert "another than that" in refused({"prompt": prompt, "answer": "4", "system": "Be brief."})
+
+
 def test_two_questions_are_refused_unless_one_is_named():
     row = {"prompt": "Answer the question.", "question": "What is 6*7?", "answer": "42"}
     assert refused(row).startswith("question: expected one question")

@@ -17,10 +17,10 @@ class StepLogs:
     """A mixin of GRPOTrainer.
 
     Attributes:
-        _outcomes: what policy and judge were right about in this evaluation (see `judge_metrics`).
+        _outcomes: what policy and judge (its keys) were right about in this evaluation; see training/metrics.py.
     """
 
-    _outcomes: dict[str, list[float]]
+    _outcomes: dict[str, dict[str, list[float]]]
 
     @property
     def _mode(self) -> str:
@@ -54,7 +54,7 @@ class StepLogs:
         if self.model.training:
             self._log(policy_metrics(groups))
         else:  # all batches count as one: the last may be smaller
-            metrics = policy_metrics(groups, self._outcomes)
+            metrics = policy_metrics(groups, self._outcomes["policy"])
             self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
 
     def _log_judging(self, groups: list[Group], asked: list[Item], advantages: torch.Tensor) -> None:
@@ -66,7 +66,7 @@ class StepLogs:
         if self.model.training:
             self._log(judge_metrics(asked, texts, outcomes))
         else:  # all batches count as one: they have different numbers of items
-            metrics = judge_metrics(asked, texts, outcomes, self._outcomes)
+            metrics = judge_metrics(asked, texts, outcomes, self._outcomes["judge"])
             self._metrics["eval"].update({name: [value] for name, value in metrics.items()})
         if self.model.training and self.log_completions and self.accelerator.is_main_process:
             self._table.rows = recycled_table(groups, asked, texts, rewards, advantages)

@@ -24,7 +24,7 @@ def policy_metrics(groups: Sequence[Group], earlier: dict[str, list] | None = No
         values["policy/accuracy"] += scored
         values["policy/pass_at_g"] += [any(scored)] if scored else []
         values["policy/unboxed"] += [r.answer is None for r in group.rollouts]
-    return means({name: values[name] for name in ("policy/accuracy", "policy/pass_at_g", "policy/unboxed")})
+    return means(values)
 
 
 def recycling_metrics(items: Sequence[Item], counts: Counts, num_generations: int, seconds: float) -> dict[str, float]:
@@ -73,7 +73,7 @@ def judge_metrics(
             if readable:
                 values["judge/pointwise/positive_rate"].append((verdict == item.label) == shown_right)
             values["on right" if shown_right else "on wrong"].append(correct)
-    metrics = {name: value for name, value in means(values).items() if not name.startswith("policy/")}
+    metrics = means(values)
     sides = [metrics.pop(side, None) for side in ("on right", "on wrong")]
     return metrics if None in sides else {**metrics, "judge/pointwise/balanced_accuracy": sum(sides) / 2}
 

@@ -24,14 +24,5 @@ from data.formats import (
 
 JUDGED = (vl_rewardbench, judgebench, processbench)  # their rows are for a judge alone
 GOLD_ALONE = (gsm8k, math_boxed)  # only say where in its column a gold is
-FORMATS = (
-    spark_data,
-    llava,
-    messages,
-    verl,
-    *JUDGED,
-    vlmevalkit,
-    gpqa,
-    gsm8k,
-    math_boxed,
-)  # the first that matches is taken
+# The first that matches is taken.
+FORMATS = (spark_data, llava, messages, verl, *JUDGED, vlmevalkit, gpqa, gsm8k, math_boxed)

@@ -83,12 +83,15 @@ def image_of(raw: dict[str, Any], strict: bool = True) -> tuple[str, Any]:
 
 
 def _among(image: Any, images: Any) -> bool:
-    """Whether one column names no image that the other does not, as far as both have paths."""
-    sides = []
-    for value in (literal(image), literal(images)):
-        paths = value if isinstance(value, (list, tuple)) else [value]
-        sides.append({os.path.basename(path) for path in paths if isinstance(path, str) and not is_none(path)})
-    return not sides[1] or sides[0] <= sides[1]
+    """Whether one column names no image that the other does not, as far as both have paths, of which one may be longer
+    at its start."""
+    here, there = (_paths(literal(value)) for value in (image, images))
+    return not there or all(any(f"/{a}".endswith(f"/{b}") or f"/{b}".endswith(f"/{a}") for b in there) for a in here)
+
+
+def _paths(value: Any) -> list[str]:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [os.path.normpath(path).lstrip("/") for path in values if isinstance(path, str) and not is_none(path)]
 
 
 def is_none(value: Any) -> bool:
@@ -153,8 +156,8 @@ def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
     first = messages[0] if isinstance(messages, (list, tuple)) and messages else None
     if isinstance(first, dict) and first.get("role") == "system":
         content = first.get("content")
-        parts = [{"text": content}] if isinstance(content, str) else content or ()
-        if "".join(str(part.get("text")) for part in parts).strip() != system.strip():
+        parts = content if isinstance(content, (list, tuple)) else [{"text": content}]
+        if "".join(str(part.get("text")) for part in parts if isinstance(part, dict)).strip() != system.strip():
             raise RowError(name, "expected one system prompt, got another than that of the messages")
         return prompt
     return [{"role": "system", "content": system}, *messages] if first else prompt
