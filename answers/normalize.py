@@ -98,6 +98,7 @@ _AFTER_COMMANDS = _rewrites(
     (r"\\text\{([^{}^]*[A-Za-z])\s*\^\s*(?:\{\s*(-?\d)\s*\}|(-?\d))\s*\}", r"\\text{\1}^{\2\3}"),
     (r"(?<=\d)\s*(?:\^\s*\{\s*\\text\{\s*(?:st|nd|rd|th)\s*\}\s*\}|\^?\s*\\text\{\s*-?(?:st|nd|rd|th)\s*\})", ""),
     (r"\\text\{\s*,\s*(and|or)\s*\}", r"\\text{\1}"),
+    (r"\\text\{\s*\^\\circ\s*([CF]?)\s*\}", r"^\\circ \1"),
     (_QUANTITY + r"(?:\\text\{\s*([kM])\s*\}\s*|([kM])\s*)\\Omega$", r"\1\\text{ \2\3ohm}"),
     (_QUANTITY + r"\\text\{\s*([kM]?)\s*\\Omega\s*\}$", r"\1\\text{ \2ohm}"),
     (_QUANTITY + r"(?:\\mu\s*\\text\{\s*([A-Za-z])\s*\}|\\text\{\s*\\mu\s*([A-Za-z])\s*\})$", r"\1\\text{ micro\2\3}"),
@@ -190,6 +191,10 @@ _CHINESE_UNITS = dict(
 )
 _CHINESE_UNIT = re.compile(rf"(?<=[\d)}}\s])(平方|立方)?({'|'.join(_CHINESE_UNITS)})(?=$|[\s,，、。或和$])")
 
+_CHINESE_TEXT = re.compile(
+    rf"\\(?:text|mathrm)\s*\{{\s*((?:平方|立方)?(?:{'|'.join(_CHINESE_UNITS)}))\s*\}}(?=$|[\s,，、。])"
+)
+
 
 def _chinese_unit(match: re.Match) -> str:
     unit, power = _CHINESE_UNITS[match[2]], {"平方": "^2", "立方": "^3", None: ""}[match[1]]
@@ -206,7 +211,7 @@ def _from_unicode(text: str) -> str:
     text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)
     text = _MICRO.sub(r"\1\\text{ micro\2}", text)
     text = re.sub("[①-⑨]", lambda m: f"({ord(m[0]) - ord('①') + 1})", text)
-    text = _CHINESE_UNIT.sub(_chinese_unit, text)
+    text = _CHINESE_UNIT.sub(_chinese_unit, _CHINESE_TEXT.sub(r" \1", text))
     return unicodedata.normalize("NFKC", text.translate(_UNICODE_TABLE)).translate(_UNICODE_TABLE)
 
 

@@ -402,10 +402,11 @@ def _same_ratio(pred: str, p_unit: str, gold: str, g_unit: str) -> bool:
 def _same_quantity(pred: str, gold: str, digits: int) -> bool | None:
     """Numbers and expressions with units: the same unit, or one of them has none."""
     (p, p_unit), (g, g_unit) = split_unit(pred), split_unit(gold)
+    units = p_unit + g_unit
+    if units and (len(units) < 3 or not re.search("[A-Za-z]{2}", f"{p_unit} {g_unit}")) and _same_products(pred, gold):
+        return True  # 3 m may be three times m
     if p_unit and g_unit and p_unit != g_unit:
         return False
-    if re.fullmatch(r"\w(?:/\w)?", p_unit + g_unit) and _same_products(pred, gold):  # 3 m may be three times m
-        return True
     p, g = plain_number(p), plain_number(g)
     based = [re.fullmatch(r"\(?(\d[0-9A-Fa-f]*)\)?_\{?(?:\\text\{)?(\w+?)\}*", body) for body in (p, g)]
     if any(based):  # 1011_2: digits and base, the base may be left out

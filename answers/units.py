@@ -1,12 +1,14 @@
 r"""Numbers as people write them: with units, currencies, thousands separators, or as a word.
 
     split_unit(r"5.4\text{ cm}^2")      # ("5.4", "cm^2")
+    split_unit(r"3 kg\cdot m/s")        # ("3", "kg m/s")
     plain_number("1,250")               # "1250"
 
 Texts are those of normalize.clean.
 """
 
 import re
+from collections import Counter
 from functools import lru_cache
 
 from answers.calculator import FUNCTIONS
@@ -47,6 +49,14 @@ _NOT_UNITS = set(
 _UNIT_POWERS = dict.fromkeys("square sq sq. squared".split(), "2") | dict.fromkeys("cubic cu cu. cubed".split(), "3")
 _SYMBOLS = set("A eV nm mA kN mN mV kV mW MW mJ MJ ms nC nF pF".split())  # units after a plain number, else variables
 _RATES = {"m/s", "g/L", "J/K", "N/m", "N/C", "V/m"}  # of single letters, which might be variables
+# Symbols beside those of _UNIT_TABLE, which go first: min, ft and cd are no multiples.
+_SI = re.compile(r"(?:micro|[pnmcdkMGTh])?(?:mol|Hz|Pa|eV|Wb|Wh|Bq|Sv|cal|ohm|lx|lm|[mgsAKNJWCVFTHL])|r")
+_POWER_OF_TEN = r"(?: ?(?:\\times|\\cdot|\*) ?10 ?\^ ?(?:\{ ?[+-]?\d{1,3} ?\}|\d))?"
+_MEASURE = re.compile(rf"(?P<number>[+-]?\d[\d.,]*{_POWER_OF_TEN})(?P<space> ?)(?P<unit>[A-Za-z\\].{{0,80}})")
+_UNIT_TOKEN = re.compile(
+    r"(?P<symbol>[A-Za-z]+)(?: ?\^ ?(?:\{ ?(?P<braced>-?\d) ?\}|(?P<power>\d))|(?<=m)(?P<digit>[23]))?"
+    r"|(?P<slash>/)|(?P<bracket>[()])|\\cdot|\*| "
+)
 _DIMENSIONS = {"old", "tall", "long", "wide", "high", "deep", "away", "apart", "total"}
 _UNIT_TAIL = re.compile(
     r"(?:\\text\{\s*(?P<text>[^{}]*)\}|(?:(?<=[\d\s}])|(?<=\\pi))(?P<bare>[A-Za-z][A-Za-z./ ]*))"
@@ -89,9 +99,64 @@ def unit_name(text: str, power: str | None = None) -> str | None:
     return f"{name}^{power}" if power and name and power != "1" else name
 
 
+def _powers(unit: str) -> Counter[str] | None:
+    r"""The symbols of kg\cdot m/s, mol L^{-1} or J/(kg K), each with its power; None if these are no units."""
+    unit = re.sub(r"\\frac ?\{([^{}]*)\} ?\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1/(\2)", unit)
+    unit = re.sub(r"(?:\{ ?\} ?)?\^\\circ ?C(?![a-z])", "celsius", unit).replace(r"\Omega", "ohm")
+    unit = re.sub(r"\\mu ?", "micro", unit).strip()
+    powers: Counter[str] = Counter()
+    end, sign = 0, 1
+    for token in _UNIT_TOKEN.finditer(unit):
+        if token.start() != end or (token["bracket"] and sign > 0):
+            return None
+        end = token.end()
+        if token["slash"]:
+            sign = -1  # for all that follows: J/kg K is J/(kg K)
+        elif symbol := token["symbol"]:
+            si = re.sub("^u(?=[A-Zglms]$)", "micro", symbol)
+            name = _UNITS.get(symbol) or (si if _SI.fullmatch(si) else len(symbol) > 1 and _known_unit(symbol))
+            if not name:
+                return None
+            powers[name] += sign * int(token["braced"] or token["power"] or token["digit"] or 1)
+    return powers if powers and end == len(unit) else None
+
+
+def _compound(text: str) -> tuple[str, str] | None:
+    """(number, unit) where units are multiplied, divided or prefixed. None for anything else, and where the letters may
+    as well be variables: 3mn, 2 m s."""
+    measure = _MEASURE.fullmatch(text)
+    if measure is None:
+        return None
+    unit = re.sub(r"\\text\{([^{}]*)\}", r"\1", measure["unit"])
+    powers = _powers(unit)
+    if powers is None:
+        return None
+    letters = "".join(powers)
+    if "micro" in letters and not measure["space"]:  # 2\mu g, of friction
+        return None
+    apart = bool(measure["space"]) or measure["unit"].startswith(r"\text")
+    if len(powers) == 1 and min(powers.values()) > 0:  # those of the table, of one letter or a power, are split_unit's
+        prefixed = len(letters) > 1 and letters not in _UNITS.values()
+        mixed = len(letters) > 1 and not letters.islower()  # 5mA, 5kV; 5nm may be a product
+        sure = (prefixed and (apart or len(letters) > 2 or mixed)) or (letters in _SYMBOLS and mixed)
+    else:
+        joined, divided = r"\cdot" in unit, "/" in unit or min(powers.values()) < 0
+        sure = len(letters) > len(powers) or (joined and not letters.islower()) or (apart and (joined or divided))
+        sure = sure or re.sub(r"\^\{?\d\}?", "", unit) in _RATES
+    if not sure:
+        return None
+    over = [name if power == 1 else f"{name}^{power}" for name, power in sorted(powers.items()) if power > 0]
+    under = [name if power == -1 else f"{name}^{-power}" for name, power in sorted(powers.items()) if power < 0]
+    if not over:
+        return measure["number"], " ".join(f"{name}^{power}" for name, power in sorted(powers.items()))
+    return measure["number"], "/".join([" ".join(over), *under])
+
+
 @lru_cache(maxsize=4096)
 def split_unit(text: str) -> tuple[str, str]:
     """(body, unit), the unit by its canonical name, "" where there is none."""
+    if compound := _compound(text):
+        return compound
     unit = ""
     for sign, name in _CURRENCY.items():
         if text.startswith((sign, "-" + sign)):
