@@ -26,10 +26,12 @@ from typing import Any, Literal
 Form = Literal["answer", "cot"]
 Prompt = str | list[dict[str, Any]]  # plain text, or chat messages
 
-# The released models were trained with exactly this text at the end of every question.
+# The released models were trained and are asked with this text at the end of every question (their card). The code that
+# trained them looks for another spelling.
 PROMPT_SUFFIX = (
     "\nPlease first conduct reasoning, and then answer the question. Repeat the final answer using a '\\boxed{}'."
 )
+_TRAINING_SUFFIX = PROMPT_SUFFIX.strip().replace("'.", ".'")
 
 BOX = "\\boxed{}"  # where answers and verdicts go
 
@@ -147,8 +149,13 @@ TEMPLATE_TOKENS = 512  # of any of them, and more of your own: what room is left
 
 
 def strip_suffix(question: str, suffix: str = PROMPT_SUFFIX) -> str:
-    """The question without the instruction on how to answer, which is meant for the policy alone."""
-    return question.removesuffix(suffix).rstrip() if suffix else question.rstrip()
+    """The question without the instruction on how to answer, which is meant for the policy alone, however often it is
+    there; the default's also as the release's training code spells it."""
+    endings = [suffix.strip()] * bool(suffix.strip()) + [_TRAINING_SUFFIX] * (suffix == PROMPT_SUFFIX)
+    question = question.rstrip()
+    while ending := next((ending for ending in endings if question.endswith(ending)), None):
+        question = question.removesuffix(ending).rstrip()
+    return question
 
 
 # Control tokens of common chat templates. The trainer adds those of its tokenizer.

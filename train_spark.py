@@ -11,9 +11,9 @@ Each step of `SparkTrainer`, a GRPOTrainer:
     4. train on the union of both with TRL's own loss                      training.batch
 
 Where this departs from the paper's released code:
-1. Policy and recycled rollouts are trained on together, in as many optimizer steps as you set (`steps_per_generation`),
-   and are never older than their generation. There, recycled prompts wait in a cache until 64 of them make a second
-   generation with updates of its own; by then the weights that wrote the quoted rollouts have changed.
+1. Policy and recycled rollouts are trained on together, in as many optimizer steps as you set
+   (`steps_per_generation`). There, recycled prompts wait in a cache until 64 of them make a second generation with
+   updates of its own; by then the weights that wrote the quoted rollouts have changed.
 2. Labels are balanced and the question does not give them away (recycle.py).
 3. A quarter as many recycled prompts as questions (there, as many): judges nearly as well, answers better (RESULTS.md).
 4. Batch sizes are the ones you set; there, 64 prompts and 8 rollouts are hard-coded.
@@ -32,7 +32,7 @@ import copy
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,7 @@ from training.settings import (
     check_installation,
     check_model,
     check_weights,
+    freeze,
     refusing,
     under_fsdp,
 )
@@ -99,8 +100,14 @@ class SparkConfig(RecycleConfig, GRPOConfig):
     recycle_weight: float = flag(1.0, "Multiplies the advantages of recycled rows (not a KL term).")
     recycle_apart: bool = flag(
         False,
-        "Recycled rows have optimizer steps of their own, after the policy's, as in the release: needs "
-        "steps_per_generation to be 2, 4, ... times gradient_accumulation_steps.",
+        "Recycled rows have optimizer steps of their own, after the policy's, as in the release, which rolls them out "
+        "after those, too: needs steps_per_generation to be 2, 4, ... times gradient_accumulation_steps.",
+    )
+    freeze_prefix: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters whose names start with one of these are not trained, as visual: the vision tower."
+        },
     )
     drop_zero_advantage: bool | None = flag(
         None,
@@ -246,6 +253,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         under_fsdp(args, adapter=kwargs.get("peft_config") is not None or hasattr(model, "peft_config"))
         super().__init__(model, self._rewards.functions or None, args, train_dataset, eval_dataset, *rest, **kwargs)
         after_loading(self)
+        freeze(self.model, args.freeze_prefix or [])
         # TRL gathers images on processes that have some, which would wait for the others; `_log_images` gathers on all.
         self.log_multimodal = False
         exact = not (args.has_extra_terms or self.aux_loss_enabled)  # leaving such a row out changes no gradient

@@ -24,7 +24,7 @@ from typing import Any
 
 from data.arguments import DataSettings
 from data.images import BadImage, Reference, narrower, reference, size_of
-from prompts import PROMPT_SUFFIX
+from prompts import PROMPT_SUFFIX, strip_suffix
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -382,22 +382,16 @@ def _simplest(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _with_suffix(message: dict[str, Any], suffix: str) -> dict[str, Any]:
     """The suffix at the end of the message, once, whatever blank space or copies of it are there."""
-
-    def without(text: str) -> str:
-        text = text.rstrip()
-        while text.endswith(suffix.strip()):
-            text = text.removesuffix(suffix.strip()).rstrip()
-        return text
-
     if not suffix:
         return message
     content = message["content"]
     if not isinstance(content, str) and content[-1]["type"] != "text":  # it may be there, before the last image
         last = max((i for i, part in enumerate(content) if part["type"] == "text"), default=None)
-        if last is not None and content[last]["text"].rstrip().endswith(suffix.strip()):
-            part = {"type": "text", "text": without(content[last]["text"])}
+        text = content[last]["text"] if last is not None else ""
+        if (question := strip_suffix(text, suffix)) != text.rstrip():
+            part = {"type": "text", "text": question}
             message = {**message, "content": [*content[:last], part, *content[last + 1 :]]}
-    return _changed(message, lambda text: without(text) + suffix)
+    return _changed(message, lambda text: strip_suffix(text, suffix) + suffix)
 
 
 def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class Settings:
     n: int = flag(8, "tts, other than reflect: answers per question", least=1)
     judge_samples: int = flag(1, "judge: verdicts per question; the majority counts", least=1)
     judge_source: str = flag("cot", "what a judge sees", choices=("cot", "answer"))
+    reflect_on: str = flag("no", "tts reflect: on a No alone, or on anything but a Yes", choices=("no", "not_yes"))
     prompt_suffix: str = flag(PROMPT_SUFFIX, "what questions end with; as in training")
     answer_mark: str = flag(BOX, "where reflections put the answer; as in training")
     reward_funcs: str | None = flag(None, "your own verifier as in training, FILE.py:NAME (default: verify.py)")

@@ -165,13 +165,12 @@ def answer_row(row: Row, settings: Settings) -> Solver:
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
-    """Answer, judge that answer, reflect while the verdict is No (paper, section 3.4). Every round is kept."""
+    """Answer, judge that answer, reflect while the verdict is No, or no Yes (paper, section 3.4). Every round is kept."""
     calls = Calls(row, settings)
     (first,) = calls.read((yield [calls.request()]))
     first_tokens = calls.completion_tokens
     text, rounds, _ = yield from _reflect(calls, first)
-    reflections = sum(r["verdict"] == "No" for r in rounds)
-    return calls.final(text, first, first_tokens, rounds, round_num=reflections)
+    return calls.final(text, first, first_tokens, rounds, round_num=len(rounds) - 1)
 
 
 def _reflect(calls: Calls, text: str):
@@ -185,7 +184,8 @@ def _reflect(calls: Calls, text: str):
             (judged,) = calls.read((yield [calls.judging(pointwise_instruction(candidate), with_logprobs=False)]))
             verdict = verify.parse_verdict(judged)
         rounds.append(calls.round(text, verdict, judged))
-        if verdict != "No":  # an unparsed verdict is no reason to throw an answer away
+        # By default an unparsed verdict is no reason to throw an answer away.
+        if verdict == "Yes" or (verdict is None and calls.settings.reflect_on == "no"):
             stops += [(text, calls.completion_tokens - start)] * left
             break
         (text,) = calls.read((yield [calls.reflecting(candidate, form)]))

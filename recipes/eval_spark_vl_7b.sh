@@ -9,7 +9,8 @@
 #   OUTPUT  folder of the results              (results/<model's name>)
 #   PORT    of the server                      (8000)
 #   SERVE   more flags for vllm serve, besides (--max-model-len 24576: the largest image has 16,384 tokens)
-#   EVAL    more flags for evaluate.py, besides (greedy, 2048 tokens, repetition penalty 1.05: the paper's setting)
+#   EVAL    more flags for evaluate.py, besides (greedy, 2048 tokens, repetition penalty 1.05; its judge
+#           sees the boxed answer, and anything but Yes leads to a reflection: the release's setting)
 #   PYTHON  the interpreter                    (python)
 #   VLLM    what starts a server               (vllm serve)
 #
@@ -23,7 +24,7 @@ MODES=${MODES:-tts answer}
 OUTPUT=${OUTPUT:-results/$(basename "$MODEL")}
 PORT=${PORT:-8000}
 SERVE="--max-model-len 24576 ${SERVE:-}"  # of a flag given twice the last one counts
-EVAL="--temperature 0 --max_tokens 2048 --repetition_penalty 1.05 ${EVAL:-}"
+EVAL="--temperature 0 --max_tokens 2048 --repetition_penalty 1.05 --judge_source answer --reflect_on not_yes ${EVAL:-}"
 PYTHON=${PYTHON:-python}
 VLLM=${VLLM:-vllm serve}
 root=$(cd "$(dirname "$0")/.." && pwd)

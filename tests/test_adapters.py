@@ -168,3 +168,29 @@ def test_the_engine_gets_every_weight_of_adapted_experts(experts):
     for weight in ("gate_up_proj", "down_proj"):
         name = f"model.layers.0.mlp.experts.{weight}"
         assert not torch.equal(sent[name], plain[name])
+
+
+def test_what_is_frozen_is_not_trained(tmp_path, processor):
+    def every_other(completions, **_):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def trainer(prefixes, **more):
+        args = config(SparkConfig, tmp_path, max_steps=2, freeze_prefix=prefixes, gradient_checkpointing=True)
+        data = {"train_dataset": digits(16), "processing_class": processor}
+        return SparkTrainer(str(OUTPUT), every_other, args, **data, **more)
+
+    run = trainer(["visual", "model.language_model.layers.0."])
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    run.train()
+    frozen = ("model.visual.", "model.language_model.layers.0.")
+    moved = {name for name, p in run.model.named_parameters() if not torch.equal(p, before[name])}
+    assert any(name.startswith("model.visual.") for name in before)
+    assert moved and not any(name.startswith(frozen) for name in moved)
+    assert moved == {name for name in before if not name.startswith(frozen)}
+
+    with pytest.raises(ValueError, match="freeze_prefix: expected what a parameter's name starts with, got vision"):
+        trainer(["vision"])
+    with pytest.raises(ValueError, match="freeze_prefix: expected none beside an adapter"):
+        trainer(["visual"], peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="leave nothing to train"):
+        trainer(["visual", "language_model"])

@@ -102,6 +102,13 @@ def test_tts_stops_unless_the_verdict_is_no(verdict):
     assert row["extracted_answer"] == row["first_answer"] == "9"
 
 
+@pytest.mark.parametrize("verdict", ["\\boxed{Not correct}", "I can't tell", "\\boxed{No}", "\\boxed{Yes}"])
+def test_tts_reflects_on_anything_but_a_yes_if_that_is_wanted(verdict):
+    engine = Scripted(lambda text: verdict if kind(text) == "pointwise" else "\\boxed{9}")
+    (row,) = evaluate.evaluate_records([QUESTIONS[0]], engine, settings("tts", reflect_on="not_yes"))
+    assert row["round_num"] == (0 if "Yes" in verdict else 2)
+
+
 def test_what_has_no_answer_is_reflected_on_without_being_judged():
     asked = []
 

@@ -185,6 +185,23 @@ def under_fsdp(args: Any, adapter: bool) -> None:
     args.model_init_kwargs = {"device_map": None, **(args.model_init_kwargs or {})}
 
 
+def freeze(model: Any, prefixes: list[str]) -> None:
+    """Train no parameter whose name starts with one of `prefixes`, with or without `model.` before it, as a vision
+    tower's. Raises ValueError for a prefix that no parameter has, and beside an adapter, which freezes all the rest."""
+    if prefixes and hasattr(model, "peft_config"):
+        raise ValueError("freeze_prefix: expected none beside an adapter; see lora_target_modules")
+    parameters = {name.removeprefix("model."): parameter for name, parameter in model.named_parameters()}
+    for prefix in prefixes:
+        frozen = [p for name, p in parameters.items() if name.startswith(prefix.removeprefix("model."))]
+        if not frozen:
+            known = ", ".join(sorted({name.partition(".")[0] for name in parameters}))
+            raise ValueError(f"freeze_prefix: expected what a parameter's name starts with, got {prefix}; e.g. {known}")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if prefixes and not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"freeze_prefix: {', '.join(prefixes)} leave nothing to train")
+
+
 def after_loading(trainer: Any) -> None:
     """What TRL and Trainer leave to be set for FSDP2 and for float16. Raises ValueError where they would save no model
     at the end."""
