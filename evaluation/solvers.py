@@ -165,7 +165,7 @@ def answer_row(row: Row, settings: Settings) -> Solver:
 
 
 def reflect_row(row: Row, settings: Settings) -> Solver:
-    """Answer, judge that answer, reflect while the verdict is No, or no Yes (paper, section 3.4). Every round is kept."""
+    """Answer, judge that answer, reflect while it is a No, or no Yes (paper, section 3.4). Every round is kept."""
     calls = Calls(row, settings)
     (first,) = calls.read((yield [calls.request()]))
     first_tokens = calls.completion_tokens
