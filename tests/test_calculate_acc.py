@@ -128,6 +128,7 @@ def test_flips_of_test_time_scaling():
     rows = [tts("4", "4", 0), tts("5", "4", 1), tts("5", "4", 2), tts("4", "5", 1), tts("5", "5", 2), tts(None, "4", 1)]
     found = one([*rows, row(None, error="time-out")])
     assert found["kind"] == "tts"
+    assert found["first_interval"] == wilson(2, 6)
     assert (found["answered"], found["failed"]) == (6, 1)
     assert (found["first_accuracy"], found["accuracy"]) == (2 / 6, 4 / 6)
     assert (found["right_to_wrong"], found["wrong_to_right"]) == (1, 3)

@@ -312,6 +312,34 @@ def test_a_cut_off_rollout_does_not_give_its_label_away(cut_off, source):
     assert bool(judged) == (cut_off < 4)
 
 
+def test_rollouts_with_a_box_are_judged_before_those_without():
+    groups = [group(i, [("1", True), (None, True), ("2", False), (None, False)]) for i in range(8)]
+    items, _ = recycle(groups, 0, options(recycle_source="cot", recycle_tasks=["pairwise", "pointwise"]), TEXT_ONLY)
+    assert items and all(response.answer is not None for item in items for response in item.responses)
+
+
+def test_the_verifier_is_asked_whether_the_wrong_answer_is_the_right_one():
+    """Whether two answers are equal depends on which of them is the gold."""
+    asked = []
+
+    def equal(pairs):
+        asked.extend(pairs)
+        return [False] * len(pairs)
+
+    recycle([group(0, [("1", True), ("2", False)])], 0, options(), Limits(equal=equal))
+    assert asked == [("2", "1")]
+
+
+@pytest.mark.parametrize("task", ["pointwise", "pairwise"])
+def test_the_only_item_of_its_task_has_either_label(task):
+    """Balanced to within one in each step, and the odd one falls either way."""
+    config = options(recycle_tasks=[task], recycle_matched=False)
+    outcomes = [("1", True), ("2", False)]
+    labels = Counter(item.label for i in range(200) for item in recycle([group(i, outcomes)], i, config, TEXT_ONLY)[0])
+    assert set(labels) == {"A", "B"} | ({"Yes", "No"} if task == "pointwise" else set())
+    assert min(labels.values()) > 200 / len(labels) / 2
+
+
 def test_where_no_answer_has_a_box_whole_rollouts_are_judged():
     """A verifier that reads something else than boxes."""
     groups = [group(i, [(None, True), (None, False)] * 4) for i in range(8)]

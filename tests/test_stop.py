@@ -438,3 +438,10 @@ def test_kept_batches_are_no_weights(tmp_path):
     (saved / "model.safetensors").write_text("")
     copy_result(str(saved), result)
     assert (result / "model.safetensors").exists() and not (result / "generation").exists()
+
+
+def test_the_newest_checkpoint_has_the_highest_number(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.checkpoint.is_whole", lambda path: True)
+    for step in (900, 1000, 99):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1000")

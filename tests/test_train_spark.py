@@ -476,6 +476,7 @@ def test_dropping_rows_is_refused_where_more_than_the_advantage_trains_them(tmp_
         with pytest.raises(ValueError, match="drop_zero_advantage: expected false"):
             trainer(drop_zero_advantage=True, **terms)
         assert not trainer(**terms)._drop_rows
+    assert config(SparkConfig, tmp_path, beta=0.001).has_extra_terms  # a KL term trains every row
     assert trainer()._drop_rows
     assert not trainer(recycle_ratio=0)._drop_rows  # plain GRPO is TRL's, number for number
     assert trainer(recycle_ratio=0, drop_zero_advantage=True)._drop_rows
