@@ -26,7 +26,7 @@ import evaluate
 from benchmarks.eval_throughput import start_stub
 from data.digits import digit_rows
 from data.rows import Source
-from engines import Output, Request, Sampling, complete
+from engines import Output, Request, Sampling, TransformersEngine, complete
 from evaluate import BadInput, Settings, run_to_file
 from evaluation.server import ServerEngine, api_url, data_url, proxy_of
 from models.make_digits import OUTPUT
@@ -633,6 +633,20 @@ def small_model(tmp_path_factory):
     own |= {"do_sample": True, "temperature": 0.1, "top_k": 1, "top_p": 0.001, "repetition_penalty": 1.5}
     (folder / "generation_config.json").write_text(json.dumps(own))
     return str(folder)
+
+
+def test_transformers_draws_with_the_temperature_alone_and_counts_tokens(small_model):
+    """Whatever top_k and top_p the model has as its own; an answer that ended is not cut off, however long."""
+    engine = TransformersEngine(small_model, batch_size=16)
+    requests = [Request([{"role": "user", "content": "What is the sum of 2 and 7?"}])] * 16
+    outputs = engine.batch(requests, Sampling(48, 1.0, 1.0))
+    assert len({output.text for output in outputs}) > 1
+    (alone,) = engine.batch(requests[:1], Sampling(48, 0.0, 1.0))
+    assert not alone.cut_off
+    lengths = (alone.completion_tokens, alone.completion_tokens - 1)
+    again = [engine.batch(requests[:1], Sampling(length, 0.0, 1.0))[0] for length in lengths]
+    assert [output.cut_off for output in again] == [False, True]
+    assert {(o.completion_tokens, o.cut_off) for o in engine.batch(requests, Sampling(2, 1.0, 1.0))} == {(2, True)}
 
 
 @pytest.fixture(scope="session")

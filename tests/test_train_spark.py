@@ -1509,3 +1509,23 @@ def test_metrics_of_passes_are_means_over_tokens(tmp_path, processor, vision_mod
     logged.clear()
     gradient_of(trainer, passes)
     assert sum(logged["entropy"]) / len(logged["entropy"]) == pytest.approx(whole, rel=1e-4)
+
+
+def test_whether_a_prompt_fits_is_told_by_its_own_question(processor):
+    """Rows of a question follow each other: its length is that of its first row."""
+    tokenizer = processor.tokenizer
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(gather=lambda lengths: lengths, num_processes=1, is_main_process=True),
+        model=SimpleNamespace(training=True),
+        _group_size=2,
+        _longest_prompt=20,
+        _longest_instruction=5,
+        _tokenizer=tokenizer,
+        _control_tokens=[],
+    )
+    mask = torch.tensor([[1] * n + [0] * (12 - n) for n in (3, 3, 12, 12)])  # (B*G, T)
+    groups = [Group(key, "", ()) for key in ("short", "long")]
+    limits = SparkTrainer._limits(trainer, {"prompt_mask": mask}, groups)
+    text = "7 8 9 1"
+    assert 3 + len(tokenizer(text)["input_ids"]) <= 15 < 12 + len(tokenizer(text)["input_ids"])
+    assert limits.fits([(group, text) for group in groups]) == [True, False]
