@@ -32,7 +32,7 @@ import copy
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -103,11 +103,8 @@ class SparkConfig(RecycleConfig, GRPOConfig):
         "Recycled rows have optimizer steps of their own, after the policy's, as in the release, which rolls them out "
         "after those, too: needs steps_per_generation to be 2, 4, ... times gradient_accumulation_steps.",
     )
-    freeze_prefix: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Parameters whose names start with one of these are not trained, as visual: the vision tower."
-        },
+    freeze_prefix: list[str] | None = flag(  # noqa: RUF009 (training/console.py reads flags)
+        None, "Parameters whose names start with one of these are not trained, as visual: the vision tower."
     )
     drop_zero_advantage: bool | None = flag(
         None,
