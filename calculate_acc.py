@@ -39,8 +39,7 @@ from scoring.rates import (
     figure,
     group_scores,
     interval_of,
-    mcnemar,
-    paired,
+    paired_questions,
     price_table,
     rate,
     rates,
@@ -232,12 +231,17 @@ def compare(base: Tally, other: Tally) -> list[Row]:
         tables.append(table[table["right"].notna()])
     pairs = tables[0].merge(tables[1], on=["key", "occurrence", "kind"], suffixes=("", "_after"))
 
+    def questions(rows: pd.DataFrame) -> list[tuple[int, int]]:
+        changes = (rows["right_after"].astype(int) - rows["right"].astype(int)).groupby([rows["key"], rows["kind"]])
+        return list(zip(changes.size(), changes.sum(), strict=True))
+
     def difference(name: str, rows: pd.DataFrame) -> Row:
         before, after = rows["right"].astype(int), rows["right_after"].astype(int)
         n, gained, lost = len(rows), int((after > before).sum()), int((after < before).sum())
+        *_, p = estimate = paired_questions(questions(rows))
         return {"dataset": name, "rows": n, "base_accuracy": float(before.mean()), "accuracy": float(after.mean()),
-                "difference": (gained - lost) / n, "interval": interval_of(*paired(gained, lost, n), -1.0, 1.0),
-                "gained": gained, "lost": lost, "p": mcnemar(gained, lost)}  # fmt: skip
+                "difference": (gained - lost) / n, "interval": interval_of(*estimate[:2], -1.0, 1.0),
+                "gained": gained, "lost": lost, "p": p}  # fmt: skip
 
     groups = {name: pairs[pairs["dataset"] == name] for name in base.datasets}
     rows = [difference(name, group) for name, group in groups.items() if len(group)]
@@ -245,7 +249,7 @@ def compare(base: Tally, other: Tally) -> list[Row]:
         k = len(rows)
         means = {name: sum(r[name] for r in rows) / k for name in ("base_accuracy", "accuracy", "difference")}
         # Around the difference itself: what keeps one interval from being zero wide would add up over benchmarks.
-        variance = sum(paired(r["gained"], r["lost"], r["rows"])[1] for r in rows) / k**2
+        variance = sum(paired_questions(questions(groups[r["dataset"]]))[1] for r in rows) / k**2
         total = {"rows": len(pairs), "interval": interval_of(means["difference"], variance, -1.0, 1.0)}
         rows = [*rows, {"dataset": "mean of benchmarks", **means, **total, "gained": None, "lost": None, "p": None}]
         rows.append(difference("all rows", pairs))

@@ -229,12 +229,21 @@ def _readings(answer: str, options: Options) -> dict[str, list[str]]:
     return {kind: named for kind, named in labels_by_kind.items() if named}
 
 
+def letter_of(answer: str) -> str | None:
+    """The letter that is all an answer says, in whatever words."""
+    bare = _bare(answer)
+    return bare if re.fullmatch("[A-Z]", bare) else None
+
+
 def _bare(answer: str) -> str:
     """The letter of `(B)`, `B.`, `\\text{B}`, `Option B`, `The answer is B`; another answer is left nearly as it is."""
     answer = answer.translate(_WIDE).strip("()[].。$ ")
     answer = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\{([A-Za-z])\}", r"\1", answer)
     said = re.fullmatch(
-        r"(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?:? ?\(?([A-Z])\)?", answer, re.IGNORECASE
+        r"(?:(?:the )?(?:correct )?(?:answer|option|choice)(?: is)?|(?:正确)?(?:答案|选项)[是为]?)[:：]? ?"
+        r"\(?([A-Z])\)?",
+        answer,
+        re.IGNORECASE,
     )
     return said[1] if said else answer
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from data.arguments import DataSettings
 from data.formats import FORMATS, GOLD_ALONE, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, kept, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
-from data.options import check_letter, common_kinds, gold_of, listed_in, options_of, right_label
+from data.options import check_letter, common_kinds, gold_of, letter_of, listed_in, options_of, right_label
 from data.rows import (
     BadInput,
     BadRow,
@@ -303,10 +302,11 @@ class Reader:
             record.solution = gold(record.solution, self.decimal_comma)
             check_letter(record.solution, raw, record.prompt)
         row = build_row(record, self.source, name, look)
-        letter = isinstance(row["solution"], str) and re.fullmatch("[A-Z]", row["solution"])
+        letter = letter_of(row["solution"]) if isinstance(row["solution"], str) else None
         if letter and not self.source.settings.keep_solution:
             listed = listed_in(question_of(row["prompt"], self.source.suffix))
-            row["solution"] = gold_of(row["solution"], listed) if listed else row["solution"]
+            if listed and (letter == row["solution"] or letter in listed.texts):
+                row["solution"] = gold_of(letter, listed)
         if self.use in ("answer", "judge"):
             row |= {
                 "dataset": self._benchmark(raw),

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from data.rows import BadInput
 from scoring.rows import WAYS, Row
@@ -265,6 +265,18 @@ def paired(gained: int, lost: int, n: int) -> tuple[float, float]:
     is not zero wide where no row changed."""
     total, change = n + 2, gained - lost
     return change / total, (gained + lost + 1 - change**2 / total) / total**2
+
+
+def paired_questions(changes: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
+    """(middle, variance, p): as `paired` and `mcnemar` where a question may have several rows, which are no independent
+    ones: (its rows, how many more of them turned right than wrong). p is of the questions that changed either way."""
+    n, k = sum(rows for rows, _ in changes), len(changes)
+    gained, lost = (sum(sign * change > 0 for _, change in changes) for sign in (1, -1))
+    if n == k:
+        return *paired(gained, lost, n), mcnemar(gained, lost)
+    mean = sum(change for _, change in changes) / n
+    variance = sum((change - mean * rows) ** 2 for rows, change in changes) * k / max(k - 1, 1) / n**2
+    return mean, variance + 1 / (k + 2) ** 2, mcnemar(gained, lost)  # the last: as `paired`, not zero wide
 
 
 def interval_of(middle: float, variance: float, least: float, most: float) -> list[float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from helpers import write
 import calculate_acc as acc
 from calculate_acc import BadInput, read_rows, render, summarise, tally
 from data.table import list_text
-from scoring.rates import mcnemar, of_questions, wilson
+from scoring.rates import mcnemar, of_questions, paired, paired_questions, wilson
 
 
 def row(answer, gold="4", dataset="m", problem="2+2?", **more):
@@ -65,12 +66,12 @@ def test_the_interval_of_a_difference_is_a_bootstrap_s_and_never_zero_wide():
 
     changes = np.repeat([1, -1, 0], [30, 10, 160])
     resampled = np.random.default_rng(1).choice(changes, (20_000, 200)).mean(axis=1)
-    middle, variance = acc.paired(30, 10, 200)
+    middle, variance = paired(30, 10, 200)
     assert middle == pytest.approx(0.1, abs=0.002)
     assert variance**0.5 == pytest.approx(resampled.std(), rel=0.03)
-    assert acc.interval_of(*acc.paired(0, 0, 5), -1, 1) == pytest.approx([-0.28, 0.28], abs=0.01)
-    assert acc.interval_of(*acc.paired(5, 0, 5), -1, 1)[1] == 1
-    assert acc.interval_of(*acc.paired(4, 0, 300), -1, 1)[0] < 0  # McNemar's p is 0.125
+    assert acc.interval_of(*paired(0, 0, 5), -1, 1) == pytest.approx([-0.28, 0.28], abs=0.01)
+    assert acc.interval_of(*paired(5, 0, 5), -1, 1)[1] == 1
+    assert acc.interval_of(*paired(4, 0, 300), -1, 1)[0] < 0  # McNemar's p is 0.125
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
@@ -553,3 +554,27 @@ def test_several_rows_of_a_question_count_as_fewer():
     assert benchmark["interval"] == pytest.approx(wilson(100, 200))  # nothing tells which rows belong together
     assert of_questions([(3, 3)] * 10) == pytest.approx(wilson(10, 10), abs=1e-4)
     assert of_questions([]) is None
+
+
+def test_rows_of_one_question_are_not_independent_in_a_comparison():
+    """Two models of equal skill on 20 questions, of 8 like rows each: 0.05 of the tests may find a difference."""
+    rng = random.Random(0)
+    p, outside = 0, 0
+    for _ in range(400):
+        changes = [(8, 8 * ((rng.random() < 0.5) - (rng.random() < 0.5))) for _ in range(20)]
+        middle, variance, chance = paired_questions(changes)
+        low, high = acc.interval_of(middle, variance, -1, 1)
+        p += chance < 0.05
+        outside += not low <= 0 <= high
+    assert p <= 0.06 * 400 and outside <= 0.07 * 400
+    assert paired_questions([(1, 1)] * 5 + [(1, 0)] * 5) == (*paired(5, 0, 10), mcnemar(5, 0))
+    assert paired_questions([(2, 0)] * 5)[1] > 0
+
+
+def test_a_comparison_counts_questions_not_rows():
+    def rows(answer):
+        return [{**row(answer), "problem": f"Q{q}?"} for q in range(6) for _ in range(8)]
+
+    tallies = [tally(name, pair=True, rows=rows(answer)) for name, answer in (("a", "5"), ("b", "4"))]
+    (found,) = summarise(tallies)["paired"]
+    assert (found["rows"], found["gained"], found["p"]) == (48, 48, pytest.approx(2 / 64))

@@ -21,7 +21,7 @@ from data.golds import gold
 from data.read import BadInput, Reader, bad_rows_summary, read_dataset, reading_summary
 from data.rows import BadRow, Record, RowError, Source, build_row, question_text
 from prompts import PROMPT_SUFFIX, ask, strip_suffix
-from verify import is_equal
+from verify import answer_reward, is_equal
 
 
 @pytest.fixture
@@ -1147,3 +1147,11 @@ def test_a_split_that_is_not_there_is_never_another_one(tmp_path):
     assert len(read_dataset(str(tmp_path / "one"))) == 1  # the commands' defaults find the only one
     with pytest.raises(BadInput, match="no split 'validation'; name one with --dataset_split: test"):
         read_dataset(str(tmp_path / "one"), DataSettings(dataset_split="validation"))
+
+
+@pytest.mark.parametrize("answer", ["B", "(B)", "B.", "Option B", "The answer is B", "选项B"])
+def test_a_letter_in_any_words_is_the_option_that_the_question_lists(answer, tmp_path):
+    path = write(tmp_path / "q.json", [{"question": "Which is prime?\nA. 4\nB. 7\nC. 9", "answer": answer}])
+    (row,) = read_dataset(path)
+    for written, right in (("\\boxed{B}", True), ("\\boxed{(B) 7}", True), ("\\boxed{7}", True), ("\\boxed{9}", False)):
+        assert answer_reward(None, [written], [row["solution"]]) == [float(right)]

@@ -452,7 +452,7 @@ def show(data, args, model, launch: Launch) -> None:
         reject = None
         if processor is not None and config is not None:
             longest, setting = args.longest_prompt(config)
-            reject = too_long(longest, processor, setting)
+            reject = too_long(longest, processor, setting, **(args.chat_template_kwargs or {}))
         dataset = data.read_one(data.dataset, data.dataset_split, args, processor, reject)
         rows, images = len(dataset), "images" in dataset.column_names
         data_line = f"{rows:,} rows of {data.dataset}"
