@@ -6,7 +6,7 @@ Answers are scored again with verify.py; rows whose is_correct disagrees are nam
 it is left out of every rate and counted separately, as is an answer that can't be scored (no usable gold); the most
 frequent errors are shown. An answer without a box is an answer, and wrong. Rows scored by your own verifier
 (evaluate.py --reward_funcs) keep their verdicts. Intervals are Wilson's at 95 %; several rows of one question count as
-fewer, where they are right or wrong together.
+fewer, where they are right or wrong together, and as one in a comparison's p.
 
 Results of evaluate.py --tts compare also give accuracy against the tokens generated, for each way of test-time scaling
 and each number of answers, and its difference from a majority of about as many tokens; --figure draws it as a PNG.

@@ -578,3 +578,18 @@ def test_a_comparison_counts_questions_not_rows():
     tallies = [tally(name, pair=True, rows=rows(answer)) for name, answer in (("a", "5"), ("b", "4"))]
     (found,) = summarise(tallies)["paired"]
     assert (found["rows"], found["gained"], found["p"]) == (48, 48, pytest.approx(2 / 64))
+
+
+def test_one_question_about_several_images_is_as_many_questions():
+    a, b = row("4", image_path="a.png"), row("5", image_path="b.png")
+    (found,) = summarise([tally("x", pair=True, rows=[a, b]), tally("y", pair=True, rows=[b, a])])["paired"]
+    assert (found["gained"], found["lost"]) == (0, 0)
+
+
+def test_the_interval_of_a_mean_of_benchmarks_is_narrower_than_that_of_one():
+    def rows(right):
+        return [row("4" if i < right else "5", problem=str(i), dataset=name) for name in "mn" for i in range(100)]
+
+    *_, mean, _ = summarise([tally(name, pair=True, rows=rows(n)) for name, n in (("a", 50), ("b", 60))])["paired"]
+    low, high = mean["interval"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (paired(10, 0, 100)[1] / 2) ** 0.5)

@@ -1,13 +1,14 @@
 """The embedded task, the shipped model, and the readers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from helpers import write
 from PIL import Image
 
-from data.arguments import DataSettings
+from data.arguments import DataArguments, DataSettings
 from data.digits import IMAGE_KINDS, TEXT_KINDS, _digits, digit_rows, solve
 from data.read import BadInput, read_dataset
 from models.make_digits import COMPARISONS, OUTPUT, Noise, example
@@ -181,3 +182,23 @@ def test_bad_files_are_named(tmp_path):
         read_dataset(
             write(tmp_path / "a.json", [{"prompt": "a", "solution": "1"}]), DataSettings(solution_column="gold")
         )
+
+
+def test_the_evaluation_set_is_its_own_split_and_counts_the_templates_tokens(monkeypatch):
+    seen = []
+
+    def read_one(self, source, split, *_, **__):
+        seen.append((source, split))
+        return [0] * 9
+
+    monkeypatch.setattr(DataArguments, "read_one", read_one)
+    monkeypatch.setattr("data.lengths.too_long", lambda *_, **template: seen.append(template))
+    args = SimpleNamespace(
+        eval_strategy="steps",
+        eval_on_start=False,
+        chat_template_kwargs={"enable_thinking": False},
+        generation_batch_size=4,
+        num_generations=4,
+    )
+    DataArguments(dataset="a", eval_dataset="b").read(args, None, 9, "max_prompt_length")
+    assert seen == [{"enable_thinking": False}, ("a", "train"), ("b", "test")]

@@ -1092,3 +1092,18 @@ def test_a_pair_is_right_where_both_orders_name_the_chosen_one(knows, expected):
     pair = {"dataset": "d", "problem": "1+1?", "chosen": "two", "rejected": "three"}
     (row,) = evaluate.evaluate_records([pair], judge, settings("judge"))
     assert (row["verdict"], row["verdict_swapped"], row["is_correct"]) == expected
+
+
+def test_of_equal_weights_the_answer_given_more_often_wins():
+    row = sampled(["\\boxed{3}", "\\boxed{4}", "\\boxed{4}"], lettered(5), "weighted_vote")  # No to all of them
+    assert row["extracted_answer"] == "4"
+
+
+def test_the_best_of_several_is_found_only_if_it_beats_all_of_them():
+    def reply(text):  # "two" beats "three" and loses to "four"
+        first = text.split("<response_b>")[0]
+        return "\\boxed{A}" if ("two" in first) != ("four" in text) else "\\boxed{B}"
+
+    question = {"problem": "1+1?", "chosen": "two", "rejected": ["three", "four"]}
+    (row,) = evaluate.evaluate_records([question], Scripted(reply), settings("judge"))
+    assert (row["verdict"], row["is_correct"]) == (["A", "B"], False)

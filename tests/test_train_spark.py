@@ -1529,3 +1529,82 @@ def test_whether_a_prompt_fits_is_told_by_its_own_question(processor):
     text = "7 8 9 1"
     assert 3 + len(tokenizer(text)["input_ids"]) <= 15 < 12 + len(tokenizer(text)["input_ids"])
     assert limits.fits([(group, text) for group in groups]) == [True, False]
+
+
+def test_an_evaluations_groups_are_of_its_own_size(tmp_path, processor, text_model):
+    sizes = []
+
+    class Seen(SparkTrainer):
+        def _log_policy(self, groups):
+            sizes.extend(len(group.rollouts) for group in groups)
+            super()._log_policy(groups)
+
+    arguments = config(SparkConfig, tmp_path, num_generations_eval=2, per_device_eval_batch_size=8)
+    data = {"train_dataset": sums(4), "eval_dataset": sums(4), "processing_class": processor.tokenizer}
+    Seen(copy.deepcopy(text_model), coin, arguments, **data).evaluate()
+    assert set(sizes) == {2}
+
+
+def test_a_run_with_several_iterations_resumes_within_a_generation(tmp_path, processor, text_model):
+    def trained(folder, checkpoint=None):
+        saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "num_iterations": 2}
+        arguments = config(SparkConfig, folder, **saving)
+        data = {"train_dataset": sums(16), "processing_class": processor.tokenizer}
+        trainer = SparkTrainer(copy.deepcopy(text_model), coin, arguments, **data)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return weights(trainer)
+
+    whole = trained(tmp_path / "whole")
+    resumed = trained(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+
+
+def test_token_weights_add_up_over_processes():
+    """Two processes whose rows have 3 and 9 tokens: what they weigh is two micro-steps each."""
+    meeting, sent = Barrier(2), [None, None]
+
+    def plan(rank):
+        def everyone(local):
+            sent[rank] = local
+            meeting.wait()
+            both = torch.stack(sent)
+            meeting.wait()
+            return both
+
+        union = {name: torch.ones(8, 6) for name in ("prompt_ids", "prompt_mask")}
+        union |= {"completion_mask": torch.ones(8, (3, 9)[rank]), "advantages": torch.ones(8)}
+        return plan_passes(union, 4, micro_steps=2, blocks=1, budget=40, everyone=everyone)
+
+    with ThreadPoolExecutor(2) as pool:
+        plans = list(pool.map(plan, range(2)))
+    assert sum(part.token_weight for plan in plans for step in plan for part in step) == pytest.approx(2 * 2)
+
+
+def test_steps_of_their_own_are_weighed_by_their_own_tokens():
+    """24 rows, 16 of them the policy's, in four optimizer steps: two of eight rows, and two of four."""
+    union = {name: torch.ones(24, 6) for name in ("prompt_ids", "prompt_mask")}
+    union |= {"completion_mask": torch.ones(24, 4), "advantages": torch.ones(24)}
+    plan = plan_passes(union, 16, micro_steps=4, blocks=4, budget=400, apart=True)
+    assert [part.token_share for step in plan for part in step] == pytest.approx([4 / 3] * 2 + [2 / 3] * 2)
+
+
+def test_images_that_differ_only_in_the_order_or_shape_of_their_pixels_are_two(processor):
+    class Tower:
+        def get_image_features(self, pixels, grids, **_):
+            return SimpleNamespace(pooler_output=tuple(pixels.split(4)))
+
+    pixels = torch.arange(8.0).view(4, 2)  # and upside down: with the same sum
+    both = each_image_once(Tower(), torch.cat([pixels, pixels.flip(0)]), torch.tensor([[1, 2, 2]] * 2))
+    assert torch.equal(both.pooler_output[1], pixels.flip(0))
+
+    images = [[PIL.Image.new("RGB", size, "red")] for size in ((56, 84), (84, 56))]
+    expected = processor.image_processor(images=images, return_tensors="pt")["image_grid_thw"]
+    with processed_once(processor):
+        found = processor.image_processor(images=images, return_tensors="pt")["image_grid_thw"]
+    assert found.tolist() == expected.tolist()
+
+
+def test_a_reward_that_is_no_number_is_no_opinion():
+    rewards = JudgingRewards([lambda prompts, completions, **_: [math.nan, 1.0]], True, 0.5)
+    assert rewards.functions[0](prompts=[0, 0], completions=["a", "b"]) == [None, 1.0]
+    assert rewards.right == [None, True]
