@@ -61,8 +61,8 @@ class Tally:
 
     path: str
     counts: dict[tuple[str, str], Counter] = field(default_factory=lambda: defaultdict(Counter))  # (dataset, kind)
-    # (dataset, kind) -> question -> its rows, and the right ones
-    rows: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: (0, 0))))
+    # (dataset, kind) -> question -> its rows, how many are right, and how many were before judging and reflecting
+    rows: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: (0, 0, 0))))
     failed: Counter = field(default_factory=Counter)  # by dataset
     errors: Errors = field(default_factory=Errors)
     verifiers: set[str] = field(default_factory=set)  # that scored rows, other than verify.py
@@ -70,10 +70,10 @@ class Tally:
     disagreements: int = 0
     examples: list[Row] = field(default_factory=list)
     outcomes: list[tuple[int, str, str, bool | None]] = field(default_factory=list)
-    # (dataset, kind) -> field -> value -> how many were answered, and right
-    categories: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(Counter))))
+    # (dataset, kind) -> field -> value -> question -> its rows, and how many are right
+    categories: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(lambda: defaultdict(dict))))
     questions: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(Counter)))  # dataset -> question
-    scaling: dict = field(default_factory=lambda: defaultdict(list))  # dataset -> of each row: way -> (right, tokens)
+    scaling: dict = field(default_factory=lambda: defaultdict(list))  # dataset -> (question, way -> (right, tokens))
     groups: dict = field(default_factory=lambda: defaultdict(lambda: defaultdict(dict)))  # (...) -> question -> part
     parts: dict = field(default_factory=lambda: defaultdict(dict))  # dataset -> question -> how many parts it has
     incomplete: dict = field(default_factory=lambda: defaultdict(set))  # dataset -> questions with a part without score
@@ -94,8 +94,9 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
             right = count_row(total.counts[dataset, kind], row)
         if right is not None:
             question = match_key(row) if "problem" in row else -1 - index
-            rows, hits = total.rows[dataset, kind][question]
-            total.rows[dataset, kind][question] = rows + 1, hits + right
+            rows, hits, first = total.rows[dataset, kind][question]
+            first += bool(row.get("first_is_correct"))
+            total.rows[dataset, kind][question] = rows + 1, hits + right, first
             if row["stored"] is not None and bool(row["stored"]) != right:
                 total.disagreements += 1
                 if len(total.examples) < EXAMPLES:
@@ -106,10 +107,12 @@ def tally(path: str, pair: bool = False, rows: Iterable[Row] | None = None) -> T
                 n.update({f"label_{label}": 1, f"right_{label}": right, "says_yes": row["verdict"] == "Yes"})
             for name, values in (row.get("categories") or {}).items():
                 for value in [values] if isinstance(values, str) else values:
-                    total.categories[dataset, kind][name][value].update(answered=1, right=right)
+                    questions = total.categories[dataset, kind][name][value]
+                    rows, hits = questions.get(question, (0, 0))
+                    questions[question] = rows + 1, hits + right
             outcomes = {(v["variant"], v["n"]): (v.get("is_correct"), v["completion_tokens"]) for v in row["variants"]}
             if outcomes and all(variant_right is not None for variant_right, _ in outcomes.values()):
-                total.scaling[dataset].append(outcomes)
+                total.scaling[dataset].append((question, outcomes))
             if row.get("group"):
                 question, part, *size = row["group"]
                 total.groups[dataset, kind][question][part] = right
@@ -261,10 +264,13 @@ def summarise(tallies: list[Tally]) -> Row:
     files = []
     for total in tallies:
         keys = sorted(total.counts, key=lambda key: (KINDS.index(key[1]), list(total.datasets).index(key[0])))
-        benchmarks = [rates(*key, total.counts[key], total.rows[key].values()) for key in keys]
+        benchmarks = [rates(*key, total.counts[key], list(total.rows[key].values())) for key in keys]
         for key, benchmark in zip(keys, benchmarks, strict=True):
             split = {name: values for name, values in total.categories[key].items() if 2 <= len(values) <= MOST_VALUES}
-            benchmark["categories"] = {name: by_category(values) for name, values in split.items()}
+            benchmark["categories"] = {
+                name: by_category({value: list(questions.values()) for value, questions in values.items()})
+                for name, values in split.items()
+            }
             if key[1] == "pointwise":
                 benchmark["by_pass_rate"] = by_pass_rate(total.questions[key[0]])
             if key[1] == "tts" and total.scaling[key[0]]:

@@ -161,8 +161,9 @@ def _same_choice(pred: str, gold: str) -> bool | None:
     if content and (other := _LAST_LETTER.search(pred)) and other[1] != letter and not content.endswith(other[1]):
         return False
     choice = _CHOICE_PRED.fullmatch(pred)
-    if not choice or not (choice[1].isupper() or not choice[2]):
-        return _same(pred, content) if content else False
+    if not choice or (choice[2] and choice[1].islower()):  # what follows a small letter has to be the option itself
+        labelled = choice and content and choice[1].upper() == letter and _same(choice[2], content)
+        return labelled or (_same(pred, content) if content else False)
     rest = choice[2] or ""
     if content and choice[1].upper() == letter and squeeze(rest) == squeeze(content):
         return True

@@ -45,6 +45,8 @@ _MARKS = [  # of options that a question lists itself: in lines of their own, (A
     re.compile(r"^[ \t]*[(（]?([A-Z])[.):．：、）][)）]?", re.MULTILINE),
     re.compile(r"[(（]([A-Z])[)）]"),
     re.compile(r"(?:^|(?<=\s))([A-Z])(?:[.:](?=\s)|[．：、])"),
+    re.compile(r"^[ \t]*[(（]?([a-z])[.):．：、）][)）]?", re.MULTILINE),
+    re.compile(r"[(（]([a-z])[)）]"),
 ]
 _LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
 _TRAILING = re.compile(r"(?:,? (?:or|and)| ?\( ?\)| ?\?)+$")  # (A) 1 or (B) 2?
@@ -230,9 +232,9 @@ def _readings(answer: str, options: Options) -> dict[str, list[str]]:
 
 
 def letter_of(answer: str) -> str | None:
-    """The letter that is all an answer says, in whatever words."""
+    """The letter that is all an answer says, in whatever words, as a capital."""
     bare = _bare(answer)
-    return bare if re.fullmatch("[A-Z]", bare) else None
+    return bare.upper() if re.fullmatch("[A-Za-z]", bare) else None
 
 
 def _bare(answer: str) -> str:
@@ -258,10 +260,11 @@ def _same(answer: str, text: str, label: str) -> bool:
 
 
 def listed_in(question: str) -> Options | None:
-    """The options that a question lists itself, if their labels are A, B, ... in this order."""
+    """The options that a question lists itself, if their labels are A, B, ... (or a, b, ...) in this order."""
     for mark in _MARKS:
         _, *parts = mark.split(question)
         labels, texts = parts[::2], [text.strip() for text in parts[1::2]]
+        labels = [label.upper() for label in labels] if "".join(labels).islower() else labels
         if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
             texts[-1] = texts[-1].partition("\n")[0]
             texts = [_TRAILING.sub("", " ".join(text.split()).strip(";,")).strip(" ;,") for text in texts]

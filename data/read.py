@@ -305,7 +305,7 @@ class Reader:
         letter = letter_of(row["solution"]) if isinstance(row["solution"], str) else None
         if letter and not self.source.settings.keep_solution:
             listed = listed_in(question_of(row["prompt"], self.source.suffix))
-            if listed and (letter == row["solution"] or letter in listed.texts):
+            if listed and letter in listed.texts:
                 row["solution"] = gold_of(letter, listed)
         if self.use in ("answer", "judge"):
             row |= {

@@ -1,9 +1,8 @@
 """Counts into rates: accuracies with their intervals, calibration, scores of sets, and accuracy against tokens."""
 
-import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from data.rows import BadInput
 from scoring.rows import WAYS, Row
@@ -21,17 +20,26 @@ def wilson(right: int, n: int) -> tuple[float, float] | None:
     return float(interval.low), float(interval.high)
 
 
-def of_questions(questions: Iterable[tuple[int, int]]) -> tuple[float, float] | None:
-    """Wilson's 95 % interval of a share of rows, of which a question may have several: (its rows, the right ones). They
-    count as so many rows of questions of their own as would tell as much (a ratio estimator's variance), no more than
-    there are; where all rows are right or none is, as one for each question."""
-    questions = list(questions)
+Questions = Sequence[tuple[int, int]]  # of each, how many rows it has, and how many of them are right
+
+
+def effective(questions: Questions) -> float:
+    """How many rows of questions of their own would tell as much as these rows do (a ratio estimator's variance), no
+    more than there are; where all rows are right or none is, one for each question."""
     n, right, k = sum(rows for rows, _ in questions), sum(right for _, right in questions), len(questions)
-    if n == k:
-        return wilson(right, n)
+    if n == k or right in (0, n):
+        return k
     mean = right / n
     variance = sum((hits - mean * rows) ** 2 for rows, hits in questions) * k / max(k - 1, 1) / n**2
-    size = k if mean in (0, 1) else min(n, mean * (1 - mean) / variance) if variance else n
+    return min(n, mean * (1 - mean) / variance) if variance else n
+
+
+def of_questions(questions: Questions) -> tuple[float, float] | None:
+    """Wilson's 95 % interval of the share of right rows, of which a question may have several."""
+    n, right = sum(rows for rows, _ in questions), sum(right for _, right in questions)
+    if n == len(questions):
+        return wilson(right, n)
+    mean, size = right / n, effective(questions)
     shrunk = 1 + 1.96**2 / size
     middle = (mean + 1.96**2 / size / 2) / shrunk
     half = 1.96 * math.sqrt(mean * (1 - mean) / size + 1.96**2 / size**2 / 4) / shrunk
@@ -43,9 +51,10 @@ def rate(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
-def answered(right: int, n: int) -> Row:
-    """A count above 0, its accuracy and 95 % interval, as the tables have them."""
-    return {"answered": n, "accuracy": right / n, "interval": wilson(right, n)}
+def answered(questions: Questions) -> Row:
+    """A count of rows above 0, their accuracy and its 95 % interval, as the tables have them."""
+    n = sum(rows for rows, _ in questions)
+    return {"answered": n, "accuracy": sum(right for _, right in questions) / n, "interval": of_questions(questions)}
 
 
 def balanced_accuracy(n: Counter) -> float | None:
@@ -54,8 +63,12 @@ def balanced_accuracy(n: Counter) -> float | None:
     return None if None in sides else sum(sides) / 2
 
 
-def rates(dataset: str, kind: str, n: Counter, questions: Iterable[tuple[int, int]]) -> Row:
-    """One benchmark's counts as rates; `questions`: see `of_questions`. A rate over nothing is None."""
+def rates(dataset: str, kind: str, n: Counter, outcomes: Sequence[tuple[int, int, int]]) -> Row:
+    """One benchmark's counts as rates. A rate over nothing is None.
+
+    Args:
+        outcomes: of each question, its rows, how many are right, and how many were before judging and reflecting.
+    """
     total = n["answered"]
     common = {
         "dataset": dataset,
@@ -64,7 +77,7 @@ def rates(dataset: str, kind: str, n: Counter, questions: Iterable[tuple[int, in
         "answered": total,
         "right": n["right"],
         "accuracy": rate(n["right"], total),
-        "interval": of_questions(questions),
+        "interval": of_questions([(rows, right) for rows, right, _ in outcomes]),
         "unscorable": n["unscorable"],
         "failed": n["failed"],
         "tokens": rate(n["tokens"], n["with_tokens"]),
@@ -76,10 +89,10 @@ def rates(dataset: str, kind: str, n: Counter, questions: Iterable[tuple[int, in
     if kind == "tts":
         return common | {
             "first_accuracy": rate(n["first_right"], total),
-            "first_interval": wilson(n["first_right"], total),
+            "first_interval": of_questions([(rows, first) for rows, _, first in outcomes]),
             "right_to_wrong": n["right_to_wrong"],
             "wrong_to_right": n["wrong_to_right"],
-            "flip_p": mcnemar(n["wrong_to_right"], n["right_to_wrong"]),
+            "flip_p": paired_questions([(rows, right - first) for rows, right, first in outcomes])[2],
             "reflections": rate(n["reflections"], total),
         }
     if n["with_probability"]:
@@ -132,49 +145,51 @@ def by_pass_rate(questions: dict[int, Counter]) -> list[Row]:
     tells, and `question_only`, always the question's more frequent label, is what to beat.
     """
     bands: dict[str, Counter] = defaultdict(Counter)
+    outcomes: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for n in questions.values():
         share = n["label_Yes"] / (n["label_Yes"] + n["label_No"])
         band = {0.0: "0", 1.0: "1"}.get(share) or ("up to 1/2" if share <= 0.5 else "over 1/2")
         bands[band] += n + Counter(questions=1, majority=max(n["label_Yes"], n["label_No"]))
+        outcomes[band].append((n["label_Yes"] + n["label_No"], n["right_Yes"] + n["right_No"]))
     rows = []
     for band in ("0", "up to 1/2", "over 1/2", "1"):
         if n := bands.get(band):
             labelled = n["label_Yes"] + n["label_No"]
-            rows.append({"pass_rate": band, "questions": n["questions"],
-                         **answered(n["right_Yes"] + n["right_No"], labelled),
+            rows.append({"pass_rate": band, "questions": n["questions"], **answered(outcomes[band]),
                          "balanced_accuracy": balanced_accuracy(n), "says_yes": n["says_yes"] / labelled,
                          "question_only": n["majority"] / labelled})  # fmt: skip
     return rows if any(row["questions"] < row["answered"] for row in rows) else []
 
 
-def price_table(rows: list[dict[tuple[str, int], tuple[bool, int]]]) -> list[Row]:
+def price_table(rows: list[tuple[int, dict[tuple[str, int], tuple[bool, int]]]]) -> list[Row]:
     """Accuracy against the tokens generated, of each way and number of answers, and its paired difference from the
     majority whose tokens are closest to that. Of the majority, only one, two, four, ... answers have a line.
 
     Args:
-        rows: a question each, (way, number of answers) -> (right, tokens); one of the ways is `vote`.
+        rows: the question of each, and (way, number of answers) -> (right, tokens); one of the ways is `vote`.
     """
-    import numpy as np
-
     table = []
-    ways = [way for way in rows[0] if all(way in row for row in rows)] if rows else []
-    right = {way: np.array([row[way][0] for row in rows], dtype=bool) for way in ways}  # (rows,)
-    tokens = {way: sum(row[way][1] for row in rows) / len(rows) for way in ways}
+    ways = [way for way in rows[0][1] if all(way in row for _, row in rows)] if rows else []
+    sizes = Counter(question for question, _ in rows)
+    right = {way: Counter(question for question, row in rows if row[way][0]) for way in ways}
+    tokens = {way: sum(row[way][1] for _, row in rows) / len(rows) for way in ways}
     for way, n in ways:
         if way == "vote" and n & (n - 1):
             continue
         majority = min((w for w in ways if w[0] == "vote"), key=lambda w: abs(tokens[w] - tokens[way, n]))
-        gained, lost = (int((a & ~b).sum()) for a, b in itertools.permutations((right[way, n], right[majority])))
-        interval = interval_of(*paired(gained, lost, len(rows)), -1.0, 1.0)
+        changes = [(size, right[way, n][question] - right[majority][question]) for question, size in sizes.items()]
+        interval = interval_of(*paired_questions(changes)[:2], -1.0, 1.0)
         winner = "majority" if interval[1] < 0 else WAYS[way] if interval[0] > 0 else "neither"
         price = tokens[way, n] / (tokens[majority] or 1)
         if winner == WAYS[way] and price > 1.1:  # there is no majority of so many tokens
             winner += f", at {price:.1f} x"
         name = "first answer" if (way, n) == ("vote", 1) else WAYS[way]
-        line = {"way": name, "n": n, "tokens": tokens[way, n], **answered(int(right[way, n].sum()), len(rows))}
+        outcomes = [(size, right[way, n][question]) for question, size in sizes.items()]
+        line = {"way": name, "n": n, "tokens": tokens[way, n], **answered(outcomes)}
         if way != "vote":
             line |= {"majority_n": majority[1], "majority_tokens": tokens[majority], "winner": winner,
-                     "difference": (gained - lost) / len(rows), "difference_interval": interval}  # fmt: skip
+                     "difference": sum(change for _, change in changes) / len(rows),
+                     "difference_interval": interval}  # fmt: skip
         table.append(line)
     return table
 
@@ -203,13 +218,14 @@ def figure(files: list[Row], path: str) -> None:
     pyplot.close(drawn)
 
 
-def by_category(values: dict[str, Counter]) -> Row:
+def by_category(values: dict[str, Questions]) -> Row:
     """Accuracy for each value of a category, and their mean, whose interval counts two right and two wrong answers more
     for each value (Agresti and Coull): by its own share, a value with none right would be certain."""
-    rows = {value: answered(n["right"], n["answered"]) for value, n in sorted(values.items())}
+    rows = {value: answered(questions) for value, questions in sorted(values.items())}
     mean = sum(row["accuracy"] for row in rows.values()) / len(rows)
-    shares = {value: (n["right"] + 2) / (n["answered"] + 4) for value, n in values.items()}
-    variance = sum(share * (1 - share) / (values[value]["answered"] + 4) for value, share in shares.items())
+    sizes = {value: effective(questions) for value, questions in values.items()}
+    shares = {value: (rows[value]["accuracy"] * size + 2) / (size + 4) for value, size in sizes.items()}
+    variance = sum(share * (1 - share) / (sizes[value] + 4) for value, share in shares.items())
     low, high = interval_of(sum(shares.values()) / len(rows), variance / len(rows) ** 2, 0.0, 1.0)
     return {"values": rows, "mean": mean, "interval": (min(mean, low), max(mean, high))}
 

@@ -121,12 +121,11 @@ def test_gold_may_be_a_number_or_several():
 
 
 def test_flips_of_test_time_scaling():
-    def tts(first, final, reflections):
-        return row(
-            final, first_answer=first, rounds=[], round_num=reflections, completion_tokens=100 * (1 + reflections)
-        )
-
-    rows = [tts("4", "4", 0), tts("5", "4", 1), tts("5", "4", 2), tts("4", "5", 1), tts("5", "5", 2), tts(None, "4", 1)]
+    flips = [("4", "4", 0), ("5", "4", 1), ("5", "4", 2), ("4", "5", 1), ("5", "5", 2), (None, "4", 1)]
+    rows = [
+        row(final, problem=f"Q{i}?", first_answer=first, rounds=[], round_num=n, completion_tokens=100 * (1 + n))
+        for i, (first, final, n) in enumerate(flips)
+    ]
     found = one([*rows, row(None, error="time-out")])
     assert found["kind"] == "tts"
     assert found["first_interval"] == wilson(2, 6)
@@ -578,6 +577,46 @@ def test_a_comparison_counts_questions_not_rows():
     tallies = [tally(name, pair=True, rows=rows(answer)) for name, answer in (("a", "5"), ("b", "4"))]
     (found,) = summarise(tallies)["paired"]
     assert (found["rows"], found["gained"], found["p"]) == (48, 48, pytest.approx(2 / 64))
+
+
+def test_what_is_said_again_tells_nothing_more():
+    """No interval and no p, in whatever table, is surer because every row stands there five times."""
+    rng = random.Random(0)
+
+    def right(share):
+        return rng.random() < share
+
+    rows = []
+    for i in range(60):
+        ways = {("vote", 1): (right(0.4), 10), ("vote", 2): (right(0.5), 20), ("weighted_vote", 2): (right(0.7), 25)}
+        scaled = compared(ways, str(i)) | {"first_answer": "54"[right(0.3)], "categories": {"topic": "xyz"[i % 3]}}
+        rows += [{**scaled, "extracted_answer": "54"[right(0.6)]}]
+        verdicts = [(label, "Yes" if right(0.4) else "No") for label in ("Yes", "No")]
+        rows += [judged("pointwise", *verdict) | {"problem": str(i)} for verdict in verdicts]
+
+    def said(rows):
+        found = {}
+
+        def walk(place, value):
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    walk((*place, name), inner)
+            elif "interval" in str(place[-1]):
+                found[place] = value[1] - value[0]
+            elif isinstance(value, list):
+                for i, inner in enumerate(value):
+                    walk((*place, i), inner)
+            elif place[-1] == "flip_p":
+                found[place] = value
+
+        walk(("file",), summarise([tally("f", rows=rows)])["files"][0])
+        return found
+
+    once, again = said(rows), said([copy for copy in rows for _ in range(5)])
+    names = {name for place in once for name in place if isinstance(name, str)}
+    assert {"first_interval", "difference_interval", "flip_p", "categories", "by_pass_rate", "price"} <= names
+    assert once.keys() == again.keys()
+    assert [place for place in once if not 0.9 * once[place] <= again[place] <= 1.1 * once[place]] == []
 
 
 def test_one_question_about_several_images_is_as_many_questions():

@@ -1149,9 +1149,21 @@ def test_a_split_that_is_not_there_is_never_another_one(tmp_path):
         read_dataset(str(tmp_path / "one"), DataSettings(dataset_split="validation"))
 
 
-@pytest.mark.parametrize("answer", ["B", "(B)", "B.", "Option B", "The answer is B", "选项B"])
-def test_a_letter_in_any_words_is_the_option_that_the_question_lists(answer, tmp_path):
-    path = write(tmp_path / "q.json", [{"question": "Which is prime?\nA. 4\nB. 7\nC. 9", "answer": answer}])
+@pytest.mark.parametrize("answer", ["B", "b", "(B)", "(b)", "B.", "Option B", "The answer is B", "选项B"])
+@pytest.mark.parametrize("listed", ["\nA. 4\nB. 7\nC. 9", "\n(a) 4\n(b) 7\n(c) 9", " (a) 4 (b) 7 (c) 9"])
+def test_a_letter_in_any_words_is_the_option_that_the_question_lists(answer, listed, tmp_path):
+    path = write(tmp_path / "q.json", [{"question": f"Which is prime?{listed}", "answer": answer}])
     (row,) = read_dataset(path)
-    for written, right in (("\\boxed{B}", True), ("\\boxed{(B) 7}", True), ("\\boxed{7}", True), ("\\boxed{9}", False)):
-        assert answer_reward(None, [written], [row["solution"]]) == [float(right)]
+    assert row["solution"] == "(B) 7"
+    right = ["B", "b", "(B) 7", "(b) 7", "7"]
+    wrong = ["A", "a", "(c) 7", "9"]
+    rewards = answer_reward(None, [f"\\boxed{{{said}}}" for said in right + wrong], ["(B) 7"] * 9)
+    assert rewards == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+def test_a_small_letter_is_a_variable_where_no_such_option_is_listed(tmp_path):
+    rows = [
+        {"question": "Solve for one side: (a) is 3 and (b) is 4. Which letter is the hypotenuse?", "answer": "c"},
+        {"question": "Simplify a*b/b.", "answer": "a"},
+    ]
+    assert [row["solution"] for row in read_dataset(write(tmp_path / "q.json", rows))] == ["c", "a"]
