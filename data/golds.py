@@ -7,6 +7,9 @@ import reprlib
 from datetime import datetime, time
 from typing import Any
 
+from answers.rules import decide
+from data.formats.columns import usual
+from data.options import letter_of
 from data.rows import RowError, literal, unicode_text
 from verify import extract_boxed
 
@@ -109,6 +112,21 @@ def extracted(value: Any) -> str:
         return boxed
     said = _ANSWER_LINE.search(text)
     return (said[1] or said[2]).strip() if said else text
+
+
+def refuse_another_gold(raw: dict[str, Any], column: str | None) -> None:
+    """Raises RowError where `answer` and `ground_truth` hold different answers: one may be what a model said. One may
+    also be the letter of what the other says."""
+    names = ("answer", "ground_truth")
+    other = usual(tuple(name for name in names if name != str(column).lower()), raw)
+    if str(column).lower() not in names or other is None:
+        return
+    if all(isinstance(raw.get(name), (str, int, float)) for name in (column, other)):
+        here, there = extracted(raw[column]), extracted(raw[other])
+        found = decide(here, there) if here and there and not (letter_of(here) or letter_of(there)) else None
+        if found is not None and not found.verdict:
+            expected = f"expected the answer that {column} has, {here!r:.60}, got {there!r:.60}"
+            raise RowError(other, f"{expected}; say with --solution_column which of them is right")
 
 
 def is_rationale(text: str) -> bool:

@@ -32,7 +32,7 @@ from typing import Any
 from data import hub, table
 from data.arguments import DataSettings
 from data.formats import FORMATS, GOLD_ALONE, JUDGED, columns, vlmevalkit
-from data.golds import extracted, gold, kept, several
+from data.golds import extracted, gold, kept, refuse_another_gold, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
 from data.options import check_letter, common_kinds, gold_of, letter_of, listed_in, options_of, right_label
 from data.rows import (
@@ -480,6 +480,8 @@ class Layout:
             record.prompt = columns.with_passage(record.prompt, raw)
         answer = str(record.solution) if isinstance(record.solution, (str, int)) else ""
         record.options = record.options or options_of(raw, answer)
+        if not (self.chosen or self.format or record.options):
+            refuse_another_gold(raw, self.answer)
         # ScienceQA's hint is part of the question; that of an open one may be about its solution.
         if record.options and plain and not self.format:
             record.prompt = columns.with_hint(record.prompt, raw.get("hint"))

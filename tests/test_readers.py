@@ -1161,6 +1161,23 @@ def test_a_letter_in_any_words_is_the_option_that_the_question_lists(answer, lis
     assert rewards == [1.0] * len(right) + [0.0] * len(wrong)
 
 
+@pytest.mark.parametrize(
+    ("answer", "truth", "used"),
+    [("5", "5", "5"), ("\\frac12", "0.5", "\\frac12"), ("B", "7 cm", "B"), ("Adding. #### 5", 5.0, "5"),
+     ("4", None, "4"), ("4", "5", None), ("Two and three are five.", "5", None)],
+)  # fmt: skip
+def test_an_answer_and_a_ground_truth_that_differ_are_refused(answer, truth, used, tmp_path):
+    """One of them may be a model's answer; naming a column says which is meant."""
+    path = write(tmp_path / "q.json", [{"question": "How much?", "answer": answer, "ground_truth": truth}])
+    if used is not None:
+        assert read_dataset(path)["solution"] == [used]
+        return
+    with pytest.raises(BadInput, match=r"row 0: field ground_truth: expected the answer .* --solution_column"):
+        read_dataset(path)
+    for column, found in (("answer", answer), ("ground_truth", truth)):
+        assert read_dataset(path, DataSettings(solution_column=column))["solution"] == [found]
+
+
 def test_a_small_letter_is_a_variable_where_no_such_option_is_listed(tmp_path):
     rows = [
         {"question": "Solve for one side: (a) is 3 and (b) is 4. Which letter is the hypotenuse?", "answer": "c"},
