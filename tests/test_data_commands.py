@@ -234,7 +234,20 @@ def test_filter_goes_on_where_it_stopped(tmp_path):
         known(replace(SETTINGS, n=8))
     with pytest.raises(BadInput, match="another dataset contents"):
         known(dataset=changed)
+    with pytest.raises(BadInput, match="another max_pixels"):
+        rates_file(path, SETTINGS, data, DataSettings(max_pixels=50_176))
     assert kept_rows({0: {"right": 0, "scored": 0}}, 0, 1) == ([], [], [0])
+
+
+def test_an_answer_that_cant_be_scored_is_no_wrong_one_in_a_pass_rate(tmp_path, monkeypatch):
+    import verify
+
+    monkeypatch.setattr(verify, "answer_reward", lambda *columns: [1.0, None, 0.0, None])
+    data = read_dataset([{"prompt": "1?", "solution": "1"}])
+    rates = rates_file(tmp_path / "rates.jsonl", SETTINGS, data, DataSettings())
+    measure(data, rates, Fake())
+    assert rates.done == {0: {"right": 1, "scored": 2}}
+    assert kept_rows(rates.done, 0.5, 0.5) == ([0], [], [])
 
 
 def test_filter_gives_no_row_the_rate_of_another(tmp_path):

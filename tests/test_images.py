@@ -64,6 +64,14 @@ def test_exif_rotation_is_applied_and_known_from_the_header(format):
         assert red > 200 and blue < 60
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_of_every_orientation_is_known_from_the_header(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(Image.new("RGB", (40, 20)), "JPEG", exif=exif)
+    assert size_of(reference(content)) == open_image(reference(content)).size
+
+
 def chunk(kind: bytes, content: bytes) -> bytes:
     """Of a PNG."""
     return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)

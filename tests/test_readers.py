@@ -1088,6 +1088,7 @@ def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
     [
         ("<think>two</think><answer> 3 </answer>", "3"),
         ("<answer> $\\boxed{3}$ </answer>", "3"),
+        ("<answer>2</answer> is too small. <answer>3</answer>", "3"),
         ("2+1=3\n#### 3\n", "3"),
         ("#### 3\n\nNote: we add.", None),
         ("#### Step 1\nadd\n#### Conclusion\nIt is 3.", None),

@@ -19,7 +19,7 @@ from data.rows import BadInput
 from models.make_digits import OUTPUT
 from recycle import recycle
 from train_spark import SparkConfig, SparkTrainer
-from training.vllm import SparkGeneration
+from training.vllm import SparkGeneration, placeholders
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +176,23 @@ def test_the_engine_follows_the_trainers_weights(part, noise, trainer, monkeypat
     assert distance(new_weights) < 1e-5
     assert distance(old_weights) > 1e-3
     assert all(same)  # greedy
+
+
+@pytest.mark.parametrize(("written", "added"), [("<s>Hello", False), ("Hello", True)])
+def test_a_bos_that_the_template_wrote_is_not_written_twice(written, added):
+    class Processor:
+        bos_token = "<s>"
+
+        def apply_chat_template(self, prompts, **settings):
+            return [written] * len(prompts)
+
+        def __call__(self, texts, add_special_tokens):
+            return {"input_ids": [[add_special_tokens]] * len(texts)}
+
+    processor = Processor()
+    processor.tokenizer = processor
+    trainer = SimpleNamespace(processing_class=processor, tools=None, chat_template=None, chat_template_kwargs={})
+    assert placeholders(trainer, [[{"role": "user", "content": "Hello"}]]) == [[added]]
 
 
 def test_an_image_that_the_engine_reads_otherwise_is_refused(trainer, monkeypatch):

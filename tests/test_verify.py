@@ -321,3 +321,15 @@ def test_unscorable_golds_are_logged_once_with_their_text(caplog):
 
 def test_an_unusable_gold_does_not_pay_for_an_unfinished_sum():
     assert verify.answer_reward(None, ["\\boxed{7+5}"] * 2, ["12", ["12", None]]) == [0.0, 0.0]
+
+
+def test_a_sum_that_is_one_of_the_golds_is_finished():
+    assert verify.answer_reward(None, ["\\boxed{7+5}"], [["12", "7 + 5"]]) == [1.0]
+
+
+def test_an_answer_that_may_equal_one_gold_is_not_wrong(monkeypatch):
+    """The verifier gave up on one of two golds: unscorable, unless the other is equal."""
+    gave_up = verify.Result(None, "gave up")
+    monkeypatch.setattr(verify.workers.pool, "run", lambda pairs, timeout: [gave_up] * len(pairs))
+    found = verify.verify_many([("f(x)", ["3", "g(x)"]), ("f(x)", ["g(x)", "3"]), ("f(x)", ["g(x)", "f(x)"])])
+    assert found == [None, None, True]
