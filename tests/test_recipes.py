@@ -190,6 +190,20 @@ def test_an_adapter_is_what_is_trained():
     assert counted.parameters == 1_170_624 + counted.trained
 
 
+def test_what_is_frozen_is_not_counted_as_trained(monkeypatch, capsys):
+    from safetensors.torch import load_file
+
+    weights = load_file("models/digits/model.safetensors")
+    vision = sum(weight.numel() for name, weight in weights.items() if "visual" in name)
+    plan_of = ["--config", "recipes/demo.yaml", "--plan", "--freeze_prefix"]
+    command(monkeypatch, *plan_of, "visual")
+    assert f"1,170,624 parameters, {1_170_624 - vision:,} trained" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        command(monkeypatch, *plan_of, "vison")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "freeze_prefix: expected what a parameter's name starts with, got vison" in line
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_a_step(path, tmp_path, monkeypatch):
     """All of the recipe but what needs a GPU or the hub: a small model, small batches, short rows."""

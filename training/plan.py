@@ -146,23 +146,27 @@ def deepspeed(processes: int, settings: dict[str, Any]) -> Launch:
     return Launch(processes, ZERO_STAGES.get(str(stage), "none"), *offloads)
 
 
-def architecture(config, peft_config=None) -> Architecture:
-    """The sizes of the model of a transformers config, counted on its real class without memory for it."""
+def architecture(config, peft_config=None, freeze_prefix: list[str] | None = None) -> Architecture:
+    """The sizes of the model of a transformers config, counted on its real class without memory for it. Raises
+    ValueError for a `freeze_prefix` that training would refuse."""
     import torch
     import transformers
     from transformers.initialization import no_init_weights
+
+    from training.settings import freeze
 
     name = config.architectures[0]
     with torch.device("meta"), no_init_weights():
         model = getattr(transformers, name)(config)
         model.tie_weights()  # left out with the initialisation
-        parameters = trained = model.num_parameters()
+        parameters = model.num_parameters()
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            parameters += trained
+        freeze(model, freeze_prefix or [])
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parameters += trained if peft_config is not None else 0
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vision, vision_sizes = getattr(config, "vision_config", None), {}
@@ -441,9 +445,12 @@ def show(data, args, model, launch: Launch) -> None:
     try:
         config = AutoConfig.from_pretrained(name, revision=revision)
         counted = architecture(config, get_peft_config(model))
-        model_line = f"{counted.name}, {counted.parameters:,} parameters, {counted.trained:,} trained"
     except (OSError, ValueError) as error:
         model_line = unknown(error)
+    if counted:
+        if args.freeze_prefix:
+            counted = architecture(config, get_peft_config(model), args.freeze_prefix)
+        model_line = f"{counted.name}, {counted.parameters:,} parameters, {counted.trained:,} trained"
 
     datasets_config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True  # no gigabytes for a plan
     rows, images = None, counted is not None and counted.sees  # a model that sees is given images, for all we know
