@@ -124,7 +124,10 @@ _PLAIN = _rewrites(
     _ONE_SPACE,
 )
 _ANSWER_IS = re.compile(
-    r"(?:\\text\{\s*)?(?:the )?(?:final )?(?:correct )?answer(?: is\b|\s*:)\s*:?\s*\}?|\\approx|\\therefore", re.I
+    r"(?:\\text\{\s*)?(?:the )?(?:final )?(?:correct )?answer(?: is\b|\s*:)\s*:?\s*\}?|\\approx|\\therefore|"
+    r"(?:\\text\{\s*)?(?:\\sim|(?:about|around|roughly|approximately|approx\.?)(?![a-z])|大?约为?)\s*\}?\s*"
+    r"(?=[-+]?[\d.]|\\frac|\\?\$)",
+    re.I,
 )
 
 
