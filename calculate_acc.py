@@ -17,8 +17,8 @@ answer, never with a verdict or with what test-time scaling made of it. Each com
 interval (Agresti and Min's) and McNemar's exact test.
 
 Files are read row by row (a JSON list with a row a line, as evaluate.py writes it, or JSON lines): a million rows take
-a minute, and memory for a count of each question. Files that hold only dataset, ground_truth and extracted_answer, as
-the release writes them, are read too.
+a minute, and memory for a count of each question and category. Files that hold only dataset, ground_truth and
+extracted_answer, as the release writes them, are read too.
 """
 
 import json
