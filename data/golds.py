@@ -51,6 +51,10 @@ def gold(value: Any, decimal_comma: bool = False) -> str:
         raise RowError("solution", f"expected a gold answer, got {'nothing' if value is None else reprlib.repr(value)}")
     if _NOTHING.fullmatch(text):
         raise RowError("solution", f"expected a gold answer, got {text!r}, which stands for a missing value")
+    if text.startswith("{") and isinstance(found := literal(text), dict) and found:
+        raise RowError(
+            "solution", f"expected one answer, got an object, {text[:60]!r}; --keep_solution leaves it as it is"
+        )
     number = _COMMA_NUMBER.fullmatch(text)
     if _COMMA_SURELY.search(text) or (number and decimal_comma):
         raise RowError("solution", f"expected a number with a decimal point, as 3.5, got {text[:60]!r} with a comma")

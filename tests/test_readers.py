@@ -1046,6 +1046,7 @@ def test_several_golds_in_text_and_an_open_question_whose_answer_is_a_letter():
         ("passage", "Each costs 76.", "Each costs 76.\n\nHow much?"),
         ("context", "How much?", "How much?"),
         ("story", "", "How much?"),
+        ("theory", "Bob is big.", "Bob is big.\n\nHow much?"),
         ("article", None, "How much?"),
     ],
 )
@@ -1091,6 +1092,8 @@ def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
         ("<answer>2</answer> is too small. <answer>3</answer>", "3"),
         ("2+1=3\n#### 3\n", "3"),
         ("#### 3\n\nNote: we add.", None),
+        ('{"inputs": ["3"], "outputs": ["6"]}', None),
+        ("{1, 2}", "{1, 2}"),
         ("#### Step 1\nadd\n#### Conclusion\nIt is 3.", None),
         ("#### " + "word " * 40, None),
         ("(0.125,3)", "(0.125,3)"),

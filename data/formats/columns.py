@@ -24,7 +24,8 @@ ROTATION = 1_000_000  # MMBench: what is added to a question's index for each ro
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
-PASSAGES = ("passage", "context", "article", "body", "paragraph", "story")  # BoolQ, SQuAD, RACE, SVAMP
+# BoolQ, SQuAD, RACE, SVAMP, MultiRC, MCTest, ProofWriter, MuSR
+PASSAGES = ("passage", "context", "article", "body", "paragraph", "story", "theory", "narrative")
 BESIDE = ("history", "table", "premise")  # parts of a question that is text
 NEVER_USED = ("video", "videos", "audio", "audios", "tools")
 TASK_COLUMNS = ("task", "category", "subject", "dataset")
