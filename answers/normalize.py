@@ -120,6 +120,7 @@ _PLAIN = _rewrites(
     (r"\\sqrt\s+(?=[\d({\[])", r"\\sqrt"),
     (r"(?<=[\d ])([cdkm]?m|ft)([23])$", r"\1^\2"),
     (r"(?<=\d)(?:\^\{(?:st|nd|rd|th)\}|(?:st|nd|rd|th))$", ""),
+    (r"^([+-]?\d[\d.,]*) \(([A-Za-z]{3}[A-Za-z ]*)\)$", r"\1 \2"),  # 9 (apples)
     (r"(?<=\d)\s*\^\s*(?:\{o\}|o(?![a-z])|\{\\text\{o\}\}|\\text\{o\})", r"^\\circ "),
     _ONE_SPACE,
 )

@@ -27,11 +27,11 @@ _COMMA_SURELY = re.compile(
 
 # A last line that says what the answer is, or the whole text where that says it alone.
 _ANSWER_LINE = re.compile(
-    r"(?:\n[#*\s]*(?:final )?answer|^ans|\n[#*\s]*ans|(?:^|\n)[*\s]*答案)\s*[:：][*\s]*([^\n*]+?)[*\s]*$"
+    r"(?:(?:^|\n)[#*\s]*(?:final )?ans(?:wer)?|(?:^|\n)[*\s]*答案)[*\s]*[:：][*\s]*([^\n*]+?)[*\s]*$"
     r"|(?:^|[\n，,。；])\s*故选[:：]?\s*([A-Z])[.。]?$",
     re.IGNORECASE,
 )
-_TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_TAGGED = re.compile(r"<(answer|conclusion)>(.*?)</\1>", re.DOTALL | re.IGNORECASE)
 
 _WORD = re.compile(r"[\u3040-\u9fff]{2}|(?<![\\A-Za-z])[^\W\d_]{2,}")  # no LaTeX command
 _SENTENCE = re.compile(r"(?:[^\W\d_]{3}|[\d)\]}$%])[.!?]+\s+(?=[A-Z\d\\$])|[。！？]")
@@ -110,8 +110,9 @@ def extracted(value: Any) -> str:
         text = text.rpartition("####")[2].strip()
         if "\n" in text:
             raise RowError("solution", f"expected one line after ####, the answer, got {text[:60]!r}")
+    text = text.rpartition("</think>")[2].strip()
     if tagged := _TAGGED.findall(text):
-        text = tagged[-1].strip()
+        text = tagged[-1][1].strip()
     if "\\" in text and (boxed := extract_boxed(text)) is not None:
         return boxed
     said = _ANSWER_LINE.search(text)
@@ -119,8 +120,15 @@ def extracted(value: Any) -> str:
 
 
 def refuse_another_gold(raw: dict[str, Any], column: str | None) -> None:
-    """Raises RowError where `answer` and `ground_truth` hold different answers: one may be what a model said. One may
-    also be the letter of what the other says."""
+    """Raises RowError where `answer` and `ground_truth` hold different answers, since one may be what a model said (or
+    the letter of what the other says), and where a `label` of 0 stands beside an answer, which may then be wrong."""
+    label = usual(("label",), raw)
+    is_of_it = label not in (None, column) and column in raw and "response" not in raw
+    if is_of_it and raw[label] in (0, "0"):  # or False
+        raise RowError(
+            label,
+            f"says {raw[label]!r} of the {column}; expected 1, or --solution_column {column}, if it says no such thing",
+        )
     names = ("answer", "ground_truth")
     other = usual(tuple(name for name in names if name != str(column).lower()), raw)
     if str(column).lower() not in names or other is None:

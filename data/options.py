@@ -32,10 +32,11 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABEL_NAMES, _TEXT_NAMES = ("label", "key", "letter"), ("text", "value", "content")  # of one option in a list of them
 _LIST_NAME = re.compile(r"options?|choices?", re.IGNORECASE)
 _MEMBER_NAME = re.compile(
-    r"(?:(?:options?|choices?|op|sol|ending)[ _.-]?)?(?P<label>[a-z]|\d{1,2})|answer[ _.-]?(?P<letter>[a-h])",
+    r"(?:(?:options?|choices?|op|sol|ending)[ _.-]?)?(?P<label>[a-z]|\d{1,2})|ans(?:wer)?[ _.-]?(?P<letter>[a-h]|\d)",
     re.IGNORECASE,
 )
-_MAYBE = re.compile(r"[a-z]|(?:answer|sol|ending).*", re.IGNORECASE)  # options if the answer is one of their labels
+_NUMBERED_ANSWER = re.compile(r"ans(?:wer)?[ _.-]?\d", re.IGNORECASE)  # BBQ, Cosmos QA
+_MAYBE = re.compile(r"[a-z]|(?:ans|sol|ending).*", re.IGNORECASE)  # options if the answer is one of their labels
 _LOOKS_LIKE_OPTIONS = re.compile(r"(?!.*(?:correct|gold|adopt)).*(?:option|choice|distractor).*", re.IGNORECASE)
 _MAY_BE_OPTIONS = re.compile(
     r"opts|candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
@@ -64,8 +65,9 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
     """(columns that hold all options, label -> column that holds one, columns that only look like options)."""
     lists = [name for name in names if _LIST_NAME.fullmatch(name)]
     families: dict[str, dict[str, str]] = {}  # option_ -> {"a": "option_a", "b": "option_b"}
+    counted = bool(usual(("label",), names)) and not usual(ANSWERS, names)  # answer0 is no answer then, but an option
     for name in names:
-        if match := _MEMBER_NAME.fullmatch(name):
+        if (match := _MEMBER_NAME.fullmatch(name)) and (counted or not _NUMBERED_ANSWER.fullmatch(name)):
             label = match["label"] or match["letter"]
             families.setdefault(name.removesuffix(label), {})[label] = name
     members: dict[str, str] = {}
@@ -77,7 +79,7 @@ def _columns(names: tuple[str, ...]) -> tuple[list[str], dict[str, str], list[st
             members = {label: family[label] for label in labels}
     used = {*lists, *members.values()}
     suspects = [name for name in names if _LOOKS_LIKE_OPTIONS.fullmatch(name) and name not in used]
-    if usual(("label",), names) and not usual(ANSWERS, names):  # as of ReClor's answers, HellaSwag's endings
+    if counted:  # as of ReClor's answers, HellaSwag's endings
         suspects += [name for name in names if name.lower() in ("answers", "endings")]
     return lists, members, suspects
 

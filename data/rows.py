@@ -398,7 +398,7 @@ def _with_options(message: dict[str, Any], options: Mapping[str, str]) -> dict[s
     """The options as lines at the end of the message, unless that lists them itself."""
 
     def listed(text: str) -> str:
-        patterns = (rf"(?<!\w)\(?{re.escape(label)}\)?[.):]?\s*{re.escape(o)}" for label, o in options.items())
+        patterns = (rf"(?<!\w)\(?{re.escape(label)}\)?[.):]?\s*{re.escape(o)}(?!\w)" for label, o in options.items())
         if all(re.search(pattern, text, re.IGNORECASE) for pattern in patterns):
             return text
         return "\n".join([text.rstrip(), *(f"{label}. {option}" for label, option in options.items())])

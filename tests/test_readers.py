@@ -1090,6 +1090,9 @@ def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
         ("<think>two</think><answer> 3 </answer>", "3"),
         ("<answer> $\\boxed{3}$ </answer>", "3"),
         ("<answer>2</answer> is too small. <answer>3</answer>", "3"),
+        ("<think>1+2</think>\n\n3", "3"),
+        ("<REASONING> 1+2. </REASONING>\n<CONCLUSION> 3 </CONCLUSION>", "3"),
+        ("<think>1+2</think>\n\n**Final Answer**: 3", "3"),
         ("2+1=3\n#### 3\n", "3"),
         ("#### 3\n\nNote: we add.", None),
         ('{"inputs": ["3"], "outputs": ["6"]}', None),
@@ -1180,6 +1183,36 @@ def test_an_answer_and_a_ground_truth_that_differ_are_refused(answer, truth, use
         read_dataset(path)
     for column, found in (("answer", answer), ("ground_truth", truth)):
         assert read_dataset(path, DataSettings(solution_column=column))["solution"] == [found]
+
+
+def test_numbered_answers_are_options_beside_a_label_alone():
+    bbq = {"question": "Who?", "ans0": "A boy", "ans1": "A girl", "ans2": "Unknown"}
+    first, second = read_rows([{**bbq, "label": 2}, {**bbq, "label": 0}])
+    assert (first["solution"], second["solution"]) == ("2", "0")
+    assert "0. A boy\n1. A girl\n2. Unknown" in text_of(first)
+    (row,) = read_rows([{"question": "1+0?", "answer": "1", "answer1": "1", "answer2": "2", "label": 1}])
+    assert (text_of(row), row["solution"]) == ("1+0?", "1")  # some model's
+
+
+def test_the_final_answer_goes_before_the_solution_that_leads_to_it():
+    (row,) = read_rows([{"question": "Compute T.", "solution": ["$T=2+3=5$."], "final_answer": ["5"]}])
+    assert row["solution"] == "5"
+
+
+def test_an_answer_that_is_labelled_wrong_is_no_gold():
+    rows = [{"paragraph": "P", "question": "Who?", "answer": name, "label": i} for i, name in enumerate("XY")]
+    wrong, right = read_rows(rows)
+    assert (wrong.field, right["solution"]) == ("label", "Y")
+
+
+def test_options_that_a_question_only_seems_to_list_are_shown():
+    (row,) = read_rows([{"question": "A: 12 balls, B: 30 balls. Which?", "options": ["1", "3"], "answer": "A"}])
+    assert text_of(row).endswith("Which?\nA. 1\nB. 3")
+
+
+def test_a_hint_that_says_nan_says_nothing():
+    (row,) = read_rows([{"index": 2, "question": "Which?", "hint": "nan", "A": "this", "B": "that", "answer": "A"}])
+    assert text_of(row) == "Which?\nA. this\nB. that"
 
 
 def test_a_small_letter_is_a_variable_where_no_such_option_is_listed(tmp_path):

@@ -527,13 +527,8 @@ def test_no_slice_of_several_rows_is_over_budget(widths, budget):
     assert all(area <= budget or len(part) == 1 for area, part in zip(areas, slices, strict=True))
 
 
-def test_all_processes_make_as_many_passes_of_as_many_rows():
-    """Two processes in threads, of which one has nearly all rows that teach and the other the long ones."""
-    unions = []
-    for teaching, length in ((8, 3), (1, 9)):
-        masks = {"prompt_mask": torch.ones(24, 6), "completion_mask": torch.ones(24, length)}
-        advantages = torch.tensor([1.0] * teaching + [0.0] * (24 - teaching))
-        unions.append({"prompt_ids": torch.ones(24, 6), **masks, "advantages": advantages})
+def plans_of_two(unions, *args, **settings):
+    """plan_passes of two processes, in threads."""
     meeting, sent = Barrier(2), [None, None]
 
     def plan(rank):
@@ -544,10 +539,20 @@ def test_all_processes_make_as_many_passes_of_as_many_rows():
             meeting.wait()
             return tensors
 
-        return plan_passes(unions[rank], 12, micro_steps=6, blocks=3, budget=40, drop=True, everyone=everyone)
+        return plan_passes(unions[rank], *args, everyone=everyone, **settings)
 
     with ThreadPoolExecutor(2) as pool:
-        plans = list(pool.map(plan, range(2)))
+        return list(pool.map(plan, range(2)))
+
+
+def test_all_processes_make_as_many_passes_of_as_many_rows():
+    """Two processes in threads, of which one has nearly all rows that teach and the other the long ones."""
+    unions = []
+    for teaching, length in ((8, 3), (1, 9)):
+        masks = {"prompt_mask": torch.ones(24, 6), "completion_mask": torch.ones(24, length)}
+        advantages = torch.tensor([1.0] * teaching + [0.0] * (24 - teaching))
+        unions.append({"prompt_ids": torch.ones(24, 6), **masks, "advantages": advantages})
+    plans = plans_of_two(unions, 12, micro_steps=6, blocks=3, budget=40, drop=True)
     shapes = [[[(len(p.rows), p.recycled) for p in passes] for passes in plan] for plan in plans]
     assert shapes[0] == shapes[1]
     assert len(shapes[0]) == 6
@@ -1561,22 +1566,9 @@ def test_a_run_with_several_iterations_resumes_within_a_generation(tmp_path, pro
 
 def test_token_weights_add_up_over_processes():
     """Two processes whose rows have 3 and 9 tokens: what they weigh is two micro-steps each."""
-    meeting, sent = Barrier(2), [None, None]
-
-    def plan(rank):
-        def everyone(local):
-            sent[rank] = local
-            meeting.wait()
-            both = torch.stack(sent)
-            meeting.wait()
-            return both
-
-        union = {name: torch.ones(8, 6) for name in ("prompt_ids", "prompt_mask")}
-        union |= {"completion_mask": torch.ones(8, (3, 9)[rank]), "advantages": torch.ones(8)}
-        return plan_passes(union, 4, micro_steps=2, blocks=1, budget=40, everyone=everyone)
-
-    with ThreadPoolExecutor(2) as pool:
-        plans = list(pool.map(plan, range(2)))
+    same = {name: torch.ones(8, 6) for name in ("prompt_ids", "prompt_mask")} | {"advantages": torch.ones(8)}
+    unions = [same | {"completion_mask": torch.ones(8, tokens)} for tokens in (3, 9)]
+    plans = plans_of_two(unions, 4, micro_steps=2, blocks=1, budget=40)
     assert sum(part.token_weight for plan in plans for step in plan for part in step) == pytest.approx(2 * 2)
 
 

@@ -159,14 +159,13 @@ def architecture(config, peft_config=None, freeze_prefix: list[str] | None = Non
     with torch.device("meta"), no_init_weights():
         model = getattr(transformers, name)(config)
         model.tie_weights()  # left out with the initialisation
-        parameters = model.num_parameters()
         if peft_config is not None:
             from peft import get_peft_model
 
             model = get_peft_model(model, peft_config)
         freeze(model, freeze_prefix or [])
+        parameters = sum(p.numel() for p in model.parameters())
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        parameters += trained if peft_config is not None else 0
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     vision, vision_sizes = getattr(config, "vision_config", None), {}

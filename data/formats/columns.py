@@ -22,7 +22,7 @@ from data.rows import RowError, from_text, literal, replace_surrogates, unicode_
 
 ROTATION = 1_000_000  # MMBench: what is added to a question's index for each rotation of its options
 QUESTIONS = ("prompt", "problem", "question", "query")
-ANSWERS = ("answer", "ground_truth", "solution", "answerkey")
+ANSWERS = ("answer", "ground_truth", "final_answer", "expected_answer", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
 # BoolQ, SQuAD, RACE, SVAMP, MultiRC, MCTest, ProofWriter, MuSR
 PASSAGES = ("passage", "context", "article", "body", "paragraph", "story", "theory", "narrative")
@@ -204,7 +204,12 @@ def with_input(prompt: str, raw: dict[str, Any]) -> str:
 
 def with_hint(question: str, hint: Any) -> str:
     """The question under its hint, as VLMEvalKit writes it."""
-    said = isinstance(hint, str) and hint.strip() and isinstance(question, str) and hint.strip() not in question
+    said = (
+        isinstance(hint, str)
+        and hint.strip() not in ("", "nan")
+        and isinstance(question, str)
+        and hint.strip() not in question
+    )
     return f"Hint: {hint.strip()}\n{question}" if said else question
 
 
