@@ -45,10 +45,15 @@ _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
 _MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
     re.compile(r"^[ \t]*[(（]?([A-Z])[.):．：、）][)）]?", re.MULTILINE),
     re.compile(r"[(（]([A-Z])[)）]"),
-    re.compile(r"(?:^|(?<=\s))([A-Z])(?:[.:](?=\s)|[．：、])"),
+    re.compile(r"(?:^|(?<=\s))([A-Z])(?:[.:)](?=\s)|[．：、])"),
+    re.compile(r"(?:^|(?<=\s))([A-Z])[.)]"),
     re.compile(r"^[ \t]*[(（]?([a-z])[.):．：、）][)）]?", re.MULTILINE),
     re.compile(r"[(（]([a-z])[)）]"),
 ]
+_LATEX_MARK = re.compile(  # $\textbf{(A)}\ 1 \qquad \textbf{(B)}\ 2$, as the AMC's are set
+    r"\\(?:textbf|textrm|text|mathrm|mathbf|mathsf|bf|rm)\s*\{\s*\(([A-Z])\)(?:\\?\s)*\}"
+)
+_LATEX_SPACE = r"(?:\\(?:q?quad|enspace|hspace\*?\{[^{}]*\}|[ ,;:!\\])|[\s~&;,])*"
 _LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
 _TRAILING = re.compile(r"(?:,? (?:or|and)| ?\( ?\)| ?\?)+$")  # (A) 1 or (B) 2?
 _WIDE = {0xFF01 + i: 0x21 + i for i in range(94)}  # to ASCII
@@ -263,16 +268,37 @@ def _same(answer: str, text: str, label: str) -> bool:
 
 def listed_in(question: str) -> Options | None:
     """The options that a question lists itself, if their labels are A, B, ... (or a, b, ...) in this order."""
+    question = _LATEX_MARK.sub(r"(\1)", question)
     for mark in _MARKS:
         _, *parts = mark.split(question)
         labels, texts = parts[::2], [text.strip() for text in parts[1::2]]
         labels = [label.upper() for label in labels] if "".join(labels).islower() else labels
         if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
             texts[-1] = texts[-1].partition("\n")[0]
-            texts = [_TRAILING.sub("", " ".join(text.split()).strip(";,")).strip(" ;,") for text in texts]
+            texts = [_TRAILING.sub("", _unspaced(" ".join(text.split()))).strip(" ;,") for text in texts]
             if all(text and text.count("{") == text.count("}") and not _LABEL.search(text) for text in texts):
                 return Options(dict(zip(labels, texts, strict=True)), True)
     return None
+
+
+def _unspaced(text: str) -> str:
+    """An option's text without the space around it and without the end of a formula that began before it, or goes on
+    after it."""
+    text = re.sub(rf"^{_LATEX_SPACE}|{_LATEX_SPACE}$", "", text)
+    if text.count("$") % 2:
+        text = text.removesuffix("$") if text.endswith("$") else text.removeprefix("$")
+        text = re.sub(rf"^{_LATEX_SPACE}|{_LATEX_SPACE}$", "", text)
+    return text
+
+
+def with_letters(options: Options, right: str) -> tuple[Options, str]:
+    """(the options, the right one's label or labels) with letters, where the columns are numbered (`option1`): beside
+    numbers, an answer that is the text 7 could not be told from a label."""
+    if options.has_labels or not all(map(str.isdigit, options.texts)):
+        return options, right
+    letters = dict(zip(options.texts, LETTERS, strict=False))
+    texts = {letters[label]: text for label, text in options.texts.items()}
+    return Options(texts, False), ", ".join(letters[label] for label in right.split(", "))
 
 
 def gold_of(label: str, options: Options) -> str:

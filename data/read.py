@@ -34,7 +34,16 @@ from data.arguments import DataSettings
 from data.formats import FORMATS, GOLD_ALONE, JUDGED, columns, vlmevalkit
 from data.golds import extracted, gold, kept, refuse_another_gold, several
 from data.images import BadImage, NotFetched, is_embedded, pixels
-from data.options import check_letter, common_kinds, gold_of, letter_of, listed_in, options_of, right_label
+from data.options import (
+    check_letter,
+    common_kinds,
+    gold_of,
+    letter_of,
+    listed_in,
+    options_of,
+    right_label,
+    with_letters,
+)
 from data.rows import (
     BadInput,
     BadRow,
@@ -295,7 +304,10 @@ class Reader:
             kind, common = self.source.settings.answer_kind, self.layout.common
             answers = [extracted(answer) for answer in several(record.solution) or [record.solution]]
             labels = {right_label(answer, record.options, record.letter, kind, common) for answer in answers}
-            record.solution = gold_of(", ".join(sorted(labels)), record.options)
+            record.options, right = with_letters(record.options, ", ".join(sorted(labels)))
+            record.solution = gold_of(right, record.options)
+        elif letters := _letters_listed(record):
+            record.solution = letters
         elif several_golds and (golds := several(record.solution)):
             record.solution = [gold(value, self.decimal_comma) for value in golds]
         else:
@@ -325,6 +337,14 @@ class Reader:
         if not isinstance(name, str) or not name.strip():
             raise RowError("dataset", f"expected the benchmark's name, got {'nothing' if name is None else repr(name)}")
         return unicode_text(name, "dataset")
+
+
+def _letters_listed(record: Record) -> str | None:
+    """The labels of a list of answers that are all options of the question's own list: all of them are the answer, and
+    none is another way to say it."""
+    listed = listed_in(record.prompt) if isinstance(record.prompt, str) else None
+    letters = [letter_of(answer) if isinstance(answer, str) else None for answer in several(record.solution) or []]
+    return ", ".join(sorted(letters)) if listed and letters and set(letters) <= listed.texts.keys() else None
 
 
 def _path_of(images: Any) -> str | list[str] | None:

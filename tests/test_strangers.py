@@ -89,10 +89,10 @@ def test_two_columns_of_images_that_differ_are_refused(tmp_path):
 def test_numbered_options_count_as_the_answers_do():
     options = {f"option{i + 1}": letter for i, letter in enumerate("wxyz")}
     rows = [{"question": "Q?", **options, "answer": i} for i in (1, 0, 3)]
-    assert golds(rows) == golds(rows, answer_kind="from_0") == ["2", "1", "4"]
+    assert golds(rows) == golds(rows, answer_kind="from_0") == ["B", "A", "D"]
     rows = [{"question": "Q?", **options, "answer": str(i)} for i in (1, 4)]
-    assert golds(rows) == ["1", "4"]
-    assert golds([{"question": "Q?", **options, "answer": i} for i in (1, "(2)")]) == ["1", "2"]
+    assert golds(rows) == ["A", "D"]
+    assert golds([{"question": "Q?", **options, "answer": i} for i in (1, "(2)")]) == ["A", "B"]
     assert golds([{"question": "Q?", **options, "answer": i} for i in (0, 4)])[0].startswith("row 0: field answer")
     arc = {"question": "Q?", "choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "1"}
     assert golds([arc]) == ["1"]  # these labels are the data's own
@@ -164,7 +164,8 @@ def test_what_belongs_to_the_question_is_asked():
 
 
 @pytest.mark.parametrize("column, value", [
-    ("history", [["2+2?", "4"]]), ("table", "a | b"), ("premise", "It rained."), ("tools", '[{"name": "f"}]'),
+    ("history", [["2+2?", "4"]]), ("table", "a | b"), ("premise", "It rained."),
+    ("paragraphs", [{"title": "a", "paragraph_text": "b"}]), ("evidence", "It is 4."), ("tools", '[{"name": "f"}]'),
     ("videos", ["a.mp4"]), ("audio", "a.wav"),
 ])  # fmt: skip
 def test_what_belongs_to_the_question_and_cannot_be_asked_is_refused(column, value):

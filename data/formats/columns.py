@@ -24,9 +24,11 @@ ROTATION = 1_000_000  # MMBench: what is added to a question's index for each ro
 QUESTIONS = ("prompt", "problem", "question", "query")
 ANSWERS = ("answer", "ground_truth", "final_answer", "expected_answer", "solution", "answerkey")
 IMAGES = ("decoded_image", "images", "image", "image_path")  # MathVista has a path in `image`, beside the image itself
-# BoolQ, SQuAD, RACE, SVAMP, MultiRC, MCTest, ProofWriter, MuSR
-PASSAGES = ("passage", "context", "article", "body", "paragraph", "story", "theory", "narrative")
-BESIDE = ("history", "table", "premise")  # parts of a question that is text
+# BoolQ, SQuAD, RACE, SVAMP, MultiRC, MCTest, ProofWriter, MuSR, DREAM
+PASSAGES = (
+    "passage", "context", "article", "body", "paragraph", "story", "theory", "narrative", "document", "dialogue",
+)  # fmt: skip
+BESIDE = ("history", "table", "premise", "paragraphs", "passages", "documents", "evidence")  # of a question in text
 NEVER_USED = ("video", "videos", "audio", "audios", "tools")
 TASK_COLUMNS = ("task", "category", "subject", "dataset")
 PAIR, SINGLE = ("chosen", "rejected"), ("response", "label")  # what a judge is shown
@@ -135,14 +137,22 @@ def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
 
 
 def with_passage(question: str, raw: dict[str, Any]) -> str:
-    """The question under the text that it is about, where that is in a column of its own. Raises RowError."""
-    name = usual(PASSAGES, raw)
-    passage = None if name is None else raw[name]
-    if is_none(passage) or not question.strip():
+    """The question under the text that it is about, or the turns of a dialogue, where that is in a column of its own.
+    Raises RowError."""
+    names = [column for name in PASSAGES if (column := usual((name,), raw)) and not is_none(raw[column])]
+    if not names or not question.strip():
         return question
+    passage = raw[names[0]]
+    turns = literal(passage)
+    if isinstance(turns, (list, tuple)) and all(isinstance(turn, str) for turn in turns):
+        passage = "\n".join(turns)
     if not isinstance(passage, str):
-        raise RowError(name, f"expected the question's text, or no such column, got {passage!r:.60}")
-    return question if passage.strip() in question else f"{passage.strip()}\n\n{question}"
+        raise RowError(names[0], f"expected the question's text, or no such column, got {passage!r:.60}")
+    asked = question if passage.strip() in question else f"{passage.strip()}\n\n{question}"
+    for name in names[1:]:
+        if not isinstance(raw[name], str) or raw[name].strip() not in asked:
+            raise RowError(name, f"expected one text that the question is about, got another in {names[0]}")
+    return asked
 
 
 def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
