@@ -10,7 +10,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import data.arithmetic
@@ -379,9 +379,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=250)
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")
+    parser.add_argument("--dtype", help="instead of the task's; float32 is faster on cores without bfloat16")
     parser.add_argument("--output", help="a JSON file for the outcomes")
     args = parser.parse_args()
     task = TASKS[args.task]()
+    task = replace(task, dtype=args.dtype or task.dtype)
     model = VLLMEngine(args.model, dtype=task.dtype, max_model_len=1024, seed=0) if args.vllm else args.model
     benchmark = task.rows(args.questions, args.split)
     results = {name: measure(model, task, benchmark, t, args.show) for name, t in (("greedy", 0.0), ("sampled", 1.0))}

