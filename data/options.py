@@ -50,8 +50,8 @@ _MARKS = [  # of options that a question lists itself: in lines of their own, (A
     re.compile(r"^[ \t]*[(（]?([a-z])[.):．：、）][)）]?", re.MULTILINE),
     re.compile(r"[(（]([a-z])[)）]"),
 ]
-_LATEX_MARK = re.compile(  # $\textbf{(A)}\ 1 \qquad \textbf{(B)}\ 2$, as the AMC's are set
-    r"\\(?:textbf|textrm|text|mathrm|mathbf|mathsf|bf|rm)\s*\{\s*\(([A-Z])\)(?:\\?\s)*\}"
+_LATEX_MARK = re.compile(  # $\textbf{(A)}\ 1 \qquad \mathrm{(B)\ 2}$, as the AMC's are set
+    r"\\(?:textbf|textrm|text|mathrm|mathbf|mathsf|bf|rm)\s*\{\s*\(([A-Z])\)([^{}]*)\}"
 )
 _LATEX_SPACE = r"(?:\\(?:q?quad|enspace|hspace\*?\{[^{}]*\}|[ ,;:!\\])|[\s~&;,])*"
 _LABEL = re.compile(r"(?<!\w)(?:\([A-H]\)|[A-H][.):])(?!\w)")
@@ -268,7 +268,7 @@ def _same(answer: str, text: str, label: str) -> bool:
 
 def listed_in(question: str) -> Options | None:
     """The options that a question lists itself, if their labels are A, B, ... (or a, b, ...) in this order."""
-    question = _LATEX_MARK.sub(r"(\1)", question)
+    question = _LATEX_MARK.sub(r"(\1)\2", question)
     for mark in _MARKS:
         _, *parts = mark.split(question)
         labels, texts = parts[::2], [text.strip() for text in parts[1::2]]
@@ -276,9 +276,14 @@ def listed_in(question: str) -> Options | None:
         if len(labels) > 1 and "".join(labels) == LETTERS[: len(labels)]:
             texts[-1] = texts[-1].partition("\n")[0]
             texts = [_TRAILING.sub("", _unspaced(" ".join(text.split()))).strip(" ;,") for text in texts]
-            if all(text and text.count("{") == text.count("}") and not _LABEL.search(text) for text in texts):
+            if all(text and _balanced(text) and not _LABEL.search(text) for text in texts):
                 return Options(dict(zip(labels, texts, strict=True)), True)
     return None
+
+
+def _balanced(text: str) -> bool:
+    """Whether a text is no piece cut out of a LaTeX group, or out of two."""
+    return text.count("{") == text.count("}") and not re.match(r"[^{]*\}", text)
 
 
 def _unspaced(text: str) -> str:

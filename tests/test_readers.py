@@ -208,6 +208,7 @@ def test_an_option_is_answered_by_its_letter_and_by_its_text():
         "Prime? (A) 4 (C) 9 (B) 7",
         "Between A. and B.?",
         "(A) x",
+        r"$\mathrm{(A) \ \frac{1}{2} } \qquad \mathrm{(B) \ 7 } \qquad \mathrm{(C) \ \frac{1}{3} }$",
     ):
         assert read_rows([{"question": question, "answer": "B"}])[0]["solution"] == "B", question
     (row,) = read_rows([{"question": "Which comes next?", "options": ["B", "C"], "answer": "A"}])
@@ -225,6 +226,7 @@ def test_a_solution_beside_an_answer_is_how_to_get_there():
 @pytest.mark.parametrize("listed", [
     r"$\text{(A)}\ 4 \qquad \text{(B)}\ 7$", r"$\textbf{(A) }4\qquad\textbf{(B) }7\qquad\textbf{(C) }9$",
     r"$\mathrm{(A)\ } 4 \quad \mathrm{(B)\ } 7\hspace{1cm} \mathrm{(C)\ } \frac{1}{2}$",
+    r"$\mathrm{(A) \ 4 } \qquad \mathrm{(B) \ 7 } \qquad \mathrm{(C) \ 9 }$",
     r"(A) $4$ \\ (B) $7$ \\ (C) $9$",
     r"$\textbf{(A)}$ $4$ $\textbf{(B)}$ $7$ $\textbf{(C)}$ 9", "A) 4 B) 7 C) 9", "A.4 B.7 C.9", "A)4 B)7",
 ])  # fmt: skip
