@@ -27,7 +27,7 @@ _COMMA_SURELY = re.compile(
 
 # A last line that says what the answer is, or the whole text where that says it alone.
 _ANSWER_LINE = re.compile(
-    r"(?:(?:^|\n)[#*\s]*(?:final )?ans(?:wer)?|(?:^|\n)[*\s]*答案)[*\s]*[:：][*\s]*([^\n*]+?)[*\s]*$"
+    r"(?:(?:^|\n)[#*\s]*(?:(?:final )?ans(?:wer)?|the answer is)|(?:^|\n)[*\s]*答案)[*\s]*[:：][*\s]*([^\n*]+?)[*\s]*$"
     r"|(?:^|[\n，,。；])\s*故选[:：]?\s*([A-Z])[.。]?$",
     re.IGNORECASE,
 )
@@ -108,6 +108,9 @@ def extracted(value: Any) -> str:
     text = str(value).strip()
     if "####" in text:
         text = text.rpartition("####")[2].strip()
+        first, _, more = text.partition("\n")
+        again = _ANSWER_LINE.fullmatch(more)  # as in MetaMathQA
+        text = first.strip() if again and again[1] == first.strip() else text
         if "\n" in text:
             raise RowError("solution", f"expected one line after ####, the answer, got {text[:60]!r}")
     text = text.rpartition("</think>")[2].strip()

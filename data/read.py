@@ -297,7 +297,9 @@ class Reader:
         if self.use == "judge" or (self.use == "check" and without_gold):
             judged, record.solution = columns.for_judge(record.judged or {})
         elif without_gold:
-            raise RowError("solution", "expected a gold answer, got a row for judging")
+            for_judge = any(record.judged.get(name) is not None for name in ("chosen", "label"))
+            got = "a row for judging" if for_judge else "a response without one; --solution_column says where it is"
+            raise RowError("solution", f"expected a gold answer, got {got}")
         elif self.source.settings.keep_solution:
             record.solution = kept(record.solution)
         elif record.options:

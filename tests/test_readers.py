@@ -1129,6 +1129,9 @@ def test_messages_that_pandas_wrote_into_a_csv_file(tmp_path):
         ("<REASONING> 1+2. </REASONING>\n<CONCLUSION> 3 </CONCLUSION>", "3"),
         ("<think>1+2</think>\n\n**Final Answer**: 3", "3"),
         ("2+1=3\n#### 3\n", "3"),
+        ("2+1=3\n#### 3\nThe answer is: 3", "3"),  # MetaMathQA
+        ("2+1=3\n#### 3\nThe answer is: 4", None),
+        ("Two plus one\n\\[2+1=3\\]\nThe answer is: $3$", "$3$"),
         ("#### 3\n\nNote: we add.", None),
         ('{"inputs": ["3"], "outputs": ["6"]}', None),
         ("{1, 2}", "{1, 2}"),
