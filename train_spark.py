@@ -39,6 +39,7 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import AutoConfig, AutoProcessor
+from transformers.trainer_utils import has_length
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl.import_utils import is_vllm_available
 
@@ -298,6 +299,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         with self._engine_awake() if recycles else nullcontext():
             policy = super()._generate_and_score_completions(inputs)
         groups = self._groups(inputs, with_rows=recycles)
+        groups = groups if training else self._asked_once(groups)
         self._log_policy(groups)
         self._log_images(inputs)
         if not recycles:
@@ -352,8 +354,16 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
         return metrics
 
     def _begin_evaluation(self) -> None:
-        self._evaluated = 0  # batches
+        self._evaluated = self._asked = 0  # batches, questions
         self._outcomes = {"policy": defaultdict(list), "judge": defaultdict(list)}
+
+    def _asked_once(self, groups: list[Group]) -> list[Group]:
+        """Without the first questions, which accelerate asks again at the end of an evaluation, so that every process
+        has equally many rows."""
+        dataset = self.callback_handler.eval_dataloader.dataset
+        left = len(dataset) - self._asked if has_length(dataset) else len(groups)
+        self._asked += len(groups)
+        return groups[: max(0, left)]
 
     # ---- rollouts to groups, items to rows --------------------------------------------------------------------------
 
@@ -418,7 +428,7 @@ class SparkTrainer(InPasses, MixedImages, SafeCheckpoints, StepLogs, SparkModelC
 
     def _limits(self, policy, groups: list[Group]) -> Limits:
         lengths = self.accelerator.gather(policy["prompt_mask"].sum(1)).tolist()  # (B*G,), image tokens included
-        prompt_lengths = {g.key: n for g, n in zip(groups, lengths[:: self._group_size], strict=True)}
+        prompt_lengths = {g.key: n for g, n in zip(groups, lengths[:: self._group_size][: len(groups)], strict=True)}
         room = self._longest_prompt - self._longest_instruction
 
         def fits(prompts: list[tuple[Group, str]]) -> list[bool]:
