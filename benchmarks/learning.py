@@ -213,7 +213,13 @@ def one_run(task: str, variant: str, seed: int, args) -> dict:
             call([sys.executable, "-m", "benchmarks.measures", model, *measured, "--output", str(outcome)])
     print(f"{task} {variant} seed {seed}: done", flush=True)
     trained = {} if variant == "start" else json.loads((folder / "trained.json").read_text(encoding="utf-8"))
-    return {"variant": variant, "seed": seed, **trained, **json.loads(outcome.read_text(encoding="utf-8"))}
+    return {"variant": variant, "seed": seed, **trained, **outcomes(outcome)}
+
+
+def outcomes(path: Path) -> dict:
+    """What benchmarks.measures wrote, without how it was called."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: how for name, how in found.items() if name in ("greedy", "sampled")}
 
 
 def steps_of(words: list[str]) -> list[str]:
@@ -234,7 +240,7 @@ def finished_runs(task: str, split: str) -> list[dict]:
         if (folder / outcome_of(task, split)).exists():
             trained = folder / "trained.json"
             settings = json.loads(trained.read_text(encoding="utf-8")) if trained.exists() else {}
-            outcome = json.loads((folder / outcome_of(task, split)).read_text(encoding="utf-8"))
+            outcome = outcomes(folder / outcome_of(task, split))
             for how in outcome.values():
                 how["rows"] = {name: as_numbers(row) for name, row in how["rows"].items()}
             runs.append({"variant": variant, "seed": seed, **settings, **outcome})

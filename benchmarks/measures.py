@@ -6,16 +6,17 @@ Every prompt is worded and quoted as in training, by a template drawn at random.
 role. Intervals are 95 %, over questions: the samples of one question are one observation.
 """
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import data.arithmetic
 import data.equations
 import verify
+from benchmarks import record
 from data.cli import Parser
 from demo import balanced, mean
 from engines import Output, Request, Sampling, TransformersEngine, VLLMEngine, complete
@@ -379,26 +380,29 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=250)
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")
+    parser.add_argument("--temperature", type=float, choices=(0.0, 1.0), help="at this one alone")
     parser.add_argument("--dtype", help="instead of the task's; float32 is faster on cores without bfloat16")
-    parser.add_argument("--output", help="a JSON file for the outcomes")
+    parser.add_argument("--output", type=Path, help="a JSON file for the outcomes")
     args = parser.parse_args()
     task = TASKS[args.task]()
     task = replace(task, dtype=args.dtype or task.dtype)
     model = VLLMEngine(args.model, dtype=task.dtype, max_model_len=1024, seed=0) if args.vllm else args.model
     benchmark = task.rows(args.questions, args.split)
-    results = {name: measure(model, task, benchmark, t, args.show) for name, t in (("greedy", 0.0), ("sampled", 1.0))}
-    print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':36}{'greedy':>18}{'temperature 1':>18}")
-    for name in results["sampled"]["measures"]:
+    temperatures = {name: t for name, t in (("greedy", 0.0), ("sampled", 1.0)) if args.temperature in (None, t)}
+    results = {name: measure(model, task, benchmark, t, args.show) for name, t in temperatures.items()}
+    titles = "".join(f"{'temperature 1' if name == 'sampled' else name:>18}" for name in results)
+    print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':36}{titles}")
+    last = list(results.values())[-1]
+    for name in last["measures"]:
         cells = []
         for result in results.values():
             value = result["measures"].get(name, {"mean": None})
             half = f" ± {value['interval'][1] - value['mean']:.3f}" if value.get("interval") else ""
             cells.append("-" if value["mean"] is None else f"{value['mean']:.3f}{half}")
         print(f"{name:36}" + "".join(f"{cell:>18}" for cell in cells))
-    print("tokens: " + ", ".join(f"{role} {n:.0f}" for role, n in results["sampled"]["tokens"].items()))
+    print("tokens: " + ", ".join(f"{role} {n:.0f}" for role, n in last["tokens"].items()))
     if args.output:
-        with open(args.output, "w", encoding="utf-8") as file:
-            json.dump(results, file, separators=(",", ":"))
+        record.write(args.output, indent=None, **results)
 
 
 if __name__ == "__main__":
