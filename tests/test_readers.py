@@ -1080,6 +1080,8 @@ def test_several_golds_in_text_and_an_open_question_whose_answer_is_a_letter():
         ("article", None, "How much?"),
         ("dialogue", ["M: It costs 76.", "W: Oh."], "M: It costs 76.\nW: Oh.\n\nHow much?"),  # DREAM
         ("dialogue", "['M: It costs 76.', 'W: Oh.']", "M: It costs 76.\nW: Oh.\n\nHow much?"),
+        ("document", "doc_12.pdf", "How much?"),
+        ("passage", "花了76。", "花了76。\n\nHow much?"),
         ("passage", "{1, 2}", "{1, 2}\n\nHow much?"),
     ],
 )

@@ -139,7 +139,7 @@ def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
 def with_passage(question: str, raw: dict[str, Any]) -> str:
     """The question under the text that it is about, or the turns of a dialogue, where that is in a column of its own.
     Raises RowError."""
-    names = [column for name in PASSAGES if (column := usual((name,), raw)) and not is_none(raw[column])]
+    names = [column for name in PASSAGES if (column := usual((name,), raw)) and not _is_id(raw[column])]
     if not names or not question.strip():
         return question
     passage = raw[names[0]]
@@ -153,6 +153,11 @@ def with_passage(question: str, raw: dict[str, Any]) -> str:
         if not isinstance(raw[name], str) or raw[name].strip() not in asked:
             raise RowError(name, f"expected one text that the question is about, got another in {names[0]}")
     return asked
+
+
+def _is_id(value: Any) -> bool:
+    """Whether a field holds nothing, or one word, as `doc_12`."""
+    return is_none(value) or (isinstance(value, str) and value.isascii() and len(value.split()) < 2)
 
 
 def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
