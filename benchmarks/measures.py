@@ -195,17 +195,10 @@ class Model:
         return self(role, rows, instructions)
 
 
-def measure(
-    model_or_engine,
-    task: Task,
-    benchmark: dict[str, list[Row]],
-    temperature: float,
-    show: int = 0,
-    once: bool = False,
-) -> Row:
+def measure(model_or_engine, task: Task, benchmark: dict[str, list[Row]], temperature: float, show: int = 0) -> Row:
     """Every measure at one temperature, {name: {mean, n, interval}}; what each way to a final answer costs, in tokens
-    written a question; the raw outcomes. `once`: of one answer to each question, so without votes."""
-    drawn, samples = (1, 1) if once or temperature == 0 else (DRAWN, SAMPLES)
+    written a question; the raw outcomes."""
+    drawn, samples = (DRAWN, SAMPLES) if temperature > 0 else (1, 1)
     model = Model(model_or_engine, task, temperature, show=show)
     answers, points, pairs = (benchmark[name] for name in ("answers", "points", "pairs"))
 
@@ -388,7 +381,6 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0)
     parser.add_argument("--vllm", action="store_true", help="generate with vLLM instead of transformers")
     parser.add_argument("--temperature", type=float, choices=(0.0, 1.0), help="at this one alone")
-    parser.add_argument("--once", action="store_true", help="one answer to each question at temperature 1 too")
     parser.add_argument("--dtype", help="instead of the task's; float32 is faster on cores without bfloat16")
     parser.add_argument("--output", type=Path, help="a JSON file for the outcomes")
     args = parser.parse_args()
@@ -397,7 +389,7 @@ def main() -> None:
     model = VLLMEngine(args.model, dtype=task.dtype, max_model_len=1024, seed=0) if args.vllm else args.model
     benchmark = task.rows(args.questions, args.split)
     temperatures = {name: t for name, t in (("greedy", 0.0), ("sampled", 1.0)) if args.temperature in (None, t)}
-    results = {name: measure(model, task, benchmark, t, args.show, args.once) for name, t in temperatures.items()}
+    results = {name: measure(model, task, benchmark, t, args.show) for name, t in temperatures.items()}
     titles = "".join(f"{'temperature 1' if name == 'sampled' else name:>18}" for name in results)
     print(f"\n{args.model}, {args.questions} questions of {args.split}\n{'':36}{titles}")
     last = list(results.values())[-1]
