@@ -290,8 +290,8 @@ def _unspaced(text: str) -> str:
     """An option's text without the space around it and without the end of a formula that began before it, or goes on
     after it."""
     text = re.sub(rf"^{_LATEX_SPACE}|{_LATEX_SPACE}$", "", text)
-    if text.count("$") % 2:
-        text = text.removesuffix("$") if text.endswith("$") else text.removeprefix("$")
+    if len(re.findall(r"(?<!\\)\$", text)) % 2:  # \$ is money
+        text = re.sub(r"(?<!\\)\$$", "", text) if re.search(r"(?<!\\)\$$", text) else text.removeprefix("$")
         text = re.sub(rf"^{_LATEX_SPACE}|{_LATEX_SPACE}$", "", text)
     return text
 

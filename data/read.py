@@ -346,7 +346,7 @@ def _letters_listed(record: Record) -> str | None:
     none is another way to say it."""
     listed = listed_in(record.prompt) if isinstance(record.prompt, str) else None
     letters = [letter_of(answer) if isinstance(answer, str) else None for answer in several(record.solution) or []]
-    return ", ".join(sorted(letters)) if listed and letters and set(letters) <= listed.texts.keys() else None
+    return ", ".join(sorted(set(letters))) if listed and letters and set(letters) <= listed.texts.keys() else None
 
 
 def _path_of(images: Any) -> str | list[str] | None:

@@ -227,6 +227,7 @@ def test_a_solution_beside_an_answer_is_how_to_get_there():
     r"$\text{(A)}\ 4 \qquad \text{(B)}\ 7$", r"$\textbf{(A) }4\qquad\textbf{(B) }7\qquad\textbf{(C) }9$",
     r"$\mathrm{(A)\ } 4 \quad \mathrm{(B)\ } 7\hspace{1cm} \mathrm{(C)\ } \frac{1}{2}$",
     r"$\mathrm{(A) \ 4 } \qquad \mathrm{(B) \ 7 } \qquad \mathrm{(C) \ 9 }$",
+    r"$\textbf{(A)}\ \$4 \qquad \textbf{(B)}\ \$7$",
     r"(A) $4$ \\ (B) $7$ \\ (C) $9$",
     r"$\textbf{(A)}$ $4$ $\textbf{(B)}$ $7$ $\textbf{(C)}$ 9", "A) 4 B) 7 C) 9", "A.4 B.7 C.9", "A)4 B)7",
 ])  # fmt: skip
@@ -256,6 +257,8 @@ def test_letters_of_listed_options_are_one_answer_together():
     both, either = (row for _, _, row in Reader(Source(rows), "answer"))
     assert (both["solution"], either["solution"]) == ("A, C", ["A", "C"])
     assert read_rows(rows[:1])[0]["solution"] == "A, C"
+    (row,) = read_rows([{**rows[0], "answer": ["C", "C"]}])
+    assert row["solution"] == "(C) 7"
 
 
 def test_open_questions_among_those_with_options(tmp_path):
@@ -1081,6 +1084,7 @@ def test_several_golds_in_text_and_an_open_question_whose_answer_is_a_letter():
         ("dialogue", ["M: It costs 76.", "W: Oh."], "M: It costs 76.\nW: Oh.\n\nHow much?"),  # DREAM
         ("dialogue", "['M: It costs 76.', 'W: Oh.']", "M: It costs 76.\nW: Oh.\n\nHow much?"),
         ("document", "doc_12.pdf", "How much?"),
+        ("context", "76", "76\n\nHow much?"),
         ("passage", "花了76。", "花了76。\n\nHow much?"),
         ("passage", "{1, 2}", "{1, 2}\n\nHow much?"),
     ],

@@ -139,7 +139,9 @@ def _names_image(name: str, value: Any, column: re.Pattern) -> bool:
 def with_passage(question: str, raw: dict[str, Any]) -> str:
     """The question under the text that it is about, or the turns of a dialogue, where that is in a column of its own.
     Raises RowError."""
-    names = [column for name in PASSAGES if (column := usual((name,), raw)) and not _is_id(raw[column])]
+    names = [column for name in PASSAGES if (column := usual((name,), raw)) and not is_none(raw[column])]
+    if names and names[0].lower() == "document" and _is_id(raw[names[0]]):
+        return question
     if not names or not question.strip():
         return question
     passage = raw[names[0]]
@@ -156,8 +158,8 @@ def with_passage(question: str, raw: dict[str, Any]) -> str:
 
 
 def _is_id(value: Any) -> bool:
-    """Whether a field holds nothing, or one word, as `doc_12`."""
-    return is_none(value) or (isinstance(value, str) and value.isascii() and len(value.split()) < 2)
+    """Whether a document is only named, as `doc_12.pdf`."""
+    return isinstance(value, str) and value.isascii() and len(value.split()) < 2
 
 
 def with_system(prompt: Any, raw: dict[str, Any]) -> Any:
