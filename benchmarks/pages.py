@@ -4,12 +4,14 @@
 
 Above each table a comment says what its columns hold: the results file (without `learning_`), then a variant for its
 mean over seeds, or `one-other` for a difference. A difference with `~` counts other questions as well as other seeds
-(benchmarks/intervals.py). The names of the rows are LABELS; an unknown one is a KeyError. `--check` changes nothing,
-and its exit status is 1 if a table does not say what the rows do.
+(benchmarks/intervals.py). Of a file that benchmarks.measures wrote, a column is `greedy` or `sampled`.
+The names of the rows are LABELS; an unknown one is a KeyError. `--check` changes nothing, and its exit status is 1 if a
+table does not say what the rows do.
 
     <!-- digits_unseen: start grpo ratio_0.25 ratio_0.25-grpo~ -->
 """
 
+import json
 import re
 import statistics
 import sys
@@ -35,6 +37,8 @@ LABELS = {
     "pairs, mean of both orders": "pairwise, both orders",
     "pairs, A chosen": "pairwise, A chosen",
     "Brier score of verdicts": "Brier score of verdicts",
+    "says correct to its own answers": "verdict says correct",
+    "a verdict that can be read": "verdict readable",
     "reflection fixes a wrong answer": "reflection fixes a wrong answer",
     "reflection harms a right one": "reflection harms a right answer",
     "final answer, reflecting on a No": "final answer, reflecting on a No",
@@ -64,6 +68,9 @@ def values(file: str):
 def cell(file: str, column: str, measure: str) -> str:
     """What a table says: a mean or a difference, and its half width. Raises KeyError for what no run has."""
     file, _, column = column.rpartition(":") if ":" in column else (file, "", column)
+    if (path := record.RESULTS / f"{file}.json").exists():  # one model's, with intervals over questions
+        measured = json.loads(path.read_text(encoding="utf-8"))[column]["measures"][measure]
+        return written({"mean": measured["mean"], "half": measured["interval"][1] - measured["mean"]}, "mean")
     found, deviations = values(file)
     variant, _, than = column.removesuffix("~").partition("-")
     seeds, deviation = found[variant].get(measure, {}), deviations.get(measure)
