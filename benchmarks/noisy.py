@@ -1,6 +1,9 @@
 """Verifiers that err: of so many percent of the answers they say the opposite, always the same of the same answer.
 
-python train_spark.py ... --reward_funcs benchmarks/noisy.py:countdown_10
+    python train_spark.py ... --reward_funcs benchmarks/noisy.py:countdown_10
+    python train_spark.py ... --reward_funcs benchmarks/noisy.py:countdown_20 benchmarks/noisy.py:countdown_20_undone
+
+With the second one only the labels err, which are the first function's: the two rewards come to the true one.
 """
 
 import functools
@@ -27,6 +30,16 @@ def erring(reward: Callable, share: float) -> Callable:
     return noisy
 
 
+def undone(reward: Callable, noisy: Callable) -> Callable:
+    """What `noisy` lacks of `reward`."""
+
+    def missing(**rows):
+        pairs = zip(reward(**rows), noisy(**rows), strict=True)
+        return [None if right is None else right - said for right, said in pairs]
+
+    return missing
+
+
 def draw(prompt, completion, images=None) -> float:
     """A number in [0, 1) for this answer to this question about these images."""
     text = verify.last_text(completion)
@@ -38,3 +51,4 @@ def draw(prompt, completion, images=None) -> float:
 
 digits_5, digits_10, digits_20 = (erring(verify.answer_reward, share) for share in (0.05, 0.1, 0.2))
 countdown_5, countdown_10, countdown_20 = (erring(countdown_reward, share) for share in (0.05, 0.1, 0.2))
+countdown_20_undone = undone(countdown_reward, countdown_20)

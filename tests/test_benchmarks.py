@@ -65,6 +65,17 @@ def test_a_noisy_verifier_errs_as_often_as_it_says_and_the_same_way_again():
     assert 0.1 < asked.count(0.0) / 200 < 0.3
 
 
+def test_where_only_the_labels_err_rewards_come_to_the_true_ones():
+    prompts = [[{"role": "user", "content": f"Use {i}, 2 and 3, each exactly once, with + - * to make {i + 5}."}]
+               for i in range(200)]  # fmt: skip
+    answers = [f"\\boxed{{{i}+2+3}}" if i % 2 else f"\\boxed{{{i}+2*3}}" for i in range(200)]
+    tasks = [f"{i + 5} from {i}, 2, 3" for i in range(200)]
+    rows = {"prompts": prompts, "completions": answers, "solution": tasks}
+    true, said, rest = (f(**rows) for f in (countdown_reward, noisy.countdown_20, noisy.countdown_20_undone))
+    assert [a + b for a, b in zip(said, rest, strict=True)] == true == [float(i % 2) for i in range(200)]
+    assert 0.1 < sum(a != b for a, b in zip(said, true, strict=True)) / 200 < 0.3
+
+
 def test_a_case_for_the_gpu_runs_in_miniature():
     run = gpu.slim(small=True, side=512, recycle_ratio=1)
     assert len(run["steps"]) == 3 and run["steps"][-1]["rollouts"] > 32
@@ -173,6 +184,9 @@ def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_pat
     assert with_vllm[with_vllm.index("--recycle_tasks") + 1 :][:2] == ["pointwise", "reflection"]
     (noisy_run,) = learning.commands_of("countdown", "grpo_noise_20", 0, tmp_path, 60)
     assert noisy_run[noisy_run.index("--reward_funcs") + 1] == "benchmarks/noisy.py:countdown_20"
+    (labels,) = learning.commands_of("countdown", "ratio_0.25_labels_20", 0, tmp_path, 60)
+    first = labels.index("--reward_funcs") + 1
+    assert labels[first : first + 2] == [f"benchmarks/noisy.py:countdown_20{end}" for end in ("", "_undone")]
     (two_updates,) = learning.commands_of("digits", "apart_0.25", 0, tmp_path, 42)
     assert two_updates[two_updates.index("--max_steps") + 1] == "84"
     for smaller in learning.commands_of("smollm2", "judge_first", 0, tmp_path, 36):

@@ -175,6 +175,14 @@ def test_what_belongs_to_the_question_and_cannot_be_asked_is_refused(column, val
         assert golds([{**row, column: nothing}]) == ["8"]
 
 
+def test_what_is_refused_can_be_left_out_where_a_flag_says_so():
+    row = {"question": "And doubled?", "answer": "8", "evidence": "It is 4."}
+    assert "name --prompt_column or --solution_column" in refused(row)
+    assert asked(row, prompt_column="question") == [("user", "And doubled?")]
+    ours = {"prompt": "And doubled?", "solution": "8", "evidence": "It is 4."}  # which no flag names
+    assert refused(ours).endswith("expected it in the prompt, or nothing")
+
+
 def test_a_part_of_the_question_that_it_has_already_is_no_loss():
     row = {"question": "a | b\nHow many?", "answer": "8", "table": "a | b", "task": "And doubled?"}
     assert asked(row) == [("user", "a | b\nHow many?")]

@@ -188,9 +188,10 @@ def refuse_unused(raw: dict[str, Any], question: str | None) -> None:
         column = usual((name,), raw)
         value = None if column is None else literal(raw[column])
         if not _is_empty(value) and not (question and isinstance(value, str) and value in question):
-            raise RowError(
-                column, "holds a part of the question and is not used; expected it in the prompt, or nothing"
-            )
+            expected = "expected it in the prompt, or nothing"
+            if name in BESIDE and not {"prompt", "solution"} <= raw.keys():
+                expected += "; where the question does without it, name --prompt_column or --solution_column"
+            raise RowError(column, f"holds a part of the question and is not used; {expected}")
 
 
 def _is_empty(value: Any) -> bool:
