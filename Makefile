@@ -26,7 +26,7 @@ app: $(STAMPS)/app
 	$(BIN)/python app.py
 
 test: $(STAMPS)/test lint
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-requirements: $(STAMPS)/test
 	$(BIN)/python -m pytest -m network tests/test_requirements.py

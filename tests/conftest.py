@@ -23,6 +23,14 @@ atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# In minutes the longest: with --dist loadfile they begin first, or one of them would end alone.
+LONG = ("test_processes.py", "test_train_spark.py", "test_engines.py", "test_stop.py", "test_demo.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _environment():
     """TRL and vLLM set RANK, MASTER_PORT and others for good; the commands that another file starts would obey them."""

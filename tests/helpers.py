@@ -117,6 +117,9 @@ class ForkedTraining:
         self._process.start()
         self.kill = self._process.kill
 
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
     @property
     def stderr(self) -> io.StringIO:
         return io.StringIO(self._errors.read_text(encoding="utf-8"))

@@ -27,8 +27,9 @@ def engine():
     """TRL's engine on the CPU, as precise as the trainer: what still differs is weights, or a prompt read otherwise."""
     from trl.generation import vllm_generation
 
+    settings = {"dtype": "float32", "enforce_eager": True}  # compiling takes a minute
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, dtype="float32"))
+        patch.setattr(vllm_generation, "LLM", functools.partial(vllm_generation.LLM, **settings))
         patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         yield {"use_vllm": True, "vllm_gpu_memory_utilization": 0.3}

@@ -133,20 +133,20 @@ def test_a_run_says_what_it_will_do_and_what_came_out(whole_run):
     assert steps_written(folder) == [1, 2, 3, 4, 5, 6]
 
 
-def test_signals_save_and_the_run_goes_on_as_if_nothing_happened(tmp_path, start, undisturbed):
-    for step, number in ((1, signal.SIGTERM), (3, signal.SIGINT)):
-        process = start(tmp_path)
+def test_signals_save_and_the_run_goes_on_as_if_nothing_happened(tmp_path, start, fork, undisturbed):
+    for begin, step, number in ((lambda: start(tmp_path), 1, signal.SIGTERM), (fork, 3, signal.SIGINT)):
+        process = begin()
         wait_for_step(tmp_path, step, process)
         process.send_signal(number)
-        _, errors = process.communicate()
-        assert process.returncode == 128 + number
+        assert process.wait() == 128 + number
+        errors = process.stderr.read()
         assert f"{number.name}: stopping after this step" in errors
         assert "Traceback" not in errors
         saved = last_checkpoint(tmp_path)
         assert f"stopped; saved in {saved}" in errors
         assert int(Path(saved).name[11:]) < 6
         assert not (tmp_path / "model.safetensors").exists()  # or the demo would take it for finished
-    again = start(tmp_path)
+    again = fork()
     assert again.wait() == 0, again.stderr.read()
     assert_same(tmp_path, undisturbed)
     assert steps_written(tmp_path) == [1, 2, 3, 4, 5, 6]
