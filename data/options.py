@@ -42,6 +42,7 @@ _MAY_BE_OPTIONS = re.compile(
     r"opts|candidates?|candidate_answers|alternatives|answers|possible_answers|variants", re.IGNORECASE
 )
 _LETTERED = re.compile(r"(?:^|[;\n])\s*(?=\(?[A-Z][.):])")
+_LETTERED_IN_LINE = re.compile(r"(?:^|,)\s*([A-Za-z]) ?\)\s*")
 _MARKS = [  # of options that a question lists itself: in lines of their own, (A) ... (B) ..., A. ... B. ...
     re.compile(r"^[ \t]*[(（]?([A-Z])[.):．：、）][)）]?", re.MULTILINE),
     re.compile(r"[(（]([A-Z])[)）]"),
@@ -188,10 +189,13 @@ def _labelled(value: Any) -> Any:
 
 
 def _lettered(text: str) -> list[str] | None:
-    """The options of "A. 3; B. 4", as We-Math has them; None for any other text."""
+    """The options of "A. 3; B. 4", as We-Math has them, or of "a ) 1,000 , b ) 2", as MathQA; None for other text."""
     parts = [part.strip(" ;\n") for part in _LETTERED.split(text) if part.strip()]
-    in_order = all(re.match(rf"\(?{letter}[.):]", part) for letter, part in zip(LETTERS, parts, strict=False))
-    return parts if in_order else None
+    if all(re.match(rf"\(?{letter}[.):]", part) for letter, part in zip(LETTERS, parts, strict=False)):
+        return parts
+    before, *parts = _LETTERED_IN_LINE.split(text)
+    letters, texts = "".join(parts[::2]).upper(), [part.strip() for part in parts[1::2]]
+    return texts if not before.strip() and LETTERS.startswith(letters) else None
 
 
 def _texts(name: str, options: dict[str, Any]) -> dict[str, str]:

@@ -138,6 +138,10 @@ def label_of(row: dict) -> str:
         ({"A": "4", "B": "7"}, "7", "B"),
         ({"a": "4", "b": "7"}, "(b)", "B"),
         ({"text": ["4", "7"], "label": ["1", "2"]}, "2", "2"),
+        ("a ) 4 , b ) 7 , c ) 9", "b", "B"),  # MathQA
+        ("a ) 4 , b ) 7", "7", "B"),
+        ("a ) 4 , c ) 7", "a", None),
+        ("one of a ) 4 , b ) 7", "a", None),
         (["1", "2", "3"], 2, None),  # its text, or counted from 0
         (["4", "2"], 2, "B"),  # its text, or counted from 1
         (["4", "7"], "C", None),
@@ -234,6 +238,11 @@ def test_a_solution_beside_an_answer_is_how_to_get_there():
 def test_options_in_one_line_are_answered_by_their_text(listed):
     (row,) = read_rows([{"question": f"Which is prime? {listed}", "answer": "B"}])
     assert [is_equal(answer, row["solution"]) for answer in ("B", "7", "4", "A", "(B) 7", "9")] == [1, 1, 0, 0, 1, 0]
+
+
+def test_a_comma_between_options_is_none_within_one():
+    (row,) = read_rows([{"question": "How many?", "options": "a ) 1,000 , b ) 2 , 3 , c ) 4", "answer": "a"}])
+    assert text_of(row) == "How many?\nA. 1,000\nB. 2 , 3\nC. 4" and row["solution"] == "(A) 1,000"
 
 
 def test_initials_are_no_options():
