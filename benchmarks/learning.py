@@ -108,7 +108,6 @@ VARIANTS = {
     "right_reflections": spark(16, 24, recycle_right_reflections=0.25),
     "weight_0.25": spark(16, 24, recycle_weight=0.25),
     "weight_0.5": spark(16, 24, recycle_weight=0.5),
-    "ratio_0.25_weight_0.5": spark(32, 8, recycle_weight=0.5),
     "ratio_0.25_weight_4": spark(32, 8, recycle_weight=4.0),  # as if it were a loss of its own, by its own tokens
     # Two optimizer steps for each generation: of the questions and then of the recycled prompts; of half of all.
     "apart": spark(16, 24, recycle_apart=True, steps_per_generation=2, per_device_train_batch_size=8 * G),

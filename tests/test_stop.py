@@ -37,7 +37,7 @@ from training.settings import check_weights
 
 COMMAND = [sys.executable, "train_spark.py", "--config", "recipes/demo.yaml", "--resume_from_checkpoint", "latest"]
 SMALL = "--per_device_train_batch_size 16 --num_generations 4 --max_steps 6 --save_steps 1 --save_total_limit 3"
-SMALL += " --recycle_ratio 1.5"
+SMALL += " --recycle_ratio 1.5 --max_completion_length 24"
 
 
 def command(data: Path, folder: Path) -> list[str]:
