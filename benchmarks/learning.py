@@ -124,7 +124,7 @@ VARIANTS |= {
 # The verifier errs for so many percent of the answers (benchmarks/noisy.py).
 NOISY = ("grpo", "ratio_0.25", "spark")
 VARIANTS |= {f"{variant}_noise_{n}": VARIANTS[variant] for n in (5, 10, 20) for variant in NOISY}
-VARIANTS["ratio_0.25_labels_20"] = VARIANTS["ratio_0.25"]  # only the labels err, on Countdown
+VARIANTS["ratio_0.25_label_noise_20"] = VARIANTS["ratio_0.25"]  # only the labels err
 
 
 def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int, vllm: bool = False) -> list[list[str]]:
@@ -133,9 +133,9 @@ def commands_of(task: str, variant: str, seed: int, folder: Path, steps: int, vl
     settings |= {"model_name_or_path": TASKS[task].start, **VARIANTS[variant]}
     if vllm:
         settings["use_vllm"] = True
-    if "noise" in variant or "labels_20" in variant:
+    if "noise" in variant:
         noisy = f"benchmarks/noisy.py:{TASKS[task].measures}_{variant.rpartition('_')[2]}"
-        settings["reward_funcs"] = [noisy, f"{noisy}_undone"] if "labels" in variant else noisy
+        settings["reward_funcs"] = [noisy, f"{noisy}_undone"] if "label_noise" in variant else noisy
     steps *= VARIANTS[variant].get("steps_per_generation", 1)
     if variant != "judge_first":
         return [command_of(task, folder / "model", settings | {"max_steps": steps})]

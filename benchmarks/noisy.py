@@ -51,4 +51,4 @@ def draw(prompt, completion, images=None) -> float:
 
 digits_5, digits_10, digits_20 = (erring(verify.answer_reward, share) for share in (0.05, 0.1, 0.2))
 countdown_5, countdown_10, countdown_20 = (erring(countdown_reward, share) for share in (0.05, 0.1, 0.2))
-countdown_20_undone = undone(countdown_reward, countdown_20)
+digits_20_undone, countdown_20_undone = undone(verify.answer_reward, digits_20), undone(countdown_reward, countdown_20)

@@ -105,6 +105,13 @@ def save_text_model(model, tokenizer, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def print_into(path: Path) -> None:
+    """What this process prints, and those that it starts, goes into a file from now on."""
+    with open(path, "w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+
+
 class ForkedTraining:
     """train_spark.py with these arguments in a process of its own, with what a test needs of subprocess.Popen.
 

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import gpu, gpu_smollm2, intervals, learning, noisy, pages
 from data.countdown import countdown_reward
+from training.rewards import load_rewards
 
 
 def run(monkeypatch, *flags) -> int:
@@ -74,6 +75,10 @@ def test_where_only_the_labels_err_rewards_come_to_the_true_ones():
     true, said, rest = (f(**rows) for f in (countdown_reward, noisy.countdown_20, noisy.countdown_20_undone))
     assert [a + b for a, b in zip(said, rest, strict=True)] == true == [float(i % 2) for i in range(200)]
     assert 0.1 < sum(a != b for a, b in zip(said, true, strict=True)) / 200 < 0.3
+    for task in ("digits", "countdown"):  # what the variant's commands name
+        (command,) = learning.commands_of(task, "ratio_0.25_label_noise_20", 0, Path("x"), 1)
+        first = command.index("--reward_funcs") + 1
+        assert len(load_rewards(command[first : first + 2])) == 2
 
 
 def test_a_case_for_the_gpu_runs_in_miniature():
@@ -184,7 +189,7 @@ def test_judging_first_is_two_runs_the_second_from_where_the_first_ended(tmp_pat
     assert with_vllm[with_vllm.index("--recycle_tasks") + 1 :][:2] == ["pointwise", "reflection"]
     (noisy_run,) = learning.commands_of("countdown", "grpo_noise_20", 0, tmp_path, 60)
     assert noisy_run[noisy_run.index("--reward_funcs") + 1] == "benchmarks/noisy.py:countdown_20"
-    (labels,) = learning.commands_of("countdown", "ratio_0.25_labels_20", 0, tmp_path, 60)
+    (labels,) = learning.commands_of("countdown", "ratio_0.25_label_noise_20", 0, tmp_path, 60)
     first = labels.index("--reward_funcs") + 1
     assert labels[first : first + 2] == [f"benchmarks/noisy.py:countdown_20{end}" for end in ("", "_undone")]
     (two_updates,) = learning.commands_of("digits", "apart_0.25", 0, tmp_path, 42)

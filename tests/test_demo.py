@@ -1,13 +1,12 @@
 """The demo's measures by hand, and the demo itself in small."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import FORKS
+from helpers import FORKS, print_into
 
 import demo
 from demo import balanced, held_out, mean, random_judge
@@ -72,14 +71,13 @@ def forked(command: list[str], log: Path) -> str:
     process = FORKS.Process(target=run_demo, args=(command, log))
     process.start()
     process.join(600)
+    process.kill()  # where it has not ended
     said = log.read_text(encoding="utf-8")
     assert process.exitcode == 0, said[-2000:]
     return said
 
 
 def run_demo(command: list[str], log: Path) -> None:
-    with open(log, "w", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    print_into(log)
     sys.argv = command
     demo.main()

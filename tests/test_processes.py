@@ -19,7 +19,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from helpers import FORKS
+from helpers import FORKS, print_into
 from safetensors.torch import load_file, save_file
 
 ROWS = 12  # a generation batch: 3 groups of 4, so that in two processes of 6 rows a group straddles
@@ -51,9 +51,7 @@ def launch_all(rank_of: Callable[[Path, int, int], None], out: Path, world: int)
 
 def as_rank(out: Path, rank: int, world: int) -> None:
     """Print to a file of its own, in the environment that torchrun makes."""
-    with open(out / f"rank_{rank}.txt", "w", encoding="utf-8") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    print_into(out / f"rank_{rank}.txt")
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
 
 

@@ -134,7 +134,7 @@ def test_a_run_says_what_it_will_do_and_what_came_out(whole_run):
 
 
 def test_signals_save_and_the_run_goes_on_as_if_nothing_happened(tmp_path, start, fork, undisturbed):
-    for begin, step, number in ((lambda: start(tmp_path), 1, signal.SIGTERM), (fork, 3, signal.SIGINT)):
+    for begin, step, number in ((lambda: start(tmp_path), 1, signal.SIGINT), (fork, 3, signal.SIGTERM)):
         process = begin()
         wait_for_step(tmp_path, step, process)
         process.send_signal(number)
